@@ -1,0 +1,403 @@
+"""Everything a run can vary, as frozen dataclasses; loading, overriding, saving.
+
+One Python file an experiment defines ``config = Config(...)`` (see ``configs/``). Any field can be
+overridden by its dotted name, from Python (``load_config(path, {"train.steps": 100})``) or on the
+command line (``train.py CONFIG --train.steps 100``). The full configuration of a run is saved as
+``config.json`` in the run's folder and loads from there again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import runpy
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from querydet_jax.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class BackboneConfig:
+    """A residual network (He et al. 2016), outputs C2..C5 at strides 4..32."""
+
+    name: Literal["resnet18", "resnet34", "resnet50", "resnet101"] = "resnet50"
+    # msra: detectron2's conversion, stride in the 1x1, BGR minus mean. torchvision: stride in the
+    # 3x3, RGB, mean and std.
+    flavor: Literal["msra", "torchvision"] = "msra"
+    # frozen: fixed affine transform, as the paper trains. batch: live statistics, averaged over
+    # devices. group: GroupNorm(32), independent of the batch.
+    norm: Literal["frozen", "batch", "group"] = "frozen"
+    freeze_at: int = 2  # 0: train all; 1: freeze the stem; 2: stem and res2; ... 5: everything
+    width: int = 64  # channels of the stem; 64 is the published network
+
+
+@dataclass(frozen=True)
+class FPNConfig:
+    """Feature pyramid (Lin et al. 2017), no norm, P6 and P7 by strided convolutions."""
+
+    channels: int = 256
+    top_source: Literal["c5", "p5"] = "c5"  # what P6 is computed from
+
+
+@dataclass(frozen=True)
+class HeadConfig:
+    """Detection head shared over levels: a class and a box tower."""
+
+    channels: int = 256
+    num_convs: int = 4
+    prior: float = 0.01  # initial foreground probability of the class logits
+    box_bias: Literal["torch", "zero"] = "torch"  # torch: U(+-1/sqrt(fan_in)), as published
+
+
+@dataclass(frozen=True)
+class AnchorConfig:
+    """Anchors per cell: 3 sizes an octave from ``scale * stride`` times the aspect ratios (h/w)."""
+
+    scale: float = 4.0
+    sizes_per_octave: int = 3
+    ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
+
+    @property
+    def per_cell(self) -> int:
+        return self.sizes_per_octave * len(self.ratios)
+
+
+@dataclass(frozen=True)
+class QueryConfig:
+    """The query head (paper section 3.2) and what it is trained on."""
+
+    enabled: bool = True
+    levels: tuple[int, ...] = (3, 4)  # levels it is trained on
+    channels: int = 256
+    num_convs: int = 4
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Losses of paper section 3.4; defaults are the published code's COCO values.
+
+    The paper's own text differs in three named options: ``level_weighting="linear"`` (beta_l from
+    1 to ``linear_max``), ``query_radius="level"`` (s_l of eq. 3 in place of the object's own scale)
+    and ``InferenceConfig.threshold=0.15``.
+    """
+
+    matcher: Literal["loop", "standard"] = "loop"  # loop: QueryDet's; standard: detectron2's
+    iou_background: float = 0.4
+    iou_foreground: float = 0.5
+    focal_alpha: float = 0.25
+    focal_gamma: float = 2.0
+    smooth_l1_beta: float = 0.1
+    # table: level_weights, finest first; linear: 1 .. linear_max over the levels; uniform: all 1.
+    level_weighting: Literal["table", "linear", "uniform"] = "table"
+    level_weights: tuple[float, ...] = (1.0, 1.4, 2.1, 2.5, 2.9, 3.2)
+    linear_max: float = 3.0
+    query_weights: tuple[float, ...] = (10.0, 10.0)  # one a query level
+    query_gammas: tuple[float, ...] = (1.2, 1.2)
+    query_alpha: float = 0.25
+    query_radius: Literal["object", "level"] = "object"
+    query_radius_factor: float = 1.0
+    normalizer_init: float = 100.0
+    normalizer_momentum: float = 0.9
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    detector: Literal["retinanet"] = "retinanet"
+    num_classes: int = 80
+    min_level: int = 2  # 2: QueryDet's high resolution; 3: plain RetinaNet
+    max_level: int = 7
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    fpn: FPNConfig = field(default_factory=FPNConfig)
+    head: HeadConfig = field(default_factory=HeadConfig)
+    anchors: AnchorConfig = field(default_factory=AnchorConfig)
+    query: QueryConfig = field(default_factory=QueryConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    # Arithmetic of convolutions. Parameters, losses, boxes and scores stay float32.
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+    @property
+    def levels(self) -> tuple[int, ...]:
+        return tuple(range(self.min_level, self.max_level + 1))
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where images and boxes come from and how they become network input.
+
+    Paths of ``train_*`` and ``val_*`` are relative to ``root``. An image is resized so that its
+    short side is one of ``train_short`` (or ``test_short``) and its long side at most ``*_max``,
+    then padded bottom and right to a fixed canvas (height, width), multiples of 32.
+    """
+
+    source: Literal["coco", "scenes"] = "scenes"
+    root: str = ""
+    train_annotations: str = "annotations/instances_train2017.json"
+    train_images: str = "train2017"
+    val_annotations: str = "annotations/instances_val2017.json"
+    val_images: str = "val2017"
+    train_short: tuple[int, ...] = (640, 672, 704, 736, 768, 800)
+    train_max: int = 1333
+    test_short: int = 800
+    test_max: int = 1333
+    train_canvases: tuple[tuple[int, int], ...] = ((800, 1344), (1344, 800))
+    test_canvases: tuple[tuple[int, int], ...] = ((800, 1344), (1344, 800))
+    crop: bool = False  # an image larger than every training canvas is cropped at random, not refused
+    flip: float = 0.5  # probability of a horizontal flip
+    keep_empty: bool = False  # train also on images without boxes (crowd boxes do not count)
+    max_boxes: int = 100  # G: ground-truth boxes kept an image, the rest dropped with a warning
+    threads: int = 4  # decoding threads
+    processes: int = 0  # decoding worker processes (0: threads of this process only)
+    # scenes: number of generated pictures and their size (height, width)
+    scenes_train: int = 2000
+    scenes_val: int = 200
+    scenes_size: tuple[int, int] = (320, 320)
+    scenes_seed: int = 0
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    batch_size: int = 16  # images a step, over all devices
+    steps: int = 90_000
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    learning_rate: float = 0.01
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    warmup_steps: int = 1000
+    warmup_factor: float = 0.001
+    schedule: Literal["steps", "cosine"] = "steps"
+    decay_steps: tuple[int, ...] = (60_000, 80_000)
+    decay_factor: float = 0.1
+    clip_value: float = 0.0  # > 0: clip each gradient element to +- this
+    clip_norm: float = 0.0  # > 0: clip the global gradient norm to this
+    seed: int = 0
+    init: str = ""  # weights to start from (backbone or whole model), a path
+    log_every: int = 20
+    eval_every: int = 0  # steps between evaluations; 0: only at the end
+    eval_images: int = 0  # images of a mid-training evaluation; 0: all
+    checkpoint_every: int = 5000
+    keep_checkpoints: int = 3
+
+
+@dataclass(frozen=True)
+class InferenceConfig:
+    """Image to detections. Defaults are the published code's COCO QueryDet values."""
+
+    query: Literal["dense", "csq"] = "csq"
+    start_level: int = 4  # the query head runs densely here; finer levels are sparse
+    threshold: float = 0.12  # sigma: a cell with a query probability above it is a query
+    context: int = 2  # c: radius around each key; 2 is the paper's 5x5
+    # Buffer sizes as fractions of a level's cells, pooled over the batch, smallest first. Above
+    # the largest, the level is computed densely: results never depend on these.
+    capacities: tuple[float, ...] = (0.05, 0.25)
+    chunk: int = 256  # rows a step of the gather convolution
+    score_threshold: float = 1e-4
+    topk: int = 1000  # candidates a level
+    nms_iou: float = 0.5
+    max_detections: int = 200
+    batch_size: int = 1
+
+
+@dataclass(frozen=True)
+class Config:
+    name: str = "unnamed"
+    classes: tuple[str, ...] = ()  # names for pictures and tables; empty: the data set's own
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    inference: InferenceConfig = field(default_factory=InferenceConfig)
+
+
+def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Config:
+    """Read an experiment file (``.py`` with a ``config``, or a saved ``config.json``).
+
+    Args:
+      path: the file.
+      overrides: dotted field names to values, e.g. ``{"model.num_classes": 10}``.
+
+    Raises:
+      ConfigError: file absent or without a ``config``; unknown key; wrong type or value.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such configuration file; see configs/ for those provided")
+    if path.suffix == ".json":
+        try:
+            config = _from_dict(Config, json.loads(path.read_text()), where=str(path))
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"{path}: not readable as JSON ({error}); restore or re-create it") from None
+    else:
+        try:
+            config = runpy.run_path(str(path)).get("config")
+        except (SyntaxError, TypeError, NameError) as error:
+            raise ConfigError(f"{path}: {error}; mend the file (field names are in querydet_jax/config.py)") from None
+        if not isinstance(config, Config):
+            raise ConfigError(f"{path}: does not define `config = Config(...)`; see configs/demo.py")
+    return override(config, overrides or {})
+
+
+def override(config: Config, changes: dict[str, Any]) -> Config:
+    """A copy of ``config`` with dotted fields replaced, then checked as a whole."""
+    for key, value in changes.items():
+        config = _replace(config, key.split("."), value, key)
+    check(config)
+    return config
+
+
+def save_config(config: Config, path: str | Path) -> None:
+    Path(path).write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+
+
+def check(config: Config) -> None:
+    """Raise ConfigError where fields contradict each other."""
+    model, inference, data, train = config.model, config.inference, config.data, config.train
+    levels = model.levels
+    if not 2 <= model.min_level <= 5 or not model.min_level < model.max_level <= 7:
+        raise ConfigError(
+            f"model.min_level {model.min_level}, model.max_level {model.max_level}: "
+            "need 2 <= min_level <= 5 and min_level < max_level <= 7"
+        )
+    if model.num_classes < 1:
+        raise ConfigError(f"model.num_classes {model.num_classes}: must be at least 1")
+    loss = model.loss
+    if loss.level_weighting == "table" and len(loss.level_weights) != len(levels):
+        raise ConfigError(
+            f"model.loss.level_weights has {len(loss.level_weights)} entries for {len(levels)} levels "
+            f"P{levels[0]}..P{levels[-1]}: give one each, or set model.loss.level_weighting to uniform or linear"
+        )
+    if model.query.enabled:
+        for name in ("query_weights", "query_gammas"):
+            if len(getattr(loss, name)) != len(model.query.levels):
+                raise ConfigError(
+                    f"model.loss.{name} has {len(getattr(loss, name))} entries for the "
+                    f"{len(model.query.levels)} levels of model.query.levels: give one each"
+                )
+        if not set(model.query.levels) <= set(levels):
+            raise ConfigError(f"model.query.levels {model.query.levels}: not all within P{levels[0]}..P{levels[-1]}")
+    if inference.query != "dense":
+        if not model.query.enabled:
+            raise ConfigError(
+                f"inference.query {inference.query} needs a query head: set model.query.enabled, "
+                "or inference.query to dense"
+            )
+        if not levels[0] < inference.start_level <= levels[-1]:
+            raise ConfigError(
+                f"inference.start_level {inference.start_level}: must be one of P{levels[0] + 1}..P{levels[-1]}"
+            )
+    if any(not 0 < c <= 1 for c in inference.capacities) or list(inference.capacities) != sorted(
+        set(inference.capacities)
+    ):
+        raise ConfigError(
+            f"inference.capacities {inference.capacities}: must be increasing fractions of a level's cells in (0, 1]"
+        )
+    if inference.context < 0 or inference.chunk < 1 or inference.topk < 1 or inference.max_detections < 1:
+        raise ConfigError(
+            "inference.context must be at least 0, and inference.chunk, inference.topk and "
+            "inference.max_detections at least 1"
+        )
+    for name in ("train_canvases", "test_canvases"):
+        canvases = getattr(data, name)
+        if not canvases or any(side % 32 or side < 32 for canvas in canvases for side in canvas):
+            raise ConfigError(f"data.{name} {canvases}: give (height, width) pairs, each a multiple of 32")
+    if config.classes and len(config.classes) != model.num_classes:
+        raise ConfigError(
+            f"classes has {len(config.classes)} names, model.num_classes is {model.num_classes}: make them agree"
+        )
+    for name in ("batch_size", "steps", "log_every", "checkpoint_every"):
+        if getattr(train, name) < 1:
+            raise ConfigError(f"train.{name} {getattr(train, name)}: must be at least 1")
+    if model.backbone.norm == "group" and model.backbone.width % 32:
+        raise ConfigError(f"model.backbone.width {model.backbone.width}: must be a multiple of 32 with group norm")
+
+
+def _replace(node: Any, parts: list[str], value: Any, full: str) -> Any:
+    names = [f.name for f in dataclasses.fields(node)]
+    head, rest = parts[0], parts[1:]
+    if head not in names:
+        raise ConfigError(_unknown_key(full, head, names, full[: full.rfind(head)] if len(parts) == 1 else ""))
+    old = getattr(node, head)
+    if rest:
+        if not dataclasses.is_dataclass(old):
+            raise ConfigError(f"{full}: {head} is a value, not a group; drop what follows it")
+        new = _replace(old, rest, value, full)
+    elif dataclasses.is_dataclass(old):
+        if not isinstance(value, type(old)):
+            raise ConfigError(f"{full}: is a group of fields; name one of {', '.join(_field_names(old))}")
+        new = value
+    else:
+        new = _typed(typing.get_type_hints(type(node))[head], value, full)
+    return dataclasses.replace(node, **{head: new})
+
+
+def _unknown_key(full: str, key: str, names: list[str], prefix: str) -> str:
+    near = difflib.get_close_matches(key, names, n=1, cutoff=0.4)
+    elsewhere = [p for p in _dotted(Config) if p.split(".")[-1] == key]
+    hint = prefix + near[0] if near else (elsewhere[0] if elsewhere else None)
+    return f"unknown configuration key {full}: " + (
+        f"did you mean {hint}?" if hint else f"the keys here are {', '.join(names)}"
+    )
+
+
+def _dotted(cls: type, prefix: str = "") -> list[str]:
+    out = []
+    for name, hint in typing.get_type_hints(cls).items():
+        if dataclasses.is_dataclass(hint):
+            out += _dotted(typing.cast(type, hint), f"{prefix}{name}.")
+        else:
+            out.append(prefix + name)
+    return out
+
+
+def _field_names(node: Any) -> list[str]:
+    return [f.name for f in dataclasses.fields(node)]
+
+
+def _from_dict(cls: type, raw: Any, where: str, prefix: str = "") -> Any:
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{where}: {prefix or 'the file'} must be a group of fields")
+    hints = typing.get_type_hints(cls)
+    for key in raw:
+        if key not in hints:
+            raise ConfigError(f"{where}: " + _unknown_key(prefix + key, key, list(hints), prefix))
+    values = {}
+    for key, value in raw.items():
+        hint = hints[key]
+        if dataclasses.is_dataclass(hint):
+            values[key] = _from_dict(typing.cast(type, hint), value, where, f"{prefix}{key}.")
+        else:
+            values[key] = _typed(hint, value, f"{prefix}{key}")
+    return cls(**values)
+
+
+def _typed(hint: Any, value: Any, key: str) -> Any:
+    """``value`` as the declared type; int is taken for float and lists for tuples, nothing else."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        if value not in args:
+            near = difflib.get_close_matches(str(value), [str(a) for a in args], n=1)
+            raise ConfigError(
+                f"{key}: {value!r} is not one of {', '.join(map(str, args))}"
+                + (f"; did you mean {near[0]}?" if near else "")
+            )
+        return value
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise ConfigError(f"{key}: expected a sequence, got {value!r}")
+        if len(args) == 2 and args[1] is Ellipsis:
+            return tuple(_typed(args[0], v, key) for v in value)
+        if len(value) != len(args):
+            raise ConfigError(f"{key}: expected {len(args)} values, got {value!r}")
+        return tuple(_typed(a, v, key) for a, v in zip(args, value, strict=True))
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        return _typed(next(a for a in args if a is not type(None)), value, key)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+        raise ConfigError(f"{key}: expected {hint.__name__}, got {value!r}")
+    return value

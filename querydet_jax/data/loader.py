@@ -1,0 +1,307 @@
+"""Batches for training and evaluation, read in parallel by grain.
+
+Letters: B images of this shard's batch, H W canvas, G padded boxes. A pipeline is a plan (which
+image, at which size, on which canvas; see ``plan``), a function from a place in the plan to one
+example, threads or processes that call it ahead of need, and stacking. Every random choice is a
+function of (seed, epoch, image), so the batches do not depend on the number of workers.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import grain.python as grain
+import numpy as np
+from absl import flags
+
+from querydet_jax.config import DataConfig
+from querydet_jax.data.dataset import Dataset
+from querydet_jax.data.plan import Item, TrainPlan, eval_plan
+from querydet_jax.data.transforms import place, resize, train_example
+from querydet_jax.errors import ConfigError, DataError
+
+_log = logging.getLogger("querydet_jax")
+
+# Damaged images are passed over until at least this many, and more than this share of the images
+# tried, have failed: by then it is the folder that is wrong.
+_TOLERATED, _TOLERATED_SHARE = 8, 0.1
+_ENDLESS = 2**40  # examples
+
+Batch = dict[str, np.ndarray]
+
+
+def train_batches(
+    dataset: Dataset,
+    data: DataConfig,
+    *,
+    batch_size: int,
+    seed: int,
+    start_step: int = 0,
+    shard: int = 0,
+    num_shards: int = 1,
+) -> TrainBatches:
+    """Endless shuffled batches of augmented images.
+
+    Args:
+      dataset: the images.
+      data: sizes, canvases, augmentation and workers.
+      batch_size: images a step over all shards; a shard gets the ``batch_size / num_shards`` of
+        them that begin at row ``shard * batch_size / num_shards``.
+      seed: of the order and of every augmentation, not negative.
+      start_step: the first step to give. The batch of a step does not depend on it.
+      shard: this host.
+      num_shards: hosts.
+
+    Returns:
+      An iterator of dictionaries: ``images`` uint8 [B, H, W, 3], padded with 0 on the bottom and
+      right; ``sizes`` int32 [B, 2], (h, w) of the valid pixels; ``boxes`` float32 [B, G, 4], pixels
+      of ``images``, padded with 0; ``classes`` int32 [B, G], padded with -1; ``image_ids`` int64 [B].
+
+    Raises:
+      ConfigError: a field that cannot be used, or a batch size that the shards do not divide.
+      DataError: at once, no images to train on or an image that fits no canvas; while iterating,
+        too many images that cannot be read.
+    """
+    return TrainBatches(dataset, data, batch_size, seed, start_step, shard, num_shards)
+
+
+def eval_batches(
+    dataset: Dataset,
+    data: DataConfig,
+    *,
+    batch_size: int,
+    indices: Sequence[int] | None = None,
+    shard: int = 0,
+    num_shards: int = 1,
+) -> EvalBatches:
+    """Every image once, resized but not augmented, grouped by canvas.
+
+    Args:
+      dataset: the images.
+      data: sizes, canvases and workers.
+      batch_size: images a batch of this shard.
+      indices: positions of the images; None: all.
+      shard: this host.
+      num_shards: hosts. All get the same number of batches with the same shapes in the same order.
+
+    Returns:
+      An iterator of dictionaries, with a ``len``: ``images`` uint8 [B, H, W, 3]; ``sizes`` int32
+      [B, 2], (h, w) of the valid pixels; ``original_sizes`` int32 [B, 2], (h, w) before resizing;
+      ``image_ids`` int64 [B]; ``valid`` bool [B], false for the repetitions that fill a last batch.
+
+    Raises:
+      ConfigError: a field that cannot be used.
+      DataError: at once, an image that fits no canvas; while iterating, one that cannot be read.
+    """
+    return EvalBatches(dataset, data, batch_size, indices, shard, num_shards)
+
+
+class TrainBatches:
+    """See ``train_batches``.
+
+    Attributes:
+      step: the step of the next batch.
+      skipped: image files that could not be read so far; each was logged once and others stood in.
+    """
+
+    def __init__(
+        self, dataset: Dataset, data: DataConfig, batch_size: int, seed: int, start_step: int, shard: int, num_shards: int
+    ):
+        _check(data, batch_size, shard, num_shards)
+        if batch_size % num_shards:
+            raise ConfigError(f"train.batch_size {batch_size}: not a multiple of the {num_shards} hosts")
+        if seed < 0 or start_step < 0:
+            raise ConfigError(f"train.seed {seed}, start step {start_step}: must not be negative")
+        plan = TrainPlan(dataset, data, batch_size, seed)
+        _warn_of_crowding(dataset, plan, data.max_boxes)
+        self.step = start_step
+        self._dataset, self._num_images = dataset, len(plan.indices)
+        self._tried, self._failed = 0, set()
+        rows = batch_size // num_shards
+        read = _ReadTrain(dataset, data, plan, seed, start_step, rows, shard * rows)
+        self._examples = _parallel(read, _ENDLESS, data, rows)
+
+    @property
+    def skipped(self) -> int:
+        return len(self._failed)
+
+    def __iter__(self) -> TrainBatches:
+        return self
+
+    def __next__(self) -> Batch:
+        examples = next(self._examples)
+        for example in examples:
+            self._tried += 1
+            for index, message in example.pop("failures"):
+                self._pass_over(index, message)
+        self.step += 1
+        return _stack(examples)
+
+    def _pass_over(self, index: int, message: str) -> None:
+        self._tried += 1
+        if index in self._failed:
+            return
+        self._failed.add(index)
+        _log.warning("skipped %s", message)
+        tried = min(self._tried, self._num_images)
+        if len(self._failed) >= _TOLERATED and len(self._failed) > _TOLERATED_SHARE * tried:
+            raise DataError(
+                f"{len(self._failed)} of {tried} training images could not be read, the last: {message}"
+            )
+
+    def close(self) -> None:
+        """End the workers."""
+        self._examples.close()
+
+
+class EvalBatches:
+    """See ``eval_batches``."""
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        data: DataConfig,
+        batch_size: int,
+        indices: Sequence[int] | None,
+        shard: int,
+        num_shards: int,
+    ):
+        _check(data, batch_size, shard, num_shards)
+        chosen = list(range(len(dataset))) if indices is None else [int(i) for i in indices]
+        batches = eval_plan(dataset, data, batch_size * num_shards, chosen)
+        rows = slice(shard * batch_size, (shard + 1) * batch_size)
+        items = [item for batch in batches for item in batch[rows]]
+        self._length = len(batches)
+        self._examples = _parallel(_ReadEval(dataset, items), len(items), data, batch_size)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> EvalBatches:
+        return self
+
+    def __next__(self) -> Batch:
+        return _stack(next(self._examples))
+
+    def close(self) -> None:
+        """End the workers."""
+        self._examples.close()
+
+
+class _ReadTrain:
+    """The n-th example of this shard, with the images that failed before one could be read."""
+
+    def __init__(
+        self, dataset: Dataset, data: DataConfig, plan: TrainPlan, seed: int, start_step: int, rows: int, first_row: int
+    ):
+        self._dataset, self._data, self._plan, self._seed = dataset, data, plan, seed
+        self._start_step, self._rows, self._first_row = start_step, rows, first_row
+
+    def __call__(self, n: int) -> dict[str, Any]:
+        item = self._plan.item(self._start_step + n // self._rows, self._first_row + n % self._rows)
+        failures: list[tuple[int, str]] = []
+        limit = max(_TOLERATED, int(_TOLERATED_SHARE * len(self._plan.indices)))
+        candidates, following = [item], 0
+        while True:
+            try:
+                return {**self._read(candidates[following]), "failures": failures}
+            except DataError as error:
+                failures.append((candidates[following].index, str(error)))
+            if not following:
+                candidates += self._plan.substitutes(item)
+            following += 1
+            if following == len(candidates) or len(failures) > limit:
+                raise DataError(
+                    f"none of {len(failures)} training images in a row could be read, the last: {failures[-1][1]}"
+                )
+
+    def _read(self, item: Item) -> dict[str, np.ndarray]:
+        truth = self._dataset.annotation(item.index)
+        example = train_example(
+            self._dataset.load(item.index),
+            truth.boxes[~truth.crowd],
+            truth.classes[~truth.crowd],
+            shape=item.shape,
+            canvas=item.canvas,
+            flip_probability=self._data.flip,
+            capacity=self._data.max_boxes,
+            rng=np.random.default_rng((self._seed, item.epoch, item.index)),
+        )
+        return {**example, "image_id": np.int64(self._dataset.image_id(item.index))}
+
+
+class _ReadEval:
+    """The n-th of a list of images."""
+
+    def __init__(self, dataset: Dataset, items: list[tuple[Item, bool]]):
+        self._dataset, self._items = dataset, items
+
+    def __call__(self, n: int) -> dict[str, Any]:
+        item, valid = self._items[n]
+        image = self._dataset.load(item.index)
+        return {
+            "image": place(resize(image, item.shape), item.canvas),
+            "size": np.array(item.shape, np.int32),
+            "original_size": np.array(image.shape[:2], np.int32),
+            "image_id": np.int64(self._dataset.image_id(item.index)),
+            "valid": np.bool_(valid),
+        }
+
+
+def _parallel(
+    read: Callable[[int], dict[str, Any]], length: int, data: DataConfig, rows: int
+) -> grain.DatasetIterator[list[dict[str, Any]]]:
+    """``[read(0), ..., read(rows - 1)]`` and so on, computed ahead by the configured workers.
+
+    Two batches of examples are kept ready, or an example a thread where that is more.
+    """
+    workers = max(data.processes, 1)
+    threads = -(-data.threads // workers)
+    ahead = max(-(-2 * rows // workers), threads) if threads else 0
+    examples = (
+        grain.MapDataset.range(length)
+        .map(read)
+        .to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead))
+    )
+    if data.processes:
+        if not flags.FLAGS.is_parsed():  # grain asks absl flags, which only absl programs parse
+            flags.FLAGS.mark_as_parsed()
+        examples = examples.mp_prefetch(
+            grain.MultiprocessingOptions(num_workers=data.processes, per_worker_buffer_size=max(1, ahead))
+        )
+    return iter(examples.batch(rows, batch_fn=list))
+
+
+def _stack(examples: list[dict[str, Any]]) -> Batch:
+    """Examples to a batch; ``image`` becomes ``images``, and so on."""
+    plural = {key: key if key.endswith("s") or key == "valid" else key + "s" for key in examples[0]}
+    return {plural[key]: np.stack([example[key] for example in examples]) for key in examples[0]}
+
+
+def _warn_of_crowding(dataset: Dataset, plan: TrainPlan, capacity: int) -> None:
+    """Say once that boxes will be dropped, which no single example could say without repeating it."""
+    counts = [int((~dataset.annotation(int(i)).crowd).sum()) for i in plan.indices]
+    over = sum(n > capacity for n in counts)
+    if over:
+        most = int(np.argmax(counts))
+        _log.warning(
+            "%d of %d training images have more than data.max_boxes %d boxes, at most %d (%s); those beyond are "
+            "dropped, raise data.max_boxes to keep them",
+            over, len(counts), capacity, counts[most], dataset.file_name(int(plan.indices[most])),
+        )  # fmt: skip
+
+
+def _check(data: DataConfig, batch_size: int, shard: int, num_shards: int) -> None:
+    if batch_size < 1 or not 0 <= shard < num_shards:
+        raise ConfigError(f"batch size {batch_size}, shard {shard} of {num_shards}: need a positive size and a shard of them")
+    for name in ("train_short", "train_max", "test_short", "test_max", "max_boxes"):
+        value = getattr(data, name)
+        if not value or min(value if isinstance(value, tuple) else (value,)) < 1:
+            raise ConfigError(f"data.{name} {value}: must be at least 1")
+    if not 0 <= data.flip <= 1:
+        raise ConfigError(f"data.flip {data.flip}: must be a probability, 0 to 1")
+    for name in ("threads", "processes"):
+        if getattr(data, name) < 0:
+            raise ConfigError(f"data.{name} {getattr(data, name)}: must not be negative")

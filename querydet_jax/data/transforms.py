@@ -1,0 +1,149 @@
+"""From an image and its boxes to network input. Pure functions of one example, in NumPy and PIL.
+
+Boxes are float32 [n, 4] (x0, y0, x1, y1) in pixels of the image they come with. Letters: H W image,
+n boxes, G padded boxes.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from PIL import Image
+
+from querydet_jax.errors import DataError
+
+MIN_SIDE = 1e-5  # px: a box with a side of at most this is empty
+# A crop keeps a box that has at least this share of its area inside the window. Of a box with less
+# in view too little shows to tell its class and extent.
+MIN_VISIBLE = 0.4
+
+
+def resize_shape(h: int, w: int, short: int, maximum: int) -> tuple[int, int]:
+    """Size of an (h, w) image scaled to short side ``short``, or less where the long side would exceed ``maximum``.
+
+    The order of the floating-point operations is detectron2's ``ResizeShortestEdge``, on which the
+    rounding of ``(nh, nw)`` depends.
+    """
+    scale = short * 1.0 / min(h, w)
+    nh, nw = (float(short), scale * w) if h < w else (scale * h, float(short))
+    if max(nh, nw) > maximum:
+        scale = maximum * 1.0 / max(nh, nw)
+        nh, nw = nh * scale, nw * scale
+    # max: an image over a thousand times longer than wide would vanish.
+    return max(int(nh + 0.5), 1), max(int(nw + 0.5), 1)
+
+
+def resize(image: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """uint8 [H, W, 3] to ``shape`` (height, width) by PIL's bilinear filter, antialiased when it shrinks."""
+    if image.shape[:2] == shape:
+        return image
+    return np.array(Image.fromarray(image).resize((shape[1], shape[0]), Image.Resampling.BILINEAR))
+
+
+def resize_boxes(boxes: np.ndarray, old: tuple[int, int], new: tuple[int, int]) -> np.ndarray:
+    """Boxes of an image of ``old`` (height, width) after its resize to ``new``."""
+    sy, sx = new[0] / old[0], new[1] / old[1]
+    return (boxes * np.array([sx, sy, sx, sy])).astype(np.float32)
+
+
+def flip(image: np.ndarray, boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mirrored left to right: x becomes W - x."""
+    w = np.float32(image.shape[1])
+    mirrored = np.stack([w - boxes[:, 2], boxes[:, 1], w - boxes[:, 0], boxes[:, 3]], axis=1)
+    return np.ascontiguousarray(image[:, ::-1]), mirrored
+
+
+def clip(boxes: np.ndarray, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Boxes cut to an image of ``shape`` (height, width), and bool [n]: which of them are not empty then."""
+    h, w = shape
+    cut = np.clip(boxes, 0, np.array([w, h, w, h], np.float32)).astype(np.float32)
+    return cut, ((cut[:, 2:] - cut[:, :2]) > MIN_SIDE).all(axis=1)
+
+
+def crop(
+    image: np.ndarray, boxes: np.ndarray, window: tuple[int, int, int, int]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Cut out ``window`` (y, x, height, width).
+
+    Returns:
+      The part of the image, the boxes clipped to it and in its pixels, and bool [n]: which have at
+      least ``MIN_VISIBLE`` of their area in it.
+    """
+    y, x, h, w = window
+    moved = boxes - np.array([x, y, x, y], np.float32)
+    cut, kept = clip(moved, (h, w))
+    kept &= _areas(cut) >= MIN_VISIBLE * _areas(boxes)
+    return image[y : y + h, x : x + w], cut, kept
+
+
+def _areas(boxes: np.ndarray) -> np.ndarray:
+    return (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+
+
+def place(image: np.ndarray, canvas: tuple[int, int]) -> np.ndarray:
+    """``image`` in the top left corner of a canvas (height, width) of zeros.
+
+    Raises:
+      DataError: it does not fit.
+    """
+    h, w = image.shape[:2]
+    if h > canvas[0] or w > canvas[1]:
+        raise DataError(f"an image of {h}x{w} (height x width) does not fit the canvas {canvas}; enlarge the canvas")
+    out = np.zeros((*canvas, 3), np.uint8)
+    out[:h, :w] = image
+    return out
+
+
+def pad_boxes(boxes: np.ndarray, classes: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
+    """The first ``capacity`` (G) boxes, padded with zeros to [G, 4], and their classes, padded with -1 to [G]."""
+    n = min(len(boxes), capacity)
+    padded = np.zeros((capacity, 4), np.float32)
+    labels = np.full((capacity,), -1, np.int32)
+    padded[:n], labels[:n] = boxes[:n], classes[:n]
+    return padded, labels
+
+
+def train_example(
+    image: np.ndarray,
+    boxes: np.ndarray,
+    classes: np.ndarray,
+    *,
+    shape: tuple[int, int],
+    canvas: tuple[int, int],
+    flip_probability: float,
+    capacity: int,
+    rng: np.random.Generator,
+) -> dict[str, np.ndarray]:
+    """Resize to ``shape``, crop at random what exceeds the canvas, flip at random, pad.
+
+    Args:
+      image: uint8 [H, W, 3].
+      boxes: float32 [n, 4], without crowd boxes.
+      classes: int32 [n].
+      shape: (height, width) to resize to.
+      canvas: (height, width) of the output.
+      flip_probability: of a horizontal flip.
+      capacity: G. Boxes beyond it are dropped, the last first.
+      rng: the source of every random choice.
+
+    Returns:
+      image uint8 [*canvas, 3]; size int32 [2], height and width of the valid pixels; boxes float32
+      [G, 4]; classes int32 [G].
+    """
+    flipped = rng.random() < flip_probability
+    boxes, kept = clip(resize_boxes(boxes, image.shape[:2], shape), shape)
+    boxes, classes = boxes[kept], classes[kept]
+    image = resize(image, shape)
+    if shape[0] > canvas[0] or shape[1] > canvas[1]:
+        h, w = min(shape[0], canvas[0]), min(shape[1], canvas[1])
+        y, x = int(rng.integers(shape[0] - h + 1)), int(rng.integers(shape[1] - w + 1))
+        image, boxes, kept = crop(image, boxes, (y, x, h, w))
+        boxes, classes = boxes[kept], classes[kept]
+    if flipped:
+        image, boxes = flip(image, boxes)
+    padded, labels = pad_boxes(boxes, classes, capacity)
+    return {
+        "image": place(image, canvas),
+        "size": np.array(image.shape[:2], np.int32),
+        "boxes": padded,
+        "classes": labels,
+    }

@@ -1,0 +1,222 @@
+"""The compiled function from images to detections.
+
+Shape letters: B batch, H W image, h w map, M candidates, D detections.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+
+from querydet_jax.config import InferenceConfig
+from querydet_jax.errors import ConfigError
+from querydet_jax.models.skeleton import Candidates, DenseDetector
+from querydet_jax.ops.nms import class_wise_nms
+from querydet_jax.sparse import CascadeLevel, LevelResult, LevelStats, SparseOptions, cascade, whole_map
+
+PyTree = Any
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["boxes", "scores", "classes", "valid", "stats"],
+    meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True)
+class Detections:
+    """Detections of a batch, best first.
+
+    boxes float32 ``[B, D, 4]`` xyxy px of the network input, not clipped; scores ``[B, D]``, 0 where
+    not valid; classes int32 ``[B, D]``, 0..K-1, -1 where not valid; valid bool ``[B, D]``; stats
+    ``{level: LevelStats}`` of the sparse levels (empty for dense inference).
+    """
+
+    boxes: Array
+    scores: Array
+    classes: Array
+    valid: Array
+    stats: dict[int, LevelStats]
+
+
+class QueryTrace(NamedTuple):
+    """What a picture of the cascade shows. Maps of a batch, by level.
+
+    ``probability`` float32 ``[B, h, w]``: query probability on the start level and on the sparse
+    levels, where it is 0 outside the keys; ``keys`` and ``active`` bool ``[B, h, w]`` on the sparse levels.
+    """
+
+    probability: dict[int, Array]
+    keys: dict[int, Array]
+    active: dict[int, Array]
+
+
+class Detector:
+    """Image to detections, compiled once per input shape.
+
+    ``config.query`` chooses how the fine levels are computed: ``dense`` runs the heads on every
+    level everywhere (the query head not at all); ``csq`` runs them densely from
+    ``config.start_level`` up and, below it, only around queries (paper section 3.3).
+
+    Args:
+      model: a detector of ``querydet_jax.models``. Its weights are read at construction and again
+        whenever ``update`` is called.
+      config: what to do at inference.
+
+    Raises:
+      ConfigError: the model lacks what ``config`` asks for.
+    """
+
+    def __init__(self, model: DenseDetector, config: InferenceConfig):
+        if config.query != "dense":
+            if model.query_head is None:
+                raise ConfigError(
+                    f"inference.query {config.query}: this model has no query head; use inference.query dense"
+                )
+            if not model.config.min_level < config.start_level <= model.config.max_level:
+                raise ConfigError(
+                    f"inference.start_level {config.start_level}: the model has "
+                    f"P{model.config.min_level}..P{model.config.max_level}; choose one above P{model.config.min_level}"
+                )
+        self.config = config
+        self._graph, self._state = _split_for_inference(model)
+        self._run = jax.jit(partial(_detect, self._graph, config))
+        self._trace = jax.jit(partial(_trace, self._graph, config))
+
+    def update(self, model: DenseDetector) -> None:
+        """Take the weights of ``model``, of the same configuration; nothing is compiled again."""
+        self._graph, self._state = _split_for_inference(model)
+
+    def __call__(self, images: Array | np.ndarray, sizes: Array | np.ndarray | None = None) -> Detections:
+        """Detect in uint8 RGB ``images [B, H, W, 3]``; ``sizes`` int32 ``[B, 2]`` gives the valid
+        (height, width) of each, where images are padded to a canvas."""
+        return self._run(self._state, *_inputs(images, sizes))
+
+    def trace(self, images: Array | np.ndarray, sizes: Array | np.ndarray | None = None) -> QueryTrace:
+        """Query probabilities, keys and active cells by level, for pictures and statistics."""
+        if self.config.query == "dense":
+            raise ConfigError("inference.query dense computes no queries; use inference.query csq")
+        return self._trace(self._state, *_inputs(images, sizes))
+
+    def lower(self, shape: tuple[int, int, int]) -> jax.stages.Lowered:
+        """The program for images ``[B, H, W, 3]``, for cost analysis or compilation ahead of time."""
+        batch, height, width = shape
+        return self._run.lower(
+            self._state,
+            jax.ShapeDtypeStruct((batch, height, width, 3), jnp.uint8),
+            jax.ShapeDtypeStruct((batch, 2), jnp.int32),
+        )
+
+    def compilations(self) -> int:
+        """How many programs have been compiled: one a canvas."""
+        return self._run._cache_size()
+
+
+def _inputs(images: Array | np.ndarray, sizes: Array | np.ndarray | None) -> tuple[Array, Array]:
+    images = jnp.asarray(images)
+    if images.ndim != 4 or images.shape[-1] != 3:
+        raise ValueError(f"images must be [B, H, W, 3], got {images.shape}")
+    if sizes is None:
+        sizes = np.broadcast_to(np.asarray(images.shape[1:3], np.int32), (images.shape[0], 2))
+    return images, jnp.asarray(sizes, jnp.int32)
+
+
+def _split_for_inference(model: DenseDetector) -> tuple[nnx.GraphDef, PyTree]:
+    was_training = any(getattr(module, "use_running_average", True) is False for _, module in nnx.iter_modules(model))
+    model.eval()
+    graph, state = nnx.split(model)
+    if was_training:
+        model.train()
+    # A copy: the training step donates and overwrites the model's own buffers.
+    return graph, jax.tree.map(jnp.copy, state)
+
+
+def _detect(graph: nnx.GraphDef, config: InferenceConfig, state: PyTree, images: Array, sizes: Array) -> Detections:
+    model = nnx.merge(graph, state)
+    found, results = _candidates(model, config, images, sizes)
+    joined = Candidates(*(jnp.concatenate(parts, axis=1) for parts in zip(*found, strict=True)))
+    scores = jnp.where(joined.scores > config.score_threshold, joined.scores, -jnp.inf)
+
+    def finish(boxes: Array, scores: Array, classes: Array) -> tuple[Array, Array, Array, Array]:
+        keep, valid = class_wise_nms(
+            boxes, scores, classes, iou_threshold=config.nms_iou, max_detections=config.max_detections
+        )
+        return (
+            jnp.where(valid[:, None], boxes[keep], 0.0),
+            jnp.where(valid, scores[keep], 0.0),
+            jnp.where(valid, classes[keep], -1),
+            valid,
+        )
+
+    detections = jax.vmap(finish)(joined.boxes, scores, joined.classes)
+    return Detections(*detections, stats={level: result.stats for level, result in results.items()})
+
+
+def _trace(graph: nnx.GraphDef, config: InferenceConfig, state: PyTree, images: Array, sizes: Array) -> QueryTrace:
+    model = nnx.merge(graph, state)
+    start, results = _run_cascade(model, config, *_pyramid(model, config, images, sizes))
+    probability = {config.start_level: jax.nn.sigmoid(start)}
+    for level, result in results.items():
+        if result.query_logits is not None:
+            probability[level] = jax.nn.sigmoid(result.query_logits)
+    return QueryTrace(
+        probability,
+        {level: result.keys for level, result in results.items()},
+        {level: result.active for level, result in results.items()},
+    )
+
+
+def _pyramid(
+    model: DenseDetector, config: InferenceConfig, images: Array, sizes: Array
+) -> tuple[dict[int, Array], dict[int, Array]]:
+    """Dense pyramid levels, and the merged maps below the start level."""
+    dense_from = model.config.min_level if config.query == "dense" else config.start_level
+    stages = model.backbone(model.normalize(images, sizes))
+    merged = model.fpn.merge(stages)
+    # Levels above P5 are made from C5 or P5; as sparse levels they are taken as they come.
+    return model.fpn.outputs(stages, merged, dense_from if dense_from <= 5 else 6), merged
+
+
+def _candidates(
+    model: DenseDetector, config: InferenceConfig, images: Array, sizes: Array
+) -> tuple[list[Candidates], dict[int, LevelResult]]:
+    """Candidates in the published order of levels: sparse ones coarse to fine, then dense fine to coarse."""
+    pyramid, merged = _pyramid(model, config, images, sizes)
+    results: dict[int, LevelResult] = {}
+    if config.query != "dense":
+        _, results = _run_cascade(model, config, pyramid, merged)
+    found = [result.reduced for result in results.values()]
+    for level, x in pyramid.items():
+        if level in results:
+            continue
+        outputs = [y.reshape(-1, y.shape[-1]) for y in model.dense_heads(x)]
+        everywhere = whole_map(jnp.ones(x.shape[:3], bool))
+        found.append(model.candidates(level, outputs, everywhere, topk=config.topk))
+    return found, results
+
+
+def _run_cascade(
+    model: DenseDetector, config: InferenceConfig, pyramid: dict[int, Array], merged: dict[int, Array]
+) -> tuple[Array, dict[int, LevelResult]]:
+    start = model.query_head(pyramid[config.start_level])
+    levels = [
+        CascadeLevel(level, merged[level], model.fpn.output(level).weights())
+        if level in merged
+        else CascadeLevel(level, pyramid[level], None)
+        for level in range(config.start_level - 1, model.config.min_level - 1, -1)
+    ]
+    results = cascade(
+        start,
+        levels,
+        model.head_stacks(),
+        model.query_head.stack(),
+        partial(model.candidates, topk=config.topk),
+        SparseOptions(config.threshold, config.context, config.capacities, config.chunk),
+    )
+    return start, {level.level: result for level, result in zip(levels, results, strict=True)}

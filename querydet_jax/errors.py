@@ -1,0 +1,21 @@
+"""Errors a user can cause and mend. Commands print them in one line and exit with status 2.
+
+Every message names the file or field at fault and the remedy; nothing deeper than this is
+shown to a user, so code below a command raises one of these wherever input can be bad.
+"""
+
+
+class QueryDetError(ValueError):
+    """Base of all errors that bad input can cause."""
+
+
+class ConfigError(QueryDetError):
+    """A configuration file, key or value that cannot be used."""
+
+
+class DataError(QueryDetError):
+    """A data folder, annotation file, image or box that cannot be used."""
+
+
+class WeightsError(QueryDetError):
+    """A weight file or checkpoint that cannot be read or does not fit the model."""

@@ -1,0 +1,302 @@
+"""COCO evaluation of boxes: detections to COCO results, results to metrics.
+
+pycocotools does the matching. Its summary is not used: with other limits than (1, 10, 100) it still
+asks for 100 detections an image for the headline AP. The metrics are read from its precision and
+recall arrays, and equal its summary where that is right.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from querydet_jax.errors import DataError
+from querydet_jax.evaluation.coco_input import annotations_of, choose, detections_of, entries, within
+from querydet_jax.evaluation.metrics import DEFAULT_BINS, CocoMetrics, SizeBin, as_bins
+
+# COCO's own area ranges, both ends included. An object of exactly 32x32 is small and medium.
+_COCO_AREAS = {"all": (0.0, 1e10), "s": (0.0, 32.0**2), "m": (32.0**2, 96.0**2), "l": (96.0**2, 1e10)}
+
+
+@dataclass(frozen=True, eq=False)
+class ImageDetections:
+    """Detections of one image.
+
+    Attributes:
+      image_id: the image's id in the ground truth.
+      boxes: float32 [n,4] xyxy, px of the original image.
+      scores: float32 [n].
+      classes: int [n], 0..K-1.
+
+    Raises:
+      DataError: lengths that differ, or boxes that are not [n,4].
+    """
+
+    image_id: int
+    boxes: np.ndarray
+    scores: np.ndarray
+    classes: np.ndarray
+
+    def __post_init__(self) -> None:
+        n = len(self.boxes)
+        shapes = [np.shape(self.boxes), np.shape(self.scores), np.shape(self.classes)]
+        if shapes != [(n, 4), (n,), (n,)]:
+            raise DataError(
+                f"image {self.image_id}: boxes, scores, classes of shapes {shapes}, expected [n,4], [n], [n]; "
+                "drop the padded entries of all three alike"
+            )
+
+
+def rescale_to_original(
+    boxes: ArrayLike,
+    scores: ArrayLike,
+    classes: ArrayLike,
+    valid: ArrayLike,
+    net_size: tuple[int, int],
+    original_size: tuple[int, int],
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Detections of one network input as detections of the original image.
+
+    Padded entries go, boxes are scaled, clipped to the original image, and dropped where nothing is left.
+
+    Args:
+      boxes: [D,4] xyxy, px of the network input.
+      scores, classes: [D].
+      valid: bool [D], false for padding.
+      net_size: (height, width) of the resized image before padding to a canvas.
+      original_size: (height, width) of the image as stored.
+
+    Returns:
+      boxes float32 [n,4], scores float32 [n], classes int64 [n]: ``ImageDetections(image_id, *these)``.
+
+    Raises:
+      DataError: a size that is not positive, or ``valid`` not boolean.
+    """
+    for name, size in (("net_size", net_size), ("original_size", original_size)):
+        if min(size) <= 0:
+            raise DataError(f"{name}: {tuple(size)}, expected (height, width), both above 0")
+    keep = np.asarray(valid)
+    if keep.dtype != np.bool_:
+        raise DataError(f"valid: {keep.dtype}, expected bool; an integer would select entries by their index")
+    out = np.asarray(boxes, np.float32)[keep]
+    height, width = original_size
+    scale = np.asarray([width / net_size[1], height / net_size[0]], np.float32)
+    limit = np.asarray([width, height], np.float32)
+    out = np.clip(out * np.tile(scale, 2), np.float32(0), np.tile(limit, 2))
+    solid = (out[:, 2] > out[:, 0]) & (out[:, 3] > out[:, 1])
+    return out[solid], np.asarray(scores, np.float32)[keep][solid], np.asarray(classes, np.int64)[keep][solid]
+
+
+def to_coco_results(detections: Iterable[ImageDetections], category_ids: Sequence[int]) -> list[dict[str, Any]]:
+    """COCO's list of results: ``image_id``, ``category_id``, ``bbox`` [x, y, w, h], ``score``.
+
+    Args:
+      detections: one an image.
+      category_ids: the data set's category id of each class, [K].
+
+    Raises:
+      DataError: a class outside 0..K-1.
+    """
+    results = []
+    for image in detections:
+        boxes = np.asarray(image.boxes, np.float64)
+        classes = np.asarray(image.classes, np.int64)
+        if classes.size and not (0 <= classes.min() and classes.max() < len(category_ids)):
+            raise DataError(
+                f"image {image.image_id}: classes {classes.min()}..{classes.max()}, but category_ids has "
+                f"{len(category_ids)} entries; give one id a class of the model"
+            )
+        xywh = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1).tolist()
+        for box, score, label in zip(xywh, np.asarray(image.scores).tolist(), classes.tolist(), strict=True):
+            results.append(
+                {"image_id": image.image_id, "category_id": category_ids[label], "bbox": box, "score": score}
+            )
+    return results
+
+
+def save_results(path: str | Path, results: Sequence[dict[str, Any]]) -> None:
+    """Write COCO results as JSON; the file appears whole or not at all, its folder is made.
+
+    Raises:
+      DataError: a value that JSON cannot hold, such as nan or an array.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with aside.open("w") as file:
+            json.dump(results, file, allow_nan=False, default=_plain)
+        os.replace(aside, path)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{path}: results not writable as JSON ({error}); see to_coco_results for the form") from None
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def evaluate(
+    ground_truth: dict[str, Any],
+    results: Sequence[dict[str, Any]],
+    *,
+    max_detections: Sequence[int] = (1, 10, 100),
+    size_bins: Iterable[tuple[float, float]] = DEFAULT_BINS,
+    category_ids: Sequence[int] | None = None,
+    image_ids: Sequence[int] | None = None,
+) -> CocoMetrics:
+    """Average precision and recall of boxes, over IoU 0.50, 0.55 .. 0.95 and averaged over categories.
+
+    Args:
+      ground_truth: a COCO file's content: ``images``, ``annotations``, ``categories``. Left as it is;
+        a missing ``area`` is taken as w*h of the box, a missing ``iscrowd`` as 0.
+      results: COCO results, as ``to_coco_results`` gives. Left as they are.
+      max_detections: limits of detections an image and category; AR is given for each, everything else for
+        the largest.
+      size_bins: further ranges of sqrt(area) in px, ``low <= size < high``, for AP and AR; they may overlap.
+        Sizes are judged by the annotation's ``area``, of the segment where the data set has segments.
+      category_ids: evaluate these categories only.
+      image_ids: evaluate these images only.
+
+    Raises:
+      DataError: malformed ground truth or results; an image or category id that the ground truth lacks.
+    """
+    limits = sorted({int(limit) for limit in max_detections})
+    if not limits or limits[0] < 1:
+        raise DataError(f"max_detections: {tuple(max_detections)}, expected at least one number, each 1 or more")
+    bins = as_bins(size_bins)
+    images = entries(ground_truth, "images")
+    categories = entries(ground_truth, "categories")
+    truth = annotations_of(ground_truth, images, categories)
+    found = detections_of(results, images, categories)
+
+    chosen_images = choose(images, image_ids, "image_ids")
+    chosen_categories = choose(categories, category_ids, "category_ids")
+    truth = within(truth, chosen_images, chosen_categories)
+    found = within(found, chosen_images, chosen_categories)
+
+    areas = dict(_COCO_AREAS)
+    for entry in bins:
+        # pycocotools includes both ends; half-open bins count an object of exactly 16x16 once.
+        areas[entry.key] = (entry.low**2, float(np.nextafter(entry.high**2, 0)) if entry.high < np.inf else np.inf)
+    precision, recall = _run(chosen_images, chosen_categories, truth, found, areas, limits)
+
+    objects = [item for item in truth if not item["iscrowd"]]
+    notes = []
+    if not chosen_images:
+        notes.append("no images to evaluate, so every metric is undefined; check `images` of the ground truth")
+    elif not objects:
+        notes.append(
+            f"no ground-truth objects in the {len(chosen_images)} images evaluated, so every metric is undefined; "
+            "check `annotations` and the ids chosen"
+        )
+    elif not found:
+        notes.append("no detections in the images evaluated; check the score threshold")
+    return CocoMetrics(
+        metrics=_summary(precision, recall, areas, limits, bins),
+        per_class=_by_class(chosen_categories, objects, precision, recall, list(areas)),
+        objects={key: sum(low <= item["area"] <= high for item in objects) for key, (low, high) in areas.items()},
+        num_images=len(chosen_images),
+        num_detections=len(found),
+        size_bins=bins,
+        notes=tuple(notes),
+    )
+
+
+def _run(
+    images: dict[int, Any],
+    categories: dict[int, Any],
+    truth: list[dict[str, Any]],
+    found: list[dict[str, Any]],
+    areas: dict[str, tuple[float, float]],
+    limits: list[int],
+) -> tuple[np.ndarray, np.ndarray]:
+    """pycocotools' precision [IoU, recall, category, area, limit] and recall [IoU, category, area, limit]; -1: none."""
+    # It reports progress by print alone.
+    with contextlib.redirect_stdout(io.StringIO()):
+        sets = []
+        for annotations in (truth, found):
+            coco = COCO()
+            dataset: Any = {
+                "images": list(images.values()),
+                "categories": list(categories.values()),
+                "annotations": annotations,
+            }
+            coco.dataset = dataset
+            coco.createIndex()
+            sets.append(coco)
+        run = COCOeval(*sets, iouType="bbox")
+        run.params.maxDets = limits
+        run.params.areaRng = [list(pair) for pair in areas.values()]
+        run.params.areaRngLbl = list(areas)
+        # Sorted here as pycocotools does, so that axis 2 follows the order of `categories`.
+        run.params.imgIds, run.params.catIds = sorted(images), sorted(categories)
+        run.evaluate()
+        run.accumulate()
+    return run.eval["precision"], run.eval["recall"]
+
+
+def _summary(
+    precision: np.ndarray,
+    recall: np.ndarray,
+    areas: dict[str, tuple[float, float]],
+    limits: list[int],
+    bins: tuple[SizeBin, ...],
+) -> dict[str, float]:
+    index = {name: i for i, name in enumerate(areas)}
+    out = {
+        "AP": _mean(precision[:, :, :, 0, -1]),
+        "AP50": _mean(precision[0, :, :, 0, -1]),
+        "AP75": _mean(precision[5, :, :, 0, -1]),
+    }
+    out |= {f"AP{size}": _mean(precision[:, :, :, index[size], -1]) for size in "sml"}
+    out |= {f"AR{limit}": _mean(recall[:, :, 0, i]) for i, limit in enumerate(limits)}
+    out |= {f"AR{size}": _mean(recall[:, :, index[size], -1]) for size in "sml"}
+    out |= {f"AP_{entry.key}": _mean(precision[:, :, :, index[entry.key], -1]) for entry in bins}
+    out |= {f"AR_{entry.key}": _mean(recall[:, :, index[entry.key], -1]) for entry in bins}
+    return out
+
+
+def _by_class(
+    categories: dict[int, Any],
+    objects: list[dict[str, Any]],
+    precision: np.ndarray,
+    recall: np.ndarray,
+    areas: list[str],
+) -> dict[str, dict[str, float]]:
+    counts = dict.fromkeys(categories, 0)
+    for item in objects:
+        counts[item["category_id"]] += 1
+    names = [str(category.get("name", key)) for key, category in categories.items()]
+    small = areas.index("s")
+    out = {}
+    for k, key in enumerate(categories):
+        name = names[k] if names.count(names[k]) == 1 else f"{names[k]} ({key})"
+        out[name] = {
+            "AP": _mean(precision[:, :, k, 0, -1]),
+            "AP50": _mean(precision[0, :, k, 0, -1]),
+            "APs": _mean(precision[:, :, k, small, -1]),
+            "AR": _mean(recall[:, k, 0, -1]),
+            "objects": counts[key],
+        }
+    return out
+
+
+def _mean(values: np.ndarray) -> float:
+    known = values[values > -1]
+    return 100.0 * float(np.mean(known)) if known.size else float("nan")
+
+
+def _plain(value: Any) -> Any:
+    """NumPy scalars, which json does not know, as Python's."""
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"a {type(value).__name__} among the values")

@@ -1,0 +1,124 @@
+"""COCO ground truth and results, checked and copied into what pycocotools takes.
+
+pycocotools answers bad input with an assertion, a KeyError or a wrong number, and writes into the
+dicts it is given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from querydet_jax.errors import DataError
+
+
+def entries(ground_truth: dict[str, Any], key: str) -> dict[int, dict[str, Any]]:
+    """Id to entry, in ascending order of id."""
+    entries = ground_truth.get(key) if isinstance(ground_truth, dict) else None
+    if not isinstance(entries, list) or any(not isinstance(e, dict) or "id" not in e for e in entries):
+        raise DataError(f"ground truth: `{key}` is not a list of entries with an id; give a COCO annotation file")
+    out = {entry["id"]: entry for entry in entries}
+    if len(out) < len(entries):
+        raise DataError(f"ground truth: `{key}` has an id twice; give every entry its own")
+    return dict(sorted(out.items()))
+
+
+def choose(known: dict[int, Any], ids: Sequence[int] | None, name: str) -> dict[int, Any]:
+    if ids is None:
+        return known
+    unknown = sorted(set(ids) - set(known), key=str)
+    if unknown:
+        raise DataError(f"{name}: {_listed(unknown)} not in the ground truth; give ids that it has")
+    wanted = set(ids)
+    return {key: entry for key, entry in known.items() if key in wanted}
+
+
+def within(items: list[dict[str, Any]], images: dict[int, Any], categories: dict[int, Any]) -> list[dict[str, Any]]:
+    return [item for item in items if item["image_id"] in images and item["category_id"] in categories]
+
+
+def annotations_of(
+    ground_truth: dict[str, Any], images: dict[int, Any], categories: dict[int, Any]
+) -> list[dict[str, Any]]:
+    """Annotations as pycocotools needs them: fresh dicts (it writes into them), numbered from 1.
+
+    pycocotools marks an unmatched detection by the annotation id 0, so that a match with an
+    annotation numbered 0 would count as a false positive.
+    """
+    annotations = ground_truth.get("annotations", [])
+    if not isinstance(annotations, list):
+        raise DataError("ground truth: `annotations` is not a list; give a COCO annotation file")
+    out = []
+    for index, item in enumerate(annotations):
+        where = f"ground truth: annotation {item.get('id', index) if isinstance(item, dict) else index}"
+        box = _checked(item, images, categories, where, ("image_id", "category_id", "bbox"))
+        area = item.get("area")
+        out.append(
+            {
+                "id": index + 1,
+                "image_id": item["image_id"],
+                "category_id": item["category_id"],
+                "bbox": box,
+                "area": box[2] * box[3] if area is None else float(area),
+                "iscrowd": int(item.get("iscrowd") or 0),
+            }
+        )
+    return out
+
+
+def detections_of(
+    results: Sequence[dict[str, Any]], images: dict[int, Any], categories: dict[int, Any]
+) -> list[dict[str, Any]]:
+    for key, known, name in (("image_id", images, "image"), ("category_id", categories, "category")):
+        unknown = sorted(
+            {item[key] for item in results if isinstance(item, dict) and key in item} - set(known), key=str
+        )
+        if unknown:
+            raise DataError(
+                f"results: {name} id {_listed(unknown)} not in the ground truth; evaluate against the annotation "
+                f"file that the detections were made for"
+            )
+    out = []
+    for index, item in enumerate(results):
+        where = f"results: entry {index}"
+        box = _checked(item, images, categories, where, ("image_id", "category_id", "bbox", "score"))
+        score = float(item["score"])
+        if not np.isfinite(score):
+            raise DataError(f"{where}: score {score} is not finite; mend the detector or drop the entry")
+        out.append(
+            {
+                "id": index + 1,
+                "image_id": item["image_id"],
+                "category_id": item["category_id"],
+                "bbox": box,
+                "area": box[2] * box[3],
+                "iscrowd": 0,
+                "score": score,
+            }
+        )
+    return out
+
+
+def _checked(
+    item: Any, images: dict[int, Any], categories: dict[int, Any], where: str, keys: tuple[str, ...]
+) -> list[float]:
+    """The entry's box as four finite floats, after checking its fields and ids."""
+    missing = [key for key in keys if key not in item] if isinstance(item, dict) else list(keys)
+    if missing:
+        raise DataError(f"{where}: lacks {', '.join(missing)}; every entry needs {', '.join(keys)}")
+    for key, known in (("image_id", images), ("category_id", categories)):
+        if item[key] not in known:
+            raise DataError(f"{where}: {key} {item[key]} is not listed in the ground truth; add it or drop the entry")
+    try:
+        box = [float(value) for value in item["bbox"]]
+    except (TypeError, ValueError):
+        box = []
+    if len(box) != 4 or not np.isfinite(box).all() or box[2] < 0 or box[3] < 0:
+        raise DataError(f"{where}: bbox {item['bbox']}, expected four finite numbers x, y, w, h with w, h >= 0")
+    return box
+
+
+def _listed(ids: Sequence[Any]) -> str:
+    return ", ".join(map(str, ids[:5])) + (f" and {len(ids) - 5} more" if len(ids) > 5 else "")

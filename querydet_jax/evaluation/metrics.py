@@ -1,0 +1,160 @@
+"""What an evaluation yields: size bins, the metrics with their JSON and text forms."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from querydet_jax.errors import DataError
+
+
+class SizeBin(NamedTuple):
+    """Objects with ``low <= sqrt(area) < high``, in px."""
+
+    low: float
+    high: float
+
+    @property
+    def key(self) -> str:
+        """Suffix of a metric's name, e.g. ``8_16`` or ``96_inf``."""
+        return f"{self.low:g}_{self.high:g}"
+
+    @property
+    def label(self) -> str:
+        """For tables, e.g. ``8-16 px``, ``<8 px`` or ``>=96 px``."""
+        if math.isinf(self.high):
+            return f">={self.low:g} px"
+        return f"<{self.high:g} px" if self.low == 0 else f"{self.low:g}-{self.high:g} px"
+
+
+# Finer than COCO's small, medium and large, where small objects live; the last overlaps the first two.
+DEFAULT_BINS = (
+    SizeBin(0, 8),
+    SizeBin(8, 16),
+    SizeBin(16, 32),
+    SizeBin(32, 96),
+    SizeBin(96, math.inf),
+    SizeBin(0, 16),
+)
+
+
+def as_bins(bins: Iterable[tuple[float, float]]) -> tuple[SizeBin, ...]:
+    """``(low, high)`` pairs as SizeBins. Raises DataError where not ``0 <= low < high`` or given twice."""
+    out = tuple(SizeBin(float(low), float(high)) for low, high in bins)
+    for entry in out:
+        if not 0 <= entry.low < entry.high:
+            raise DataError(f"size_bins: ({entry.low:g}, {entry.high:g}) is not a range; give 0 <= low < high, in px")
+    if len({entry.key for entry in out}) < len(out):
+        raise DataError(f"size_bins: {[entry.key for entry in out]} names a range twice; drop one")
+    return out
+
+
+@dataclass(frozen=True)
+class CocoMetrics:
+    """Average precision and recall in percent (0..100), nan where there is no ground truth to find.
+
+    Attributes:
+      metrics: AP, AP50, AP75, APs, APm, APl; AR1, AR10, AR100 (named after the limits of detections
+        an image); ARs, ARm, ARl; then ``AP_low_high`` of every size bin and ``AR_low_high`` likewise.
+        All but the AR with a limit in their name take the largest limit.
+      per_class: class name to AP, AP50, APs, AR and the number of objects, in the data set's order.
+      objects: number of ground-truth objects (crowds apart): ``all``, ``s``, ``m``, ``l`` and each bin's key.
+      num_images: images evaluated.
+      num_detections: detections in them.
+      size_bins: the bins behind the ``_low_high`` names.
+      notes: what a reader must know before trusting the numbers, e.g. that there was no ground truth.
+    """
+
+    metrics: dict[str, float]
+    per_class: dict[str, dict[str, float]]
+    objects: dict[str, int]
+    num_images: int
+    num_detections: int
+    size_bins: tuple[SizeBin, ...] = DEFAULT_BINS
+    notes: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types only; nan becomes None, for JSON has no nan."""
+        return {
+            "metrics": _without_nan(self.metrics),
+            "per_class": {name: _without_nan(row) for name, row in self.per_class.items()},
+            "objects": dict(self.objects),
+            "num_images": self.num_images,
+            "num_detections": self.num_detections,
+            "notes": list(self.notes),
+        }
+
+    def to_json(self) -> str:
+        """``to_dict`` as strict JSON text."""
+        return json.dumps(self.to_dict(), indent=2, allow_nan=False)
+
+    def table(self) -> str:
+        """Plain text, at most 100 columns wide: headline, by object size, by class. ``-`` stands for nan."""
+        parts = [
+            f"{self.num_images:,} images, {self.objects['all']:,} objects, {self.num_detections:,} detections",
+            *(f"warning: {note}" for note in self.notes),
+        ]
+        sized = {f"{kind}_{entry.key}" for kind in ("AP", "AR") for entry in self.size_bins}
+        for kind in ("AP", "AR"):
+            row = {name: value for name, value in self.metrics.items() if name.startswith(kind) and name not in sized}
+            parts += ["", text_table(list(row), [[percent(value) for value in row.values()]], left=0)]
+        if self.size_bins:
+            rows = [
+                [
+                    entry.label,
+                    f"{self.objects[entry.key]:,}",
+                    percent(self.metrics[f"AP_{entry.key}"]),
+                    percent(self.metrics[f"AR_{entry.key}"]),
+                ]
+                for entry in self.size_bins
+            ]
+            parts += ["", text_table(["sqrt(area)", "objects", "AP", "AR"], rows)]
+        if self.per_class:
+            parts += ["", self._class_table()]
+        return "\n".join(parts)
+
+    def _class_table(self) -> str:
+        # Many classes: two columns of them side by side halve the height; AP50 goes to fit 100 columns.
+        many = len(self.per_class) > 30
+        columns = ["AP", "APs", "AR"] if many else ["AP", "AP50", "APs", "AR"]
+        header = ["class", "objects", *columns]
+        rows = [
+            [_shorten(name, 14 if many else 24), f"{int(row['objects']):,}", *(percent(row[key]) for key in columns)]
+            for name, row in self.per_class.items()
+        ]
+        if not many:
+            return text_table(header, rows)
+        half = (len(rows) + 1) // 2
+        sides = [text_table(header, part).splitlines() for part in (rows[:half], rows[half:])]
+        sides[1] += [""] * (len(sides[0]) - len(sides[1]))
+        width = max(map(len, sides[0]))
+        return "\n".join(f"{a:<{width}}  |  {b}".rstrip() for a, b in zip(*sides, strict=True))
+
+
+def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    """Aligned columns two blanks apart under a rule; the first ``left`` columns flush left, the rest right."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+
+    def line(cells: Sequence[str]) -> str:
+        padded = (
+            cell.ljust(width) if i < left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        )
+        return "  ".join(padded).rstrip()
+
+    return "\n".join([line(header), "  ".join("-" * width for width in widths), *map(line, rows)])
+
+
+def percent(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.2f}"
+
+
+def _shorten(text: str, width: int) -> str:
+    return text if len(text) <= width else text[: width - 2] + ".."
+
+
+def _without_nan(values: dict[str, float]) -> dict[str, float | None]:
+    return {key: None if math.isnan(value) else value for key, value in values.items()}

@@ -1,0 +1,116 @@
+"""Residual networks (He et al. 2016) in detectron2's and torchvision's flavour."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array, lax
+
+from querydet_jax.config import BackboneConfig
+from querydet_jax.models.layers import Conv, Frozen, msra_init
+
+_DEPTHS = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3), "resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3)}
+_BOTTLENECK = {"resnet50", "resnet101"}
+
+# Statistics in the channel order each flavour's weights expect.
+_PIXELS = {
+    "msra": ((103.530, 116.280, 123.675), (1.0, 1.0, 1.0)),  # BGR
+    "torchvision": ((123.675, 116.280, 103.530), (58.395, 57.120, 57.375)),  # RGB
+}
+
+
+def pixel_statistics(flavor: str) -> tuple[Frozen, Frozen]:
+    """Mean and std ``[3]`` in the flavour's channel order (msra: BGR, torchvision: RGB)."""
+    mean, std = _PIXELS[flavor]
+    return Frozen(jnp.asarray(mean, jnp.float32)), Frozen(jnp.asarray(std, jnp.float32))
+
+
+def is_bgr(flavor: str) -> bool:
+    return flavor == "msra"
+
+
+class BasicBlock(nnx.Module):
+    """Two 3x3 convolutions; the stride is on the first."""
+
+    expansion = 1
+
+    def __init__(self, in_channels: int, width: int, stride: int, config: BackboneConfig, **common):
+        self.conv1 = Conv(in_channels, width, 3, stride=stride, **common)
+        self.conv2 = Conv(width, width, 3, **common)
+        self.shortcut = (
+            Conv(in_channels, width, 1, stride=stride, **common) if stride > 1 or in_channels != width else None
+        )
+
+    def __call__(self, x: Array) -> Array:
+        y = self.conv2(jax.nn.relu(self.conv1(x)))
+        return jax.nn.relu(y + (x if self.shortcut is None else self.shortcut(x)))
+
+
+class Bottleneck(nnx.Module):
+    """1x1, 3x3, 1x1; the stride is on the first 1x1 (msra) or on the 3x3 (torchvision)."""
+
+    expansion = 4
+
+    def __init__(self, in_channels: int, width: int, stride: int, config: BackboneConfig, **common):
+        stride_1x1, stride_3x3 = (stride, 1) if config.flavor == "msra" else (1, stride)
+        out_channels = 4 * width
+        self.conv1 = Conv(in_channels, width, 1, stride=stride_1x1, **common)
+        self.conv2 = Conv(width, width, 3, stride=stride_3x3, **common)
+        self.conv3 = Conv(width, out_channels, 1, **common)
+        self.shortcut = (
+            Conv(in_channels, out_channels, 1, stride=stride, **common)
+            if stride > 1 or in_channels != out_channels
+            else None
+        )
+
+    def __call__(self, x: Array) -> Array:
+        y = jax.nn.relu(self.conv1(x))
+        y = self.conv3(jax.nn.relu(self.conv2(y)))
+        return jax.nn.relu(y + (x if self.shortcut is None else self.shortcut(x)))
+
+
+class Stem(nnx.Module):
+    """7x7 stride 2, norm, ReLU, 3x3 max pool stride 2."""
+
+    def __init__(self, width: int, **common):
+        self.conv1 = Conv(3, width, 7, stride=2, **common)
+
+    def __call__(self, x: Array) -> Array:
+        x = jax.nn.relu(self.conv1(x))
+        return lax.reduce_window(x, -jnp.inf, lax.max, (1, 3, 3, 1), (1, 2, 2, 1), ((0, 0), (1, 1), (1, 1), (0, 0)))
+
+
+class ResNet(nnx.Module):
+    """Normalised pixels ``[B, H, W, 3]`` to ``{2: C2, .., 5: C5}``, C_l ``[B, H/2^l, W/2^l, C]``."""
+
+    def __init__(self, config: BackboneConfig, dtype: jnp.dtype, rng: np.random.Generator):
+        self.config = config
+        common = dict(init=msra_init, norm=config.norm, dtype=dtype, rng=rng)
+        block = Bottleneck if config.name in _BOTTLENECK else BasicBlock
+        self.stem = Stem(config.width, **common)
+        channels = config.width
+        self.out_channels = {}
+        for stage, depth in zip((2, 3, 4, 5), _DEPTHS[config.name], strict=True):
+            width = config.width * 2 ** (stage - 2)
+            blocks = []
+            for i in range(depth):
+                stride = 2 if i == 0 and stage > 2 else 1
+                blocks.append(block(channels, width, stride, config, **common))
+                channels = width * block.expansion
+            setattr(self, f"res{stage}", nnx.List(blocks))
+            self.out_channels[stage] = channels
+
+    def __call__(self, x: Array) -> dict[int, Array]:
+        x = self.stem(x)
+        outputs = {}
+        for stage in (2, 3, 4, 5):
+            for block in getattr(self, f"res{stage}"):
+                x = block(x)
+            outputs[stage] = x
+        return outputs
+
+    def frozen_parts(self) -> tuple[str, ...]:
+        """Names of the children that ``freeze_at`` keeps from training: stem first, then res2, ..."""
+        return ("stem", "res2", "res3", "res4", "res5")[: self.config.freeze_at]

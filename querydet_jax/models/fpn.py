@@ -1,0 +1,77 @@
+"""Feature pyramid network (Lin et al. 2017a) with P6, P7 as RetinaNet adds them."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+
+from querydet_jax.config import FPNConfig
+from querydet_jax.models.layers import Conv, fpn_init, zeros_bias
+
+
+class FPN(nnx.Module):
+    """C_l to P_min..P_max, ``channels`` each; no norm, no activation.
+
+    merged_5 = lateral_5(C5); merged_l = lateral_l(C_l) + upsample(merged_{l+1}); P_l = output_l(merged_l).
+    P6 = conv stride 2 of C5 (or P5), P7 = conv stride 2 of relu(P6).
+
+    The steps are separate methods since sparse inference needs the merged maps of the fine levels
+    but their outputs only at a few cells.
+    """
+
+    def __init__(
+        self,
+        config: FPNConfig,
+        in_channels: dict[int, int],
+        min_level: int,
+        max_level: int,
+        dtype: jnp.dtype,
+        rng: np.random.Generator,
+    ):
+        self.config = config
+        self.min_level, self.max_level = min_level, max_level
+        common = dict(init=fpn_init, bias=zeros_bias, dtype=dtype, rng=rng)
+        channels = config.channels
+        for level in range(min_level, 6):
+            setattr(self, f"lateral{level}", Conv(in_channels[level], channels, 1, **common))
+            setattr(self, f"output{level}", Conv(channels, channels, 3, **common))
+        if max_level >= 6:
+            top_channels = in_channels[5] if config.top_source == "c5" else channels
+            self.p6 = Conv(top_channels, channels, 3, stride=2, **common)
+        if max_level >= 7:
+            self.p7 = Conv(channels, channels, 3, stride=2, **common)
+
+    def merge(self, features: dict[int, Array]) -> dict[int, Array]:
+        """Top-down path: ``{l: merged_l [B, h, w, C]}`` for l = min_level..5."""
+        merged = {5: self.lateral(5)(features[5])}
+        for level in range(4, self.min_level - 1, -1):
+            above = jnp.repeat(jnp.repeat(merged[level + 1], 2, axis=1), 2, axis=2)
+            merged[level] = self.lateral(level)(features[level]) + above
+        return merged
+
+    def outputs(self, features: dict[int, Array], merged: dict[int, Array], min_level: int) -> dict[int, Array]:
+        """``{l: P_l}`` for l = min_level..max_level, finest first."""
+        out = {level: self.output(level)(merged[level]) for level in range(min_level, 6)}
+        if self.max_level >= 6:
+            if self.config.top_source == "c5":
+                source = features[5]
+            else:
+                source = out[5] if 5 in out else self.output(5)(merged[5])
+            p6 = self.p6(source)
+            if min_level <= 6:
+                out[6] = p6
+            if self.max_level >= 7:
+                out[7] = self.p7(jax.nn.relu(p6))
+        return out
+
+    def __call__(self, features: dict[int, Array]) -> dict[int, Array]:
+        return self.outputs(features, self.merge(features), self.min_level)
+
+    def lateral(self, level: int) -> Conv:
+        return getattr(self, f"lateral{level}")
+
+    def output(self, level: int) -> Conv:
+        return getattr(self, f"output{level}")

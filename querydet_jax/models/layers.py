@@ -1,0 +1,136 @@
+"""Convolution with optional norm, and the norms. One kernel serves dense and sparse computation.
+
+Kernels are HWIO. Padding is always explicit: "SAME" pads a strided convolution unlike torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array, lax
+
+from querydet_jax.sparse import Conv as ConvWeights
+
+Initializer = Callable[[np.random.Generator, tuple[int, ...]], np.ndarray]
+"""``init(rng, kernel_shape)``. NumPy draws: compiling a random number generator for each of a
+ResNet-50's shapes takes 12 s, drawing the numbers half a second."""
+
+
+class Frozen(nnx.Variable):
+    """A value that belongs to the network and that no optimiser sees (frozen norms, pixel mean)."""
+
+
+class FrozenNorm(nnx.Module):
+    """Batch norm with fixed statistics and affine: (x - mean) * scale / sqrt(var + 1e-5) + bias."""
+
+    def __init__(self, channels: int):
+        self.scale = Frozen(jnp.ones((channels,)))
+        self.bias = Frozen(jnp.zeros((channels,)))
+        self.mean = Frozen(jnp.zeros((channels,)))
+        self.var = Frozen(jnp.full((channels,), 1.0 - 1e-5))
+
+    def __call__(self, x: Array) -> Array:
+        scale = self.scale[...] * lax.rsqrt(self.var[...] + 1e-5)
+        shift = self.bias[...] - self.mean[...] * scale
+        return x * scale.astype(x.dtype)[None, None, None] + shift.astype(x.dtype)[None, None, None]
+
+
+def make_norm(kind: str, channels: int, dtype: jnp.dtype) -> nnx.Module:
+    """A norm of ``channels``: frozen, batch (live; synchronised when given an axis name) or group."""
+    if kind == "frozen":
+        return FrozenNorm(channels)
+    rngs = nnx.Rngs(0)  # scale starts at one and bias at zero: nothing random is drawn
+    if kind == "batch":
+        return nnx.BatchNorm(channels, momentum=0.9, epsilon=1e-5, dtype=dtype, use_running_average=True, rngs=rngs)
+    if kind == "group":
+        return nnx.GroupNorm(channels, num_groups=32, dtype=dtype, rngs=rngs)
+    raise ValueError(f"norm {kind!r} is not one of frozen, batch, group")
+
+
+class Conv(nnx.Module):
+    """2-D convolution ``[B, H, W, C]`` to ``[B, H', W', O]`` with symmetric zero padding."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        size: int,
+        *,
+        stride: int = 1,
+        init: Initializer,
+        bias: Initializer | None = None,
+        norm: str | None = None,
+        dtype: jnp.dtype = jnp.float32,
+        rng: np.random.Generator,
+    ):
+        shape = (size, size, in_channels, out_channels)
+        self.kernel = nnx.Param(jnp.asarray(init(rng, shape)))
+        self.bias = nnx.Param(jnp.asarray(bias(rng, shape))) if bias is not None else None
+        self.norm = make_norm(norm, out_channels, dtype) if norm is not None else None
+        self.stride = stride
+        self.padding = (size - 1) // 2
+        self.dtype = dtype
+
+    def __call__(self, x: Array) -> Array:
+        x = lax.conv_general_dilated(
+            x.astype(self.dtype),
+            self.kernel[...].astype(self.dtype),
+            window_strides=(self.stride, self.stride),
+            padding=((self.padding, self.padding),) * 2,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+        if self.bias is not None:
+            x = x + self.bias[...].astype(self.dtype)[None, None, None]
+        return x if self.norm is None else self.norm(x)
+
+    def weights(self) -> ConvWeights:
+        """Kernel and bias for the convolution on sites."""
+        if self.bias is None or self.norm is not None:
+            raise ValueError("only a convolution with a bias and without a norm can run on sites")
+        return ConvWeights(self.kernel[...], self.bias[...])
+
+
+def run_tower(tower: nnx.List, x: Array) -> Array:
+    """Convolutions with a ReLU after each."""
+    for conv in tower:
+        x = jax.nn.relu(conv(x))
+    return x
+
+
+def zeros_bias(rng: np.random.Generator, kernel_shape: tuple[int, ...]) -> np.ndarray:
+    return np.zeros((kernel_shape[-1],), np.float32)
+
+
+def constant_bias(value: float) -> Initializer:
+    return lambda rng, kernel_shape: np.full((kernel_shape[-1],), value, np.float32)
+
+
+def torch_bias(rng: np.random.Generator, kernel_shape: tuple[int, ...]) -> np.ndarray:
+    """PyTorch's default for a convolution: U(-b, b), b = 1 / sqrt(fan_in)."""
+    bound = 1.0 / math.sqrt(math.prod(kernel_shape[:3]))
+    return rng.uniform(-bound, bound, (kernel_shape[-1],)).astype(np.float32)
+
+
+def normal_init(std: float) -> Initializer:
+    return lambda rng, shape: np.float32(std) * rng.standard_normal(shape, np.float32)
+
+
+def msra_init(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    """Kaiming normal, fan_out, gain sqrt(2) (He et al. 2015): backbones."""
+    return normal_init(math.sqrt(2.0 / (shape[0] * shape[1] * shape[3])))(rng, shape)
+
+
+def fpn_init(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    """Kaiming uniform with a = 1, fan_in: U(-b, b), b = sqrt(3 / fan_in)."""
+    bound = math.sqrt(3.0 / math.prod(shape[:3]))
+    return rng.uniform(-bound, bound, shape).astype(np.float32)
+
+
+def xavier_normal_init(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    """std = sqrt(2 / (fan_in + fan_out)) (Glorot and Bengio 2010): the query head."""
+    return normal_init(math.sqrt(2.0 / (shape[0] * shape[1] * (shape[2] + shape[3]))))(rng, shape)

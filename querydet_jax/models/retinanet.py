@@ -1,0 +1,184 @@
+"""RetinaNet and QueryDet: anchors, their targets, the losses of paper section 3.4, candidates."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from querydet_jax.config import ModelConfig
+from querydet_jax.models.heads import DetectionHead
+from querydet_jax.models.skeleton import Candidates, DenseDetector, Losses, Outputs, level_weights
+from querydet_jax.ops.anchors import anchors_at, cell_anchors, grid_anchors
+from querydet_jax.ops.boxes import decode, encode
+from querydet_jax.ops.losses import focal_loss, smooth_l1
+from querydet_jax.ops.matching import IGNORED, match_anchors, per_image
+from querydet_jax.ops.nms import top_scores
+from querydet_jax.sparse import Sites, Stack
+
+
+class RetinaNet(DenseDetector):
+    """RetinaNet on P_min..P_max; with P2 and a query head it is QueryDet.
+
+    ``model(images)`` runs all heads densely; ``model.losses(...)`` is the training loss;
+    `querydet_jax.Detector` compiles inference, dense or with Cascade Sparse Query.
+    """
+
+    def __init__(self, config: ModelConfig, rng: np.random.Generator):
+        super().__init__(config, rng)
+        self.head = DetectionHead(
+            config.head, config.fpn.channels, config.anchors.per_cell, config.num_classes, self.dtype, rng
+        )
+
+    def __call__(self, images: Array, sizes: Array | None = None) -> Outputs:
+        """Dense outputs of uint8 RGB images ``[B, H, W, 3]`` (``sizes``: see the class's base)."""
+        features = self.features(jnp.asarray(images), sizes)
+        num_anchors, num_classes = self.config.anchors.per_cell, self.config.num_classes
+        cls, box = {}, {}
+        for level, x in features.items():
+            class_logits, deltas = self.head(x)
+            cls[level] = class_logits.reshape(*x.shape[:3], num_anchors, num_classes)
+            box[level] = deltas.reshape(*x.shape[:3], num_anchors, 4)
+        return Outputs(features, cls, box, self.query_logits(features))
+
+    def losses(
+        self,
+        images: Array,
+        boxes: Array,
+        classes: Array,
+        normalizer: Array | float,
+        sizes: Array | None = None,
+        axis_name: str | None = None,
+    ) -> Losses:
+        """Training losses of a batch.
+
+        loss_cls = sum_l beta_l sum focal / N, loss_box = sum_l beta_l sum smooth L1 / N,
+        loss_query = sum_q w_q mean focal; total is their sum.
+
+        Args:
+          images: uint8 RGB ``[B, H, W, 3]``.
+          boxes: ``[B, G, 4]`` xyxy px of the network input.
+          classes: int ``[B, G]``, 0..K-1, -1 for padding.
+          normalizer: the running average of foreground anchors before this step (start with
+            ``config.loss.normalizer_init``). N = max(1, 0.9 * normalizer + 0.1 * foreground) divides
+            this step's losses; the average to pass on is returned as ``.normalizer``.
+          sizes: int32 ``[B, 2]``, valid (height, width) of each image.
+          axis_name: the pmap axis, if any: foreground is then the mean over replicas of each
+            one's count, so that every replica divides by the same N.
+        """
+        config, loss = self.config, self.config.loss
+        boxes, classes = jnp.asarray(boxes, jnp.float32), jnp.asarray(classes, jnp.int32)
+        outputs = self(images, sizes)
+        shapes = [x.shape[1:3] for x in outputs.features.values()]
+        labels, targets = self.targets(shapes, boxes, classes)
+
+        foreground = (labels >= 0).astype(jnp.float32)
+        num_foreground = jnp.sum(foreground)
+        if axis_name is not None:
+            num_foreground = lax.pmean(num_foreground, axis_name)
+        momentum = loss.normalizer_momentum
+        average = momentum * jnp.asarray(normalizer, jnp.float32) + (1.0 - momentum) * num_foreground
+        divisor = jnp.maximum(average, 1.0)
+
+        cls_sums, box_sums, start = [], [], 0
+        for level in outputs.cls:
+            cls, box = outputs.cls[level], outputs.box[level]
+            end = start + cls.shape[1] * cls.shape[2] * cls.shape[3]
+            label = labels[:, start:end].reshape(cls.shape[:-1])
+            target = targets[:, start:end].reshape(box.shape)
+            one_hot = label[..., None] == jnp.arange(config.num_classes)[None, None, None, None]
+            focal = focal_loss(cls, one_hot, alpha=loss.focal_alpha, gamma=loss.focal_gamma)
+            cls_sums.append(jnp.sum(jnp.where((label != IGNORED)[..., None], focal, 0.0)))
+            difference = jnp.where((label >= 0)[..., None], box - target, 0.0)
+            box_sums.append(jnp.sum(smooth_l1(difference, beta=loss.smooth_l1_beta)))
+            start = end
+        weights = jnp.asarray(level_weights(config), jnp.float32)
+        per_level = {"cls": jnp.stack(cls_sums), "box": jnp.stack(box_sums)}
+        cls_loss = jnp.sum(weights * per_level["cls"]) / divisor
+        box_loss = jnp.sum(weights * per_level["box"]) / divisor
+        query_loss = jnp.zeros(())
+        if self.query_head is not None:
+            per_level["query"] = self.query_losses(outputs.query, boxes, classes)
+            query_loss = jnp.sum(jnp.asarray(loss.query_weights, jnp.float32) * per_level["query"])
+        total = cls_loss + box_loss + query_loss
+        return Losses(cls_loss, box_loss, query_loss, total, num_foreground, average, per_level)
+
+    def targets(self, shapes: list[tuple[int, int]], boxes: Array, classes: Array) -> tuple[Array, Array]:
+        """Labels int32 ``[B, R]`` and box targets ``[B, R, 4]`` over the anchors of all levels, finest
+        level first, then y, x, anchor. Labels as in ``match_anchors``."""
+        loss = self.config.loss
+        anchors = jnp.concatenate(
+            [
+                grid_anchors(self._cell_anchors(level), *shape, 2**level).reshape(-1, 4)
+                for level, shape in zip(self.config.levels, shapes, strict=True)
+            ]
+        )
+
+        def assign(boxes: Array, classes: Array) -> tuple[Array, Array]:
+            labels, matched = match_anchors(
+                anchors,
+                boxes,
+                classes,
+                background_iou=loss.iou_background,
+                foreground_iou=loss.iou_foreground,
+                matcher=loss.matcher,
+            )
+            if boxes.shape[0] == 0:
+                return labels, jnp.zeros_like(anchors)
+            # Padding boxes are empty; their targets would be log(0). Nobody reads them.
+            deltas = encode(anchors, boxes[matched])
+            return labels, jnp.where((labels >= 0)[:, None], deltas, 0.0)
+
+        return per_image(assign, boxes, classes)
+
+    def head_stacks(self) -> tuple[Stack, ...]:
+        return self.head.stacks()
+
+    def dense_heads(self, x: Array) -> tuple[Array, ...]:
+        return self.head(x)
+
+    def candidates(self, level: int, outputs: list[Array], sites: Sites, *, topk: int) -> Candidates:
+        """Top-k (anchor, class) pairs a level and image, decoded (RetinaNet section 4.1, inference).
+
+        Args:
+          outputs: class logits ``[N, A * K]`` and deltas ``[N, A * 4]``.
+
+        Returns:
+          M = min(topk, A * h * w) candidates an image. Like the published code, a level never gives
+          more candidates than it has anchors (here: anchors at keys).
+        """
+        cls, box = outputs
+        batch, height, width = sites.shape
+        num_anchors, num_classes = self.config.anchors.per_cell, self.config.num_classes
+        k = min(topk, num_anchors * height * width)
+        cells = jnp.asarray(self._cell_anchors(level))
+        row_best = jnp.where(sites.is_key, jnp.max(cls, axis=1), -jnp.inf)
+
+        def of_image(image: Array) -> Candidates:
+            mine = sites.is_key & (sites.batch == image)
+            logits, row, column = top_scores(cls, jnp.where(mine, row_best, -jnp.inf), k)
+            anchor, class_id = column // num_classes, column % num_classes
+            deltas = box.reshape(-1, num_anchors, 4)[row, anchor]
+            anchors = anchors_at(cells, sites.y[row], sites.x[row], 2**level)[jnp.arange(len(row)), anchor]
+            limit = num_anchors * jnp.sum(mine.astype(jnp.int32))
+            present = (logits > -jnp.inf) & (jnp.arange(len(row)) < limit)
+            return Candidates(
+                boxes=decode(anchors, deltas),
+                scores=jnp.where(present, jax.nn.sigmoid(logits), -jnp.inf),
+                classes=class_id.astype(jnp.int32),
+            )
+
+        found = jax.vmap(of_image)(jnp.arange(batch))
+        missing = k - found.scores.shape[1]  # a small buffer holds fewer pairs than the dense map would
+        if missing == 0:
+            return found
+        return Candidates(
+            jnp.pad(found.boxes, ((0, 0), (0, missing), (0, 0))),
+            jnp.pad(found.scores, ((0, 0), (0, missing)), constant_values=-jnp.inf),
+            jnp.pad(found.classes, ((0, 0), (0, missing))),
+        )
+
+    def _cell_anchors(self, level: int) -> np.ndarray:
+        anchors = self.config.anchors
+        return cell_anchors(anchors.scale * 2**level, anchors.sizes_per_octave, anchors.ratios)

@@ -1,0 +1,188 @@
+"""What all dense detectors share: pixels to pyramid, the query head, the split of parameters.
+
+A detector subclasses ``DenseDetector`` and adds its head, its targets and losses, and how head
+outputs at some cells become candidates; the query cascade and the compiled inference
+(`querydet_jax.detector`) work on that alone.
+Shape letters: B batch, H W image, h w map, A anchors per cell, K classes, G padded boxes, N sites,
+C channels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+
+from querydet_jax.config import ModelConfig
+from querydet_jax.models.backbones import build_backbone
+from querydet_jax.models.backbones.resnet import is_bgr, pixel_statistics
+from querydet_jax.models.fpn import FPN
+from querydet_jax.models.heads import QueryHead
+from querydet_jax.ops.losses import focal_loss
+from querydet_jax.ops.matching import per_image, query_targets
+from querydet_jax.sparse import Sites, Stack
+
+PyTree = Any
+SIZE_DIVISOR = 32  # the stride of C5: P2..P5 are then exact halves of one another
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["features", "cls", "box", "query"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class Outputs:
+    """Dense outputs of a detector; levels are the ints 2..7.
+
+    features ``{l: [B, h, w, C]}``; cls logits ``{l: [B, h, w, A, K]}``; box deltas
+    ``{l: [B, h, w, A, 4]}``; query logits ``{l: [B, h, w]}`` on the levels the query head is trained on
+    (empty without a query head).
+    """
+
+    features: dict[int, Array]
+    cls: dict[int, Array]
+    box: dict[int, Array]
+    query: dict[int, Array]
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["cls", "box", "query", "total", "num_foreground", "normalizer", "per_level"],
+    meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True)
+class Losses:
+    """Scalars float32. ``normalizer`` is the foreground average after this step, to hand to the
+    next one; ``per_level`` has the unweighted sums ``cls`` and ``box`` ``[L]`` (finest level first)
+    and the query means ``query`` ``[number of query levels]``."""
+
+    cls: Array
+    box: Array
+    query: Array
+    total: Array
+    num_foreground: Array
+    normalizer: Array
+    per_level: dict[str, Array]
+
+
+class Candidates(NamedTuple):
+    """A level's best-scoring boxes: boxes ``[B, M, 4]``, scores ``[B, M]`` (-inf: absent), classes ``[B, M]``."""
+
+    boxes: Array
+    scores: Array
+    classes: Array
+
+
+class DenseDetector(nnx.Module):
+    """Backbone, FPN and query head. Input images are uint8 RGB ``[B, H, W, 3]`` of any H and W.
+
+    Pixels are normalised first and padded with zeros to a multiple of 32 afterwards, so padding has
+    the mean colour. Where a batch holds images of different sizes on one canvas, ``sizes`` int32
+    ``[B, 2]`` gives each one's (height, width): what lies outside is treated as padding.
+    """
+
+    def __init__(self, config: ModelConfig, rng: np.random.Generator):
+        self.config = config
+        self.dtype = jnp.dtype(config.dtype)
+        self.pixel_mean, self.pixel_std = pixel_statistics(config.backbone.flavor)
+        self.backbone = build_backbone(config.backbone, self.dtype, rng)
+        self.fpn = FPN(config.fpn, self.backbone.out_channels, config.min_level, config.max_level, self.dtype, rng)
+        self.query_head = (
+            QueryHead(config.query, config.fpn.channels, self.dtype, rng) if config.query.enabled else None
+        )
+
+    # What a detector adds ------------------------------------------------------------------
+
+    def head_stacks(self) -> tuple[Stack, ...]:
+        """The detection head's branches as convolution stacks, in the order of ``dense_heads``."""
+        raise NotImplementedError
+
+    def dense_heads(self, x: Array) -> tuple[Array, ...]:
+        """Head outputs ``[B, h, w, O]``, float32, of a level's features ``[B, h, w, C]``."""
+        raise NotImplementedError
+
+    def candidates(self, level: int, outputs: list[Array], sites: Sites, *, topk: int) -> Candidates:
+        """The ``topk`` best boxes of each image from head outputs ``[N, O]`` at the keys of ``sites``."""
+        raise NotImplementedError
+
+    # Shared ----------------------------------------------------------------------------------
+
+    def normalize(self, images: Array, sizes: Array | None = None) -> Array:
+        """uint8 (or float, same range) RGB to the backbone's input, padded to a multiple of 32."""
+        if images.ndim != 4 or images.shape[-1] != 3:
+            raise ValueError(f"images must be [B, H, W, 3], got {images.shape}")
+        x = images.astype(jnp.float32)
+        if is_bgr(self.config.backbone.flavor):
+            x = x[..., ::-1]
+        x = (x - self.pixel_mean[...][None, None, None]) / self.pixel_std[...][None, None, None]
+        height, width = x.shape[1:3]
+        if sizes is not None:
+            inside = (jnp.arange(height)[None, :, None] < sizes[:, 0, None, None]) & (
+                jnp.arange(width)[None, None, :] < sizes[:, 1, None, None]
+            )
+            x = x * inside[..., None].astype(x.dtype)
+        padding = (-height % SIZE_DIVISOR, -width % SIZE_DIVISOR)
+        return jnp.pad(x, ((0, 0), (0, padding[0]), (0, padding[1]), (0, 0))).astype(self.dtype)
+
+    def features(self, images: Array, sizes: Array | None = None) -> dict[int, Array]:
+        """Pyramid ``{l: P_l [B, h, w, C]}``."""
+        return self.fpn(self.backbone(self.normalize(images, sizes)))
+
+    def query_logits(self, features: dict[int, Array]) -> dict[int, Array]:
+        if self.query_head is None:
+            return {}
+        return {level: self.query_head(features[level]) for level in self.config.query.levels}
+
+    def query_losses(self, logits: dict[int, Array], boxes: Array, classes: Array) -> Array:
+        """Unweighted mean focal loss a query level, ``[levels]`` (paper section 3.4)."""
+        config, loss = self.config, self.config.loss
+        means = []
+        for level, gamma in zip(config.query.levels, loss.query_gammas, strict=True):
+            targets = self.query_target(level, logits[level].shape[1:], boxes, classes)
+            terms = focal_loss(logits[level], targets, alpha=loss.query_alpha, gamma=gamma)
+            means.append(jnp.mean(terms))
+        return jnp.stack(means)
+
+    def query_target(self, level: int, shape: tuple[int, int], boxes: Array, classes: Array) -> Array:
+        """Bool ``[B, h, w]``: where ``level``'s query head should fire."""
+        config = self.config
+        scale_range = self.query_scale_range(level)
+
+        def target(boxes: Array, classes: Array) -> Array:
+            return query_targets(
+                *shape,
+                2**level,
+                boxes,
+                classes,
+                scale_range=scale_range,
+                radius=config.loss.query_radius,
+                factor=config.loss.query_radius_factor,
+            )
+
+        return per_image(target, boxes, classes)
+
+    def query_scale_range(self, level: int) -> tuple[float, float]:
+        """[0, s_l): objects of such a scale are small on P_l; s_l is the smallest anchor there."""
+        return 0.0, self.config.anchors.scale * 2**level
+
+    def trainable(self) -> nnx.filterlib.Filter:
+        """Filter of the parameters an optimiser may change: all but what ``freeze_at`` freezes."""
+        frozen = self.backbone.frozen_parts()
+
+        def is_frozen(path: tuple[Any, ...], value: Any) -> bool:
+            return path[0] == "backbone" and path[1] in frozen
+
+        return nnx.All(nnx.Param, nnx.Not(is_frozen))
+
+
+def level_weights(config: ModelConfig) -> tuple[float, ...]:
+    """beta_l of paper eq. 4, finest level first."""
+    loss, count = config.loss, len(config.levels)
+    if loss.level_weighting == "table":
+        return loss.level_weights
+    if loss.level_weighting == "uniform":
+        return (1.0,) * count
+    return tuple(float(w) for w in np.linspace(1.0, loss.linear_max, count))

@@ -1,0 +1,33 @@
+"""Loss terms, elementwise and unreduced."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+
+def binary_cross_entropy(logits: Array, targets: Array) -> Array:
+    """Stable sigmoid cross-entropy: max(x, 0) - x t + log(1 + exp(-|x|))."""
+    return jnp.maximum(logits, 0.0) - logits * targets + jnp.log1p(jnp.exp(-jnp.abs(logits)))
+
+
+def focal_loss(logits: Array, targets: Array, *, alpha: float, gamma: float) -> Array:
+    """Sigmoid focal loss a_t (1 - p_t)^g BCE(x, t) (Lin et al. 2017, eq. 5), one value an element.
+
+    ``1 - p_t`` is taken as ``sigmoid`` of the negated signed logit, never as a difference, so a
+    fractional ``gamma`` keeps finite gradients at any logit.
+    """
+    logits = logits.astype(jnp.float32)
+    targets = targets.astype(jnp.float32)
+    miss = jax.nn.sigmoid(jnp.where(targets > 0.5, -logits, logits))
+    # The floor keeps miss**(gamma - 1) finite for gamma < 1; it is far below what float32 resolves.
+    weight = jnp.maximum(miss, 1e-30) ** gamma
+    balance = alpha * targets + (1.0 - alpha) * (1.0 - targets)
+    return balance * weight * binary_cross_entropy(logits, targets)
+
+
+def smooth_l1(difference: Array, *, beta: float) -> Array:
+    """0.5 d^2 / beta where |d| < beta, else |d| - beta / 2 (Girshick 2015)."""
+    size = jnp.abs(difference)
+    return jnp.where(size < beta, 0.5 * size**2 / beta, size - 0.5 * beta)

@@ -1,0 +1,146 @@
+"""3x3 convolution on sites: gather nine neighbours, one matrix product, in chunks of rows.
+
+The loop over chunks runs only as many turns as there are sites, so a buffer that is far from full
+costs little. Shape letters: N capacity, C input channels, O output channels, R rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from querydet_jax.sparse.sites import Sites
+
+
+class Conv(NamedTuple):
+    """Weights of a 3x3 convolution: ``kernel [3, 3, C, O]``, ``bias [O]``."""
+
+    kernel: Array
+    bias: Array
+
+
+Stack = Sequence[Conv]
+"""Convolutions in a row with ReLU between them and none after the last."""
+
+
+def conv_rows(
+    rows: Array,
+    table: Array,
+    convs: Sequence[Conv],
+    count: Array,
+    *,
+    relu: bool,
+    chunk: int,
+    out_dtype: jnp.dtype | None = None,
+) -> list[Array]:
+    """Apply several 3x3 convolutions to the same input rows, gathering once.
+
+    Args:
+      rows: ``[R, C]`` features.
+      table: int32 ``[N, 9]`` rows of the nine neighbours; R reads as zeros.
+      convs: kernels that all read ``rows``.
+      count: int32 ``[]``; outputs are computed for the first ``count`` table rows, the others are 0.
+      chunk: table rows a turn; must divide N.
+
+    Returns:
+      One ``[N, O]`` array a convolution.
+    """
+    capacity = table.shape[0]
+    if capacity % chunk:
+        raise ValueError(f"chunk {chunk} does not divide the capacity {capacity}")
+    out_dtype = out_dtype or rows.dtype
+    kernels = [conv.kernel.reshape(-1, conv.kernel.shape[-1]).astype(rows.dtype) for conv in convs]
+
+    def turn(i: Array, outputs: list[Array]) -> list[Array]:
+        neighbours = lax.dynamic_slice_in_dim(table, i * chunk, chunk)
+        gathered = rows.at[neighbours].get(mode="fill", fill_value=0).reshape(chunk, -1)
+        updated = []
+        for kernel, conv, output in zip(kernels, convs, outputs, strict=True):
+            y = jnp.dot(gathered, kernel, preferred_element_type=jnp.float32) + conv.bias[None].astype(jnp.float32)
+            y = jax.nn.relu(y) if relu else y
+            updated.append(lax.dynamic_update_slice_in_dim(output, y.astype(out_dtype), i * chunk, 0))
+        return updated
+
+    outputs = [jnp.zeros((capacity, conv.kernel.shape[-1]), out_dtype) for conv in convs]
+    return lax.fori_loop(0, (count + chunk - 1) // chunk, turn, outputs)
+
+
+def run_stacks(rows: Array, table: Array, sites: Sites, stacks: Sequence[Stack], *, chunk: int) -> list[Array]:
+    """Run convolution stacks that share their input on sites; outputs are wanted at the keys only.
+
+    Equals submanifold sparse convolution, and the masked dense one of ``masked_dense_stacks``, at
+    the keys. A layer with m layers after it can reach a key only from within distance m, so it is
+    computed for the sites within min(c, m) of a key: a prefix of the buffer. At context 2 and five
+    layers an isolated query's 36 sites cost 3 x 36 + 16 + 4 rows in place of 5 x 36.
+
+    Args:
+      rows: ``[N, C]`` features at the sites.
+      table: ``neighbour_table(sites)``.
+      stacks: each a row of convolutions; lengths may differ.
+
+    Returns:
+      One float32 ``[N, O]`` a stack, filled at the keys (the first ``sites.counts[0]`` rows), 0 elsewhere.
+    """
+    context = len(sites.counts) - 1
+
+    def run_layer(x: Array, convs: Sequence[Conv], layer: int, depth: int) -> list[Array]:
+        last = layer == depth - 1
+        return conv_rows(
+            x,
+            table,
+            convs,
+            sites.counts[min(context, depth - 1 - layer)],
+            relu=not last,
+            chunk=chunk,
+            out_dtype=jnp.float32 if last else x.dtype,
+        )
+
+    outputs: list[Array] = [rows] * len(stacks)
+    for depth in sorted({len(stack) for stack in stacks}):
+        members = [i for i, stack in enumerate(stacks) if len(stack) == depth]
+        # The first layers read the same rows: gather once for all of them.
+        first = run_layer(rows, [stacks[i][0] for i in members], 0, depth)
+        for i, x in zip(members, first, strict=True):
+            for layer in range(1, depth):
+                (x,) = run_layer(x, [stacks[i][layer]], layer, depth)
+            outputs[i] = x
+    return outputs
+
+
+def dense_conv(x: Array, conv: Conv) -> Array:
+    """Dense 3x3 convolution, padding 1: ``[B, h, w, C]`` to ``[B, h, w, O]``."""
+    y = lax.conv_general_dilated(
+        x,
+        conv.kernel.astype(x.dtype),
+        window_strides=(1, 1),
+        padding=((1, 1), (1, 1)),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+    return y + conv.bias.astype(y.dtype)[None, None, None]
+
+
+def masked_dense_stacks(features: Array, mask: Array, stacks: Sequence[Stack]) -> list[Array]:
+    """The same function on a dense map: every layer's output is zeroed outside ``mask``.
+
+    h_0 = f M; h_{k+1} = relu(conv(h_k) + b) M, no ReLU after the last layer.
+
+    Args:
+      features: ``[B, h, w, C]``; mask: bool ``[B, h, w]``.
+
+    Returns:
+      One float32 ``[B, h, w, O]`` a stack.
+    """
+    keep = mask[..., None].astype(features.dtype)
+    start = features * keep
+    outputs = []
+    for stack in stacks:
+        x = start
+        for layer, conv in enumerate(stack):
+            x = dense_conv(x, conv)
+            x = (jax.nn.relu(x) if layer < len(stack) - 1 else x) * keep
+        outputs.append(x.astype(jnp.float32))
+    return outputs

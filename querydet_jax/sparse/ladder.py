@@ -1,0 +1,49 @@
+"""Capacity ladder: of several compiled sizes run the smallest that fits, the dense one last."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+Result = TypeVar("Result")
+
+
+def ladder_capacities(fractions: Sequence[float], num_cells: int, chunk: int) -> tuple[list[int], int]:
+    """Buffer sizes for a map, and the chunk that divides them all.
+
+    Args:
+      fractions: increasing fractions of the cells.
+      num_cells: B * h * w.
+      chunk: wanted rows a turn; smaller maps take a smaller one.
+    """
+    chunk = min(chunk, max(8, num_cells // 8))
+    sizes = {min(math.ceil(f * num_cells / chunk), math.ceil(num_cells / chunk)) * chunk for f in fractions}
+    return sorted(sizes), chunk
+
+
+def run_ladder(
+    count: Array,
+    capacities: Sequence[int],
+    sparse: Callable[[int], Callable[..., Result]],
+    dense: Callable[..., Result],
+    *operands: object,
+) -> tuple[Result, Array, Array]:
+    """Run ``sparse(capacity)(*operands)`` for the smallest capacity that holds ``count`` sites.
+
+    Above the largest, ``dense(*operands)`` computes the same function without a buffer: the result
+    never depends on the capacities. All callables return the same shapes. Never call this under
+    ``vmap``: a batched ``lax.switch`` runs every branch.
+
+    Returns:
+      the result; the capacity that ran, int32 ``[]`` (0: dense); whether it overflowed, bool ``[]``.
+    """
+    limits = jnp.asarray(capacities, jnp.int32)
+    rung = jnp.sum(count > limits)
+    branches = [sparse(capacity) for capacity in capacities] + [dense]
+    result = lax.switch(rung, branches, *operands)
+    used = jnp.concatenate([limits, jnp.zeros((1,), jnp.int32)])[rung]
+    return result, used, rung == len(capacities)

@@ -1,0 +1,189 @@
+"""Names of tensors: this project's module paths, and the names other projects' files use.
+
+The *official* names are those of the published QueryDet and of detectron2's RetinaNet, which
+differ in the detection head only (``det_head.cls_layer_1`` against ``head.cls_subnet.2``).
+``official_name`` also understands torchvision's and the Caffe2 (MSRA) names of a ResNet.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import numpy as np
+
+from querydet_jax.errors import WeightsError
+
+ModelPath = tuple[Any, ...]  # attribute names and list indices from the root of the model to a variable
+Style = Literal["detectron2", "torchvision", "caffe2"]
+
+_BACKBONE = "backbone.bottom_up."
+_LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
+
+# Parts of other checkpoints that are no weights of a detector: anchors, counters, the classifier
+# of an ImageNet network, Caffe2's optimiser state.
+_IGNORED = re.compile(
+    r"(^|\.)(query_)?anchor_generator\.|(^|\.)num_batches_tracked$|^(backbone\.)?(bottom_up\.)?(stem\.)?fc\.|"
+    r"^(fc1000|pred)_[wb]$|_momentum$|^(lr|model_iter)$"
+)
+_CAFFE2_STEM = re.compile(r"^(?:conv1_w|(?:res_)?conv1_bn_(?P<bn>\w+))$")
+_CAFFE2_BLOCK = re.compile(r"^res([2-5])_(\d+)_branch(1|2a|2b|2c)_(?:w|bn_(?P<bn>\w+))$")
+_CAFFE2_CONVS = {"1": "shortcut", "2a": "conv1", "2b": "conv2", "2c": "conv3"}
+_CAFFE2_NORMS = {
+    "s": "weight", "gamma": "weight", "b": "bias", "beta": "bias",
+    "rm": "running_mean", "running_mean": "running_mean", "riv": "running_var", "running_var": "running_var",
+}  # fmt: skip
+_TORCHVISION_STEM = re.compile(r"^(conv|bn)1\.(\w+)$")
+_TORCHVISION_BLOCK = re.compile(r"^layer([1-4])\.(\d+)\.(conv|bn|downsample\.)(\d)\.(\w+)$")
+_BARE_BACKBONE = re.compile(r"^(?:backbone\.)?(?:bottom_up\.)?((?:stem|res[2-5])\..+)$")
+_TOWER = re.compile(r"^(?:det_head\.(cls|bbox)_layer_|head\.(cls|bbox)_subnet\.)(\d+)\.(\w+)$")
+_OUTPUT = re.compile(r"^(?:det_head|head)\.((?:cls_score|bbox_pred)\.\w+)$")
+
+
+def torch_name(path: ModelPath, query: bool) -> str:
+    """Official name of a variable of the model.
+
+    Args:
+      path: keys from the module's root to the variable, e.g. ``("backbone", "res3", 0, "conv1", "kernel")``.
+      query: the model has a query head, so its detection head takes QueryDet's names.
+
+    Raises:
+      WeightsError: a variable that has no official name.
+    """
+    match path:
+        case ("pixel_mean" | "pixel_std" as name,):
+            return name
+        case ("backbone", *rest, leaf):
+            module = _BACKBONE + ".".join(map(str, rest))
+        case ("fpn", str(name), leaf) if re.fullmatch(r"(lateral|output)\d", name):
+            module = f"backbone.fpn_{name}"
+        case ("fpn", "p6" | "p7" as name, leaf):
+            module = f"backbone.top_block.{name}"
+        case ("head", "cls_tower" | "box_tower" as tower, int(i), leaf):
+            module = _tower("cls" if tower == "cls_tower" else "bbox", i, query)
+        case ("head", "cls_score" | "bbox_pred" as name, leaf):
+            module = f"{_head(query)}.{name}"
+        case ("query_head", "tower", int(i), leaf):
+            module = f"query_head.layer_{i}"
+        case ("query_head", "pred", leaf):
+            module = "query_head.pred_net"
+        case _:
+            module, leaf = "", ""
+    if leaf not in _LEAVES:
+        dotted = ".".join(map(str, path))
+        raise WeightsError(f"model variable {dotted}: has no official name; add one to weights/names.py")
+    return f"{module}.{_LEAVES[str(leaf)]}"
+
+
+def _head(query: bool) -> str:
+    return "det_head" if query else "head"
+
+
+def _tower(tower: str, i: int, query: bool) -> str:
+    # In the plain RetinaNet an nn.Sequential numbers the ReLUs too.
+    return f"det_head.{tower}_layer_{i}" if query else f"head.{tower}_subnet.{2 * i}"
+
+
+def official_name(name: str, query: bool) -> str | None:
+    """Official name of a tensor of somebody's file, ``None`` for what is no weight of a detector.
+
+    A name that is not understood is returned as it is, without the prefixes that wrappers add.
+    """
+    while name.startswith(("module.", "model.")):
+        name = name.partition(".")[2]
+    if _IGNORED.search(name):
+        return None
+    backbone = _caffe2(name) or _torchvision(name)
+    if backbone is not None:
+        return _BACKBONE + backbone
+    if bare := _BARE_BACKBONE.match(name):
+        return _BACKBONE + bare[1]
+    if tower := _TOWER.match(name):
+        published, baseline, number, leaf = tower[1], tower[2], int(tower[3]), tower[4]
+        if published:
+            return f"{_tower(published, number, query)}.{leaf}"
+        return name if number % 2 else f"{_tower(baseline, number // 2, query)}.{leaf}"
+    if output := _OUTPUT.match(name):
+        return f"{_head(query)}.{output[1]}"
+    return name
+
+
+def _caffe2(name: str) -> str | None:
+    if stem := _CAFFE2_STEM.match(name):
+        module, norm = "stem.conv1", stem["bn"]
+    elif block := _CAFFE2_BLOCK.match(name):
+        module, norm = f"res{block[1]}.{block[2]}.{_CAFFE2_CONVS[block[3]]}", block["bn"]
+    else:
+        return None
+    if norm is None:
+        return f"{module}.weight"
+    return f"{module}.norm.{_CAFFE2_NORMS[norm]}" if norm in _CAFFE2_NORMS else None
+
+
+def _torchvision(name: str) -> str | None:
+    if stem := _TORCHVISION_STEM.match(name):
+        return f"stem.conv1.{stem[2]}" if stem[1] == "conv" else f"stem.conv1.norm.{stem[2]}"
+    block = _TORCHVISION_BLOCK.match(name)
+    if block is None:
+        return None
+    stage, number, kind, index, leaf = int(block[1]) + 1, block[2], block[3], block[4], block[5]
+    if kind == "downsample.":
+        conv, norm = "shortcut", index == "1"
+    else:
+        conv, norm = f"conv{index}", kind == "bn"
+    return f"res{stage}.{number}.{conv}.{'norm.' if norm else ''}{leaf}"
+
+
+def naming_style(names: Iterable[str]) -> Style:
+    """Whose names these are. Torchvision's and Caffe2's name a backbone only, and fix its flavour."""
+    for name in names:
+        while name.startswith(("module.", "model.")):
+            name = name.partition(".")[2]
+        if _caffe2(name):
+            return "caffe2"
+        if _torchvision(name):
+            return "torchvision"
+    return "detectron2"
+
+
+def to_torch_layout(array: np.ndarray, path: ModelPath) -> np.ndarray:
+    """HWIO kernels to OIHW, [in, out] matrices to [out, in], pixel statistics [3] to [3, 1, 1]."""
+    if path[-1] == "kernel":
+        return np.ascontiguousarray(array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T)
+    return array.reshape(3, 1, 1) if path[-1] in ("pixel_mean", "pixel_std") else array
+
+
+def from_torch_layout(array: np.ndarray, path: ModelPath) -> np.ndarray:
+    """The inverse of ``to_torch_layout``."""
+    if path[-1] == "kernel":
+        return np.ascontiguousarray(array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T)
+    return array.reshape(3) if path[-1] in ("pixel_mean", "pixel_std") else array
+
+
+def torch_shape(shape: tuple[int, ...], path: ModelPath) -> tuple[int, ...]:
+    """Shape in torch layout of a variable of the given shape."""
+    if path[-1] == "kernel":
+        return (shape[3], shape[2], shape[0], shape[1]) if len(shape) == 4 else shape[::-1]
+    return (3, 1, 1) if path[-1] in ("pixel_mean", "pixel_std") else tuple(shape)
+
+
+def likely_field(name: str, given: tuple[int, ...], wanted: tuple[int, ...]) -> str:
+    """The configuration field that most likely makes an official tensor's shape differ from the model's."""
+    # Output channels agree and input channels do not: what feeds the layer is to blame.
+    inputs = len(given) == len(wanted) == 4 and given[0] == wanted[0] and given[1] != wanted[1]
+    if name.startswith(("head.", "det_head.")):
+        if inputs:
+            return "model.fpn.channels" if re.search(r"_(layer_|subnet\.)0\.", name) else "model.head.channels"
+        if ".cls_score." in name:
+            return "model.num_classes"
+        return "model.anchors" if ".bbox_pred." in name else "model.head.channels"
+    if name.startswith("query_head."):
+        return "model.fpn.channels" if inputs and name.startswith("query_head.layer_0.") else "model.query.channels"
+    if name.startswith("backbone.top_block.p6.") and inputs:
+        return "model.fpn.top_source (or model.backbone.name)"
+    if name.startswith(("backbone.fpn_", "backbone.top_block.")):
+        return "model.backbone.name" if inputs and "lateral" in name else "model.fpn.channels"
+    if name.startswith(_BACKBONE):
+        return "model.backbone.width" if ".stem." in name else "model.backbone.name (or model.backbone.width)"
+    return "model.backbone.flavor"

@@ -1,0 +1,171 @@
+"""Files to ``{tensor name: array}``, whoever wrote them. No file's code is run, PyTorch is not needed."""
+
+from __future__ import annotations
+
+import struct
+import sys
+import zipfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from querydet_jax.errors import WeightsError
+from querydet_jax.weights.pickles import Inert, NumpyArray, Storage, TorchTensor, itemsize, load_pickle
+
+PICKLE_SUFFIXES = (".pth", ".pt", ".pkl", ".bin", ".ckpt")
+SUFFIXES = (*PICKLE_SUFFIXES, ".npz", ".safetensors")
+
+_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # the first object of a file of torch.save before 1.6
+_DAMAGE = (SafetensorError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, OverflowError)
+_WRAPPERS = ("model", "state_dict", "model_state_dict", "blobs")  # where checkpoints keep the weights
+
+
+def read_tensors(path: str | Path) -> dict[str, np.ndarray]:
+    """Read every tensor of a weight file, under the file's own names and in its own types.
+
+    Args:
+      path: ``.pth``, ``.pt``, ``.bin``, ``.ckpt`` (torch.save, zip or legacy), ``.pkl`` (detectron2's or
+        Caffe2's dictionaries of arrays), ``.npz`` or ``.safetensors``. Checkpoints that keep the weights
+        under ``model``, ``state_dict``, ``model_state_dict`` or ``blobs`` are unwrapped, and optimiser
+        state and counters left out.
+
+    Returns:
+      Arrays, possibly read-only views of one buffer; bfloat16 as ``ml_dtypes.bfloat16``.
+
+    Raises:
+      WeightsError: no such file, an unknown suffix, a damaged file, a file without tensors, or a pickle
+        that asks for anything but tensors.
+    """
+    path = Path(path)
+    if path.suffix not in SUFFIXES:
+        raise WeightsError(f"{path}: unknown kind of weight file; give one ending in {', '.join(SUFFIXES)}")
+    if not path.is_file():
+        raise WeightsError(f"{path}: no such weight file; check the path")
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="np") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        elif path.suffix == ".npz":
+            tensors = _read_npz(path)
+        else:
+            with path.open("rb") as file:
+                zipped = file.read(4) == b"PK\x03\x04"
+                file.seek(0)
+                tensors = _read_torch_zip(file) if zipped else _read_pickle(file)
+        if not tensors:
+            raise WeightsError("no tensors in it; save the model's state dict")
+    except WeightsError as error:
+        raise WeightsError(f"{path}: {error}") from None
+    except (*_DAMAGE, OSError, KeyError, ValueError, TypeError, MemoryError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise WeightsError(f"{path}: damaged, or no weight file at all ({reason}); fetch or write it again") from None
+    return tensors
+
+
+def _read_npz(path: Path) -> dict[str, np.ndarray]:
+    with np.load(path, allow_pickle=False) as file:
+        if not isinstance(file, np.lib.npyio.NpzFile):
+            raise WeightsError("a single array without a name; save a dictionary of arrays with numpy.savez")
+        return {name: file[name] for name in file.files}
+
+
+def _read_torch_zip(file: BinaryIO) -> dict[str, np.ndarray]:
+    with zipfile.ZipFile(file) as archive:
+        entries = [name for name in archive.namelist() if name.count("/") == 1 and name.endswith("/data.pkl")]
+        if len(entries) != 1:
+            raise WeightsError("a zip archive, but not of torch.save; give a .pth of weights, or rename it to .npz")
+        folder = entries[0].removesuffix("/data.pkl")
+        order = b"little"
+        if f"{folder}/byteorder" in archive.namelist():
+            order = archive.read(f"{folder}/byteorder").strip()
+        with archive.open(entries[0]) as pickled:
+            checkpoint, _ = load_pickle(pickled)
+
+        def load(storage: Storage) -> np.ndarray:
+            data = np.frombuffer(archive.read(f"{folder}/data/{storage.key}"), np.uint8)
+            return _part(data, storage)
+
+        return _tensors(checkpoint, load, swap=order.decode("ascii", "replace") != sys.byteorder)
+
+
+def _read_pickle(file: BinaryIO) -> dict[str, np.ndarray]:
+    first, _ = load_pickle(file)
+    if first != _LEGACY_MAGIC:
+        return _tensors(first, _no_storage, swap=False)
+    load_pickle(file)  # protocol version, 1001 ever since
+    info, _ = load_pickle(file)
+    checkpoint, storages = load_pickle(file)
+    keys, _ = load_pickle(file)
+    # The storages follow, each with its length in front; where they lie is noted, only those of weights are read.
+    places: dict[str, tuple[int, int]] = {}
+    size = file.seek(0, 1)
+    end = file.seek(0, 2)
+    file.seek(size)
+    for key in keys:
+        (count,) = struct.unpack("<q", _exactly(file, 8))
+        length = count * itemsize(storages[key].dtype)
+        places[key] = (file.tell(), length)
+        if count < 0 or file.tell() + length > end:
+            raise WeightsError("the file ends before its weights do; fetch or write it again")
+        file.seek(length, 1)
+
+    def load(storage: Storage) -> np.ndarray:
+        start, length = places[storage.key]
+        file.seek(start)
+        return _part(np.frombuffer(_exactly(file, length), np.uint8), storage)
+
+    little = not isinstance(info, dict) or info.get("little_endian", True)
+    return _tensors(checkpoint, load, swap=little != (sys.byteorder == "little"))
+
+
+def _exactly(file: BinaryIO, length: int) -> bytes:
+    data = file.read(length)
+    if len(data) != length:
+        raise WeightsError("the file ends before its weights do; fetch or write it again")
+    return data
+
+
+def _part(data: np.ndarray, storage: Storage) -> np.ndarray:
+    width = itemsize(storage.dtype)
+    return data[storage.offset * width : (storage.offset + storage.count) * width]
+
+
+def _no_storage(storage: Storage) -> np.ndarray:
+    raise WeightsError("a pickle of tensors without their data; write it with torch.save")
+
+
+def _tensors(checkpoint: Any, load: Callable[[Storage], np.ndarray], swap: bool) -> dict[str, np.ndarray]:
+    """The weights of a checkpoint, read one storage at a time."""
+    if not isinstance(checkpoint, dict):
+        what = checkpoint.kind if isinstance(checkpoint, Inert) else type(checkpoint).__name__
+        raise WeightsError(f"holds a {what}, not a dictionary of tensors; save the model's state dict")
+    for wrapper in _WRAPPERS:
+        inner = checkpoint.get(wrapper)
+        if isinstance(inner, dict):
+            checkpoint = inner
+            break
+        if isinstance(inner, Inert):
+            raise WeightsError(f"holds a whole {inner.kind} as {wrapper!r}; save its state dict")
+    storages: dict[Storage, np.ndarray] = {}
+
+    def load_once(storage: Storage) -> np.ndarray:
+        if storage not in storages:
+            storages[storage] = load(storage)
+        return storages[storage]
+
+    tensors = {}
+    for name, value in checkpoint.items():
+        if not isinstance(name, str):
+            continue
+        if isinstance(value, Inert) and "_rebuild" in value.kind:
+            raise WeightsError(f"tensor {name}: kind {value.kind} is not supported; save it dense, as float32")
+        if isinstance(value, (TorchTensor, NumpyArray)):
+            try:
+                tensors[name] = value.read(load_once, swap) if isinstance(value, TorchTensor) else value.read()
+            except WeightsError as error:
+                raise WeightsError(f"tensor {name}: {error}") from None
+    return tensors

@@ -1,0 +1,237 @@
+"""Weights into a model and out of it, under the official PyTorch names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from querydet_jax.errors import WeightsError
+from querydet_jax.weights.names import (
+    ModelPath,
+    from_torch_layout,
+    likely_field,
+    naming_style,
+    official_name,
+    to_torch_layout,
+    torch_name,
+    torch_shape,
+)
+from querydet_jax.weights.readers import read_tensors
+from querydet_jax.weights.writers import write_tensors
+
+_PIXELS = ("pixel_mean", "pixel_std")
+_BGR_MEAN = (103.530, 116.280, 123.675)  # of ImageNet, as MSRA's weights take it; reversed: torchvision's
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What ``load_weights`` did.
+
+    Attributes:
+      loaded: tensors of the model that now hold the source's values (official names).
+      missing: tensors of the model that the source lacks, unchanged (official names).
+      unexpected: tensors of the source that the model has no place for (the source's names).
+    """
+
+    loaded: tuple[str, ...]
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+
+    def __str__(self) -> str:
+        lines = [f"loaded {len(self.loaded)} of the model's {len(self.loaded) + len(self.missing)} tensors"]
+        for title, names in (("missing", self.missing), ("unexpected", self.unexpected)):
+            if names:
+                more = f" and {len(names) - 6} more" if len(names) > 6 else ""
+                lines.append(f"{title} ({len(names)}): {', '.join(names[:6])}{more}")
+        return "\n".join(lines)
+
+
+def load_weights(model: nnx.Module, source: str | Path | Mapping[str, Any]) -> LoadReport:
+    """Copy weights into a model, in place. On an error the model is as it was.
+
+    Args:
+      model: what ``build_model`` returned.
+      source: a weight file (see ``read_tensors``), the folder of a training run, or arrays by name.
+        Names of QueryDet and of detectron2's RetinaNet are both understood, as are torchvision's and
+        Caffe2's (MSRA) of a ResNet, with or without ``module.`` or ``model.`` in front. Arrays are in
+        torch layout (convolutions OIHW) and of any real type; they become float32.
+
+    Returns:
+      Which tensors were loaded, which are missing and which were not expected.
+
+    Raises:
+      WeightsError: an unreadable file; a shape that does not fit; values that are not finite numbers;
+        names of another model altogether; a backbone of another flavour or norm than the model's.
+    """
+    if isinstance(source, Mapping):
+        where, tensors = "weights", {str(name): value for name, value in source.items()}
+    else:
+        where, tensors = str(source), _read(Path(source))
+    variables = _variables(model)
+    named, unexpected = _match(tensors, variables, where)
+    _check_style(model, tensors, unexpected, where)
+
+    arrays = {official: _float32(tensors[name], name, where) for official, name in named.items()}
+    _check_shapes(arrays, variables, named, where)
+    _check_pixels(model, arrays, where)
+    if naming_style(tensors) == "caffe2":
+        _add_statistics(arrays, variables)
+
+    update = []
+    for name, array in arrays.items():
+        path, variable = variables[name]
+        sharding = getattr(variable.get_value(), "sharding", None)
+        update.append((path, variable.replace(jax.device_put(from_torch_layout(array, path), sharding))))
+    nnx.update(model, nnx.from_flat_state(update))
+    return LoadReport(
+        loaded=tuple(name for name in variables if name in arrays),
+        missing=tuple(name for name in variables if name not in arrays),
+        unexpected=tuple(unexpected),
+    )
+
+
+def state_dict(model: nnx.Module) -> dict[str, np.ndarray]:
+    """Every tensor of a model, float32, in torch layout and under the official name: QueryDet's
+    names for a model with a query head, detectron2's RetinaNet's for one without."""
+    return {
+        name: to_torch_layout(np.asarray(variable.get_value(), np.float32), path)
+        for name, (path, variable) in _variables(model).items()
+    }
+
+
+def export_weights(model: nnx.Module, path: str | Path) -> None:
+    """Write ``state_dict(model)`` to a ``.pth``, ``.pt``, ``.pkl``, ``.npz`` or ``.safetensors`` file.
+
+    ``load_weights`` gives back every tensor bit for bit. ``.pth`` is for ``torch.load`` and, like
+    ``.pkl``, for detectron2's checkpointer.
+
+    Raises:
+      WeightsError: an unknown suffix, a folder that is not there or cannot be written.
+    """
+    write_tensors(state_dict(model), path)
+
+
+def _read(path: Path) -> dict[str, np.ndarray]:
+    if not path.is_dir():
+        return read_tensors(path)
+    # Here, not above: exported weights must load where no training code is imported.
+    from querydet_jax.training.checkpoint import restore_model_state
+
+    return restore_model_state(path)
+
+
+def _variables(model: nnx.Module) -> dict[str, tuple[ModelPath, nnx.Variable[Any]]]:
+    """Variables of a model, and where in it they are, by official name."""
+    flat = [(path, v) for path, v in nnx.to_flat_state(nnx.state(model)) if not isinstance(v, nnx.RngState)]
+    query = _has_query_head(path for path, _ in flat)
+    return {torch_name(path, query): (path, variable) for path, variable in flat}
+
+
+def _has_query_head(paths: Any) -> bool:
+    return any(path[0] == "query_head" for path in paths)
+
+
+def _match(
+    tensors: dict[str, Any], variables: dict[str, tuple[ModelPath, nnx.Variable[Any]]], where: str
+) -> tuple[dict[str, str], list[str]]:
+    """Official names of the model to names of the source, and the source's names left over."""
+    query = _has_query_head(path for path, _ in variables.values())
+    named: dict[str, str] = {}
+    unexpected = []
+    for name in tensors:
+        official = official_name(name, query)
+        if official is None:
+            continue
+        if official not in variables:
+            unexpected.append(name)
+        elif official in named:
+            raise WeightsError(f"{where}: {named[official]} and {name} are both {official}; keep one of them")
+        else:
+            named[official] = name
+    # Every detectron2 model has pixel statistics: with nothing else in common it is another model.
+    if not named or (unexpected and not set(named) - set(_PIXELS)):
+        seen = f" (it has {unexpected[0]})" if unexpected else ""
+        raise WeightsError(f"{where}: no tensor of this model{seen}; give weights of a QueryDet, RetinaNet or ResNet")
+    return named, unexpected
+
+
+def _float32(value: Any, name: str, where: str) -> np.ndarray:
+    try:
+        array = np.asarray(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise WeightsError(f"{where}: tensor {name} is not an array; convert it to NumPy") from None
+    # Kind V: ml_dtypes' bfloat16 and 8-bit floats, which convert; plain void does not.
+    if array.dtype.kind not in "fiuV" or array.dtype.names is not None or array.dtype.type is np.void:
+        raise WeightsError(f"{where}: tensor {name} has type {array.dtype}; convert it to float32")
+    with np.errstate(over="ignore", invalid="ignore"):
+        array = array.astype(np.float32)
+    if not np.isfinite(array).all():
+        raise WeightsError(f"{where}: tensor {name} holds NaN or infinity; give weights of a run that did not diverge")
+    return array
+
+
+def _check_shapes(
+    arrays: dict[str, np.ndarray],
+    variables: dict[str, tuple[ModelPath, nnx.Variable[Any]]],
+    named: dict[str, str],
+    where: str,
+) -> None:
+    wrong = []
+    for official, array in arrays.items():
+        path, variable = variables[official]
+        shape = torch_shape(variable.get_value().shape, path)
+        if array.shape != shape and not (official in _PIXELS and array.shape == (3,)):
+            wrong.append((official, array.shape, shape))
+    if wrong:
+        # The first convolution tells most: its bias, norm and successors fail for the same reason.
+        official, given, wanted = max(wrong, key=lambda entry: len(entry[1]))
+        more = f" (and {len(wrong) - 1} more tensors)" if len(wrong) > 1 else ""
+        raise WeightsError(
+            f"{where}: {named[official]} has shape {list(given)}, the model wants {list(wanted)}{more}; "
+            f"set {likely_field(official, given, wanted)} to what the weights were trained with"
+        )
+
+
+def _check_style(model: nnx.Module, tensors: dict[str, Any], unexpected: list[str], where: str) -> None:
+    """What names betray of the network: its flavour, and whether it has batch norm."""
+    backbone = model.config.backbone  # pyright: ignore[reportAttributeAccessIssue]
+    style = naming_style(tensors)
+    flavor = {"caffe2": "msra", "torchvision": "torchvision"}.get(style, backbone.flavor)
+    if backbone.flavor != flavor:
+        raise WeightsError(
+            f"{where}: {style} names, weights of the {flavor} flavour (its stride and its colours); "
+            f"set model.backbone.flavor to {flavor}"
+        )
+    batch_norm = [name for name in unexpected if name.endswith((".running_mean", "_bn_rm", "_bn_running_mean"))]
+    if backbone.norm == "group" and batch_norm:
+        raise WeightsError(f"{where}: has batch norm ({batch_norm[0]}); set model.backbone.norm to frozen or batch")
+
+
+def _check_pixels(model: nnx.Module, arrays: dict[str, np.ndarray], where: str) -> None:
+    """Official names do not tell the flavour, but the order of the mean does."""
+    flavor = model.config.backbone.flavor  # pyright: ignore[reportAttributeAccessIssue]
+    other = {"msra": "torchvision", "torchvision": "msra"}[flavor]
+    mean = _BGR_MEAN if other == "msra" else _BGR_MEAN[::-1]
+    if "pixel_mean" in arrays and np.allclose(arrays["pixel_mean"].ravel(), mean, atol=1.0):
+        raise WeightsError(
+            f"{where}: pixel_mean is that of the {other} flavour, the model is {flavor}; "
+            f"set model.backbone.flavor to {other}"
+        )
+
+
+def _add_statistics(
+    arrays: dict[str, np.ndarray], variables: dict[str, tuple[ModelPath, nnx.Variable[Any]]]
+) -> None:
+    """Old Caffe2 files hold norms folded into scale and bias: mean 0, variance 1."""
+    for name in list(arrays):
+        stem, found, _ = name.rpartition(".norm.weight")
+        for leaf, value in (("running_mean", 0.0), ("running_var", 1.0)) if found else ():
+            missing = f"{stem}.norm.{leaf}"
+            if missing in variables and missing not in arrays:
+                arrays[missing] = np.full(arrays[name].shape, value, np.float32)
