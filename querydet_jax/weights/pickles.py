@@ -34,20 +34,38 @@ _TORCH_STORAGES = {
 
 # Packages and classes whose leftovers in a checkpoint are ignored.
 _IGNORED_PACKAGES = {"torch", "numpy", "detectron2", "fvcore", "yacs", "omegaconf", "mmcv", "mmengine"}
-_IGNORED_NAMES = {
-    ("argparse", "Namespace"),
-    ("collections", "Counter"),
-    ("collections", "defaultdict"),
-    ("collections", "deque"),
-    ("datetime", "datetime"),
-    ("datetime", "timedelta"),
-    ("pathlib", "PosixPath"),
-    ("pathlib", "WindowsPath"),
-} | {
-    (module, name)
-    for module in ("builtins", "__builtin__")
-    for name in ("bytearray", "complex", "dict", "float", "frozenset", "int", "list", "object", "set", "slice", "tuple")
-}
+_IGNORED_NAMES = (
+    {
+        ("argparse", "Namespace"),
+        ("collections", "Counter"),
+        ("collections", "defaultdict"),
+        ("collections", "deque"),
+        ("datetime", "datetime"),
+        ("datetime", "timedelta"),
+    }
+    | {
+        (module, name)
+        for module in ("pathlib", "pathlib._local")
+        for name in ("PosixPath", "WindowsPath", "PurePosixPath")
+    }
+    | {
+        (module, name)
+        for module in ("builtins", "__builtin__")
+        for name in (
+            "bytearray",
+            "complex",
+            "dict",
+            "float",
+            "frozenset",
+            "int",
+            "list",
+            "object",
+            "set",
+            "slice",
+            "tuple",
+        )
+    }
+)
 
 
 class Inert:
@@ -213,8 +231,8 @@ def _first(data: Any, *_: Any) -> Any:
 
 _FUNCTIONS: dict[tuple[str, str], Callable[..., Any]] = {
     ("torch._utils", "_rebuild_tensor"): TorchTensor,
-    ("torch._utils", "_rebuild_tensor_v2"): lambda storage, offset, size, stride, *_: (
-        TorchTensor(storage, offset, size, stride)
+    ("torch._utils", "_rebuild_tensor_v2"): lambda storage, offset, size, stride, *_: TorchTensor(
+        storage, offset, size, stride
     ),
     ("torch._utils", "_rebuild_tensor_v3"): _tensor_v3,
     ("torch._utils", "_rebuild_parameter"): _first,

@@ -20,7 +20,7 @@ PICKLE_SUFFIXES = (".pth", ".pt", ".pkl", ".bin", ".ckpt")
 SUFFIXES = (*PICKLE_SUFFIXES, ".npz", ".safetensors")
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # the first object of a file of torch.save before 1.6
-_DAMAGE = (SafetensorError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, OverflowError)
+_DAMAGE = (SafetensorError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, OverflowError)
 _WRAPPERS = ("model", "state_dict", "model_state_dict", "blobs")  # where checkpoints keep the weights
 
 
@@ -50,7 +50,8 @@ def read_tensors(path: str | Path) -> dict[str, np.ndarray]:
             with safe_open(path, framework="np") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         elif path.suffix == ".npz":
-            tensors = _read_npz(path)
+            with path.open("rb") as file:
+                tensors = _read_npz(file)
         else:
             with path.open("rb") as file:
                 zipped = file.read(4) == b"PK\x03\x04"
@@ -59,18 +60,20 @@ def read_tensors(path: str | Path) -> dict[str, np.ndarray]:
         if not tensors:
             raise WeightsError("no tensors in it; save the model's state dict")
     except WeightsError as error:
-        raise WeightsError(f"{path}: {error}") from None
+        # What a damaged file has for names may hold anything, line breaks included.
+        raise WeightsError(f"{path}: {' '.join(str(error).split())}") from None
     except (*_DAMAGE, OSError, KeyError, ValueError, TypeError, MemoryError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise WeightsError(f"{path}: damaged, or no weight file at all ({reason}); fetch or write it again") from None
     return tensors
 
 
-def _read_npz(path: Path) -> dict[str, np.ndarray]:
-    with np.load(path, allow_pickle=False) as file:
-        if not isinstance(file, np.lib.npyio.NpzFile):
-            raise WeightsError("a single array without a name; save a dictionary of arrays with numpy.savez")
-        return {name: file[name] for name in file.files}
+def _read_npz(file: BinaryIO) -> dict[str, np.ndarray]:
+    arrays = np.load(file, allow_pickle=False)
+    if isinstance(arrays, np.ndarray):
+        raise WeightsError("a single array without a name; save a dictionary of arrays with numpy.savez")
+    with arrays:
+        return {name: arrays[name] for name in arrays.files}
 
 
 def _read_torch_zip(file: BinaryIO) -> dict[str, np.ndarray]:

@@ -225,9 +225,7 @@ def _check_pixels(model: nnx.Module, arrays: dict[str, np.ndarray], where: str) 
         )
 
 
-def _add_statistics(
-    arrays: dict[str, np.ndarray], variables: dict[str, tuple[ModelPath, nnx.Variable[Any]]]
-) -> None:
+def _add_statistics(arrays: dict[str, np.ndarray], variables: dict[str, tuple[ModelPath, nnx.Variable[Any]]]) -> None:
     """Old Caffe2 files hold norms folded into scale and bias: mean 0, variance 1."""
     for name in list(arrays):
         stem, found, _ = name.rpartition(".norm.weight")

@@ -75,19 +75,21 @@ def test_big_endian_torch_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
-@pytest.mark.parametrize("wrap", [lambda t: t, lambda t: {"blobs": t}, lambda t: {"state_dict": OrderedDict(t), "epoch": 1}])
-def test_numpy_pickles(tmp_path: Path, protocol: int, wrap) -> None:
+@pytest.mark.parametrize("wrapper", ["", "blobs", "state_dict"])
+def test_numpy_pickles(tmp_path: Path, protocol: int, wrapper: str) -> None:
     tensors = {**TENSORS, "fortran": np.asfortranarray(TENSORS["a.weight"]), "int": np.arange(3), "none": np.zeros(0)}
-    (tmp_path / "w.pkl").write_bytes(pickle.dumps(wrap({**tensors, "not an array": "text"}), protocol=protocol))
+    checkpoint = OrderedDict({**tensors, "not an array": "text"})
+    data = pickle.dumps({wrapper: checkpoint, "epoch": 1} if wrapper else checkpoint, protocol=protocol)
+    (tmp_path / "w.pkl").write_bytes(data)
     assert_equal(read_tensors(tmp_path / "w.pkl"), tensors)
 
 
 def test_pickle_of_python_2(tmp_path: Path) -> None:
     """As Caffe2 wrote them: module numpy.core, bytes as a string of 8-bit characters."""
     raw = np.array([1, -2], "<f4").tobytes()
-    text = b"(dU\x07conv1_wcnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(K\x00tU\x01btR(K\x01(K\x02t"
-    text += b"cnumpy\ndtype\n(U\x02f4K\x00K\x01tR(K\x03U\x01<NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89U\x08" + raw
-    (tmp_path / "w.pkl").write_bytes(b"\x80\x02" + text + b"tbs.")
+    text = b"\x80\x02(dU\x07conv1_wcnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(K\x00tU\x01btR(K\x01(K\x02t"
+    text += b"cnumpy\ndtype\n(U\x02f4K\x00K\x01tR(K\x03U\x01<NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89U\x08"
+    (tmp_path / "w.pkl").write_bytes(text + raw + b"tbs.")
     assert_equal(read_tensors(tmp_path / "w.pkl"), {"conv1_w": np.array([1, -2], np.float32)})
 
 
@@ -113,7 +115,7 @@ def test_pickle_that_runs_code_is_refused(tmp_path: Path, where: str, protocol: 
     attack = {
         "system": Attack(os.system, f"touch {sign}"),
         "eval": Attack(eval, f"open({str(sign)!r}, 'w').close()"),
-        "getattr": Attack(getattr, os, "system") if protocol < 0 else Attack(getattr, "text", "upper"),
+        "getattr": Attack(getattr, "text", "upper"),
         "open": Attack(open, str(sign), "w"),
     }[name]
     checkpoint = {"top": attack, "optimizer": {"model": TENSORS, "optimizer": attack}}
@@ -133,8 +135,8 @@ def test_placeholders_run_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     """A name of an ignored package is not imported, even where the package is there."""
     called = []
     monkeypatch.setattr(np.testing, "measure", lambda *args: called.append(args))
-    data = b"\x80\x02}(X\x01\x00\x00\x00xcnumpy.testing\nmeasure\n)RX\x01\x00\x00\x00a" + pickle.dumps(TENSORS["b"])[2:-1]
-    (tmp_path / "w.pkl").write_bytes(data + b"u.")
+    data = b"\x80\x02}(X\x01\x00\x00\x00xcnumpy.testing\nmeasure\n)RX\x01\x00\x00\x00a"
+    (tmp_path / "w.pkl").write_bytes(data + pickle.dumps(TENSORS["b"], protocol=2)[2:-1] + b"u.")
     assert set(read_tensors(tmp_path / "w.pkl")) == {"a"} and not called
 
 
@@ -173,7 +175,8 @@ def torch_pickle(tmp_path: Path, size: tuple[int, ...], stride: tuple[int, ...],
 
 def test_tensor_geometry(tmp_path: Path) -> None:
     assert read_tensors(torch_pickle(tmp_path, (2, 2), (2, 1), offset=2))["x"].shape == (2, 2)
-    for size, stride, offset in [((7,), (1,), 0), ((2, 3), (4, 1), 0), ((6,), (1,), 1), ((2,), (-1,), 1), ((2,), (1, 1), 0)]:
+    outside = [((7,), (1,), 0), ((2, 3), (4, 1), 0), ((6,), (1,), 1)]
+    for size, stride, offset in [*outside, ((2,), (-1,), 1), ((2,), (1, 1), 0)]:
         with pytest.raises(WeightsError, match=r"w\.pth: tensor x: tensor (that reaches|with offset)"):
             read_tensors(torch_pickle(tmp_path, size, stride, offset))
 
@@ -198,7 +201,7 @@ def test_truncated_files(tmp_path: Path, kind: str, keep: float) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".pkl", ".npz", ".safetensors"])
-@pytest.mark.parametrize("content", [b"<!DOCTYPE html><html>404</html>", b"version https://git-lfs", b"\x00" * 100, b"PK\x03\x04" * 9])
+@pytest.mark.parametrize("content", [b"<!DOCTYPE html>", b"version https://git-lfs", b"\x00" * 100, b"PK\x03\x04" * 9])
 def test_foreign_files(tmp_path: Path, suffix: str, content: bytes) -> None:
     path = tmp_path / f"w{suffix}"
     path.write_bytes(content)
@@ -224,6 +227,10 @@ def test_other_mistakes(tmp_path: Path) -> None:
     (tmp_path / "none.pkl").write_bytes(pickle.dumps({"model": {"epoch": 3}}))
     with pytest.raises(WeightsError, match=r"none\.pkl: no tensors in it"):
         read_tensors(tmp_path / "none.pkl")
+    with (tmp_path / "single.npz").open("wb") as file:
+        np.save(file, np.zeros(3))
+    with pytest.raises(WeightsError, match=r"single\.npz: a single array without a name"):
+        read_tensors(tmp_path / "single.npz")
     buffer = io.BytesIO()
     np.savez(buffer, **TENSORS)
     (tmp_path / "misnamed.pth").write_bytes(buffer.getvalue())

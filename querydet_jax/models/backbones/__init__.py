@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from querydet_jax.config import BackboneConfig
 from querydet_jax.models.backbones.resnet import ResNet

@@ -1,0 +1,61 @@
+"""Command lines: arguments to configuration, errors to one line. Commands call these and print."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import tyro
+
+from querydet_jax.config import Config, check, load_config
+from querydet_jax.errors import QueryDetError
+from querydet_jax.runs import config_path
+
+Arguments = TypeVar("Arguments")
+
+
+def parse(kind: type[Arguments], description: str) -> tuple[Arguments, Config, str]:
+    """The command's own arguments, the configuration with its overrides, and the source it came from.
+
+    The first word of the command line names a configuration file or a run folder; every field of the
+    configuration is a flag by its dotted name (``--train.steps 100``), whose default is the
+    configuration's own value. ``kind`` is a dataclass whose fields all have defaults.
+    """
+    words = sys.argv[1:]
+    source = words[0] if words and not words[0].startswith("-") else None
+    if source is None and not any(word in ("-h", "--help") for word in words):
+        raise QueryDetError(
+            f"{Path(sys.argv[0]).name}: name a configuration file (configs/...) or a run folder first; --help explains"
+        )
+    default = load_config(config_path(source)) if source is not None else Config()
+    # One flat set of flags: the command's own and the configuration's, without a prefix for either.
+    flat = tyro.conf.arg(name="")
+    both = dataclasses.make_dataclass("both", [("command", Annotated[kind, flat]), ("config", Annotated[Config, flat])])
+    parsed: Any = tyro.cli(
+        both,
+        args=words[1:] if source is not None else words,
+        default=both(kind(), default),
+        prog=f"{Path(sys.argv[0]).name} {source or 'CONFIG_OR_RUN'}",
+        description=description,
+    )
+    arguments, config = parsed.command, parsed.config
+    check(config)
+    return arguments, config, source or ""
+
+
+def run(main: Callable[[], None]) -> None:
+    """Call a command; errors that bad input can cause become one line and exit status 2."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
+    logging.getLogger("querydet_jax").setLevel(logging.INFO)
+    try:
+        main()
+    except QueryDetError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

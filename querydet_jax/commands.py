@@ -1,0 +1,198 @@
+"""What `train.py`, `eval.py` and `predict.py` do."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from querydet_jax import machine
+from querydet_jax.cli import parse
+from querydet_jax.config import Config
+from querydet_jax.data import Dataset, open_dataset
+from querydet_jax.data.pictures import Pictures
+from querydet_jax.detector import Detector
+from querydet_jax.errors import DataError
+from querydet_jax.evaluation import save_results
+from querydet_jax.evaluation.runner import Evaluation, comparison_table, evaluate_detectors
+from querydet_jax.models import DenseDetector
+from querydet_jax.pictures import look, overview, pictures_of
+from querydet_jax.runs import check_classes, open_model, write_json
+from querydet_jax.training import train as run_training
+from querydet_jax.visualize import save_image
+
+
+@dataclass(frozen=True)
+class TrainArguments:
+    run: str = ""
+    """Folder of the run: configuration, metrics, checkpoints (default: runs/NAME)."""
+    resume: bool = False
+    """Go on from the run's newest checkpoint."""
+
+
+def train() -> None:
+    """Train a detector."""
+    arguments, config, _ = parse(TrainArguments, "Train a detector on all local devices.")
+    run = Path(arguments.run or f"runs/{config.name}")
+
+    def evaluate(model: DenseDetector, dataset: Dataset) -> dict[str, float]:
+        count = config.train.eval_images
+        indices = list(range(min(count, len(dataset)))) if count else None
+        runs = evaluate_detectors(
+            _detectors(model, config, ()), dataset, config.data, batch_size=config.inference.batch_size,
+            indices=indices, size_bins=(),
+        )  # fmt: skip
+        print(comparison_table(runs), flush=True)
+        return {
+            f"{name}/{key}": value
+            for name, result in runs.items()
+            for key, value in {**result.metrics.metrics, "ms_per_image": result.ms_median}.items()
+        }
+
+    run_training(config, run, resume=arguments.resume, evaluate=evaluate)
+    print(f"trained; evaluate with: python eval.py {run}")
+
+
+@dataclass(frozen=True)
+class EvalArguments:
+    weights: str = ""
+    """Weight file (.pth .pkl .npz .safetensors) or run folder, where the source is a configuration file."""
+    out: str = ""
+    """Folder for report.json, detections and pictures (default: the run folder, or runs/NAME)."""
+    methods: tuple[str, ...] = ()
+    """dense, csq (default: all that the model can do)."""
+    images: int = 0
+    """Use the first so many images only (0: all)."""
+    pictures: int = 6
+    """Images to draw."""
+    query_recall: bool = True
+    """Also count which objects the queries reach (a second, untimed pass)."""
+
+
+def evaluate() -> None:
+    """Evaluate a trained detector, densely and with Cascade Sparse Query."""
+    arguments, config, source = parse(EvalArguments, "Evaluate a detector, densely and with Cascade Sparse Query.")
+    dataset = open_dataset(config.data, "val")
+    check_classes(config, dataset)
+    model = open_model(config, source, arguments.weights or None)
+    out = Path(arguments.out or (source if Path(source).is_dir() else f"runs/{config.name}"))
+    detectors = _detectors(model, config, arguments.methods)
+    indices = list(range(min(arguments.images, len(dataset)))) if arguments.images else None
+    runs = evaluate_detectors(
+        detectors,
+        dataset,
+        config.data,
+        batch_size=config.inference.batch_size,
+        indices=indices,
+        query_recall=arguments.query_recall,
+    )
+    for name, result in runs.items():
+        print(f"\n{name}: {result.metrics.table()}")
+        for level, recall in result.recall.items():
+            print(f"\nobjects whose centre cell is a key on P{level} ({name}):\n{recall.table()}")
+        save_results(out / f"detections_{name}.json", result.results)
+    print(f"\n{comparison_table(runs)}\n\n{machine.one_line()}")
+    write_json(out / "report.json", _report(config, runs, indices))
+    names = config.classes or dataset.classes
+    drawn = _spread(len(dataset) if indices is None else len(indices), arguments.pictures)
+    if drawn:
+        for seen in look(list(detectors.values())[-1], dataset, config.data, drawn):
+            sheet = overview(
+                pictures_of(seen, names, config.inference.threshold, truth=dataset.annotation(seen.index).boxes)
+            )
+            save_image(out / "pictures" / f"{Path(dataset.file_name(seen.index)).stem}.jpg", sheet)
+    print(
+        f"wrote {out}/report.json, detections_*.json"
+        + (f" and {len(drawn)} pictures in {out}/pictures" if drawn else "")
+    )
+
+
+@dataclass(frozen=True)
+class PredictArguments:
+    images: tuple[str, ...] = ()
+    """Pictures, or folders of pictures."""
+    out: str = "predictions"
+    """Folder for the pictures and detections.json."""
+    weights: str = ""
+    """Weight file or run folder, where the source is a configuration file."""
+    min_score: float = 0.3
+    """Draw and list detections above this."""
+
+
+def predict() -> None:
+    """Detect in pictures and draw what was found and what was computed."""
+    arguments, config, source = parse(PredictArguments, "Detect objects in pictures.")
+    if not arguments.images:
+        raise DataError("--images: name at least one picture or folder")
+    model = open_model(config, source, arguments.weights or None)
+    names = config.classes or tuple(f"class {k}" for k in range(config.model.num_classes))
+    pictures = Pictures(arguments.images, names)
+    # Pictures of one's own come in either orientation, whatever the data set had.
+    canvases = dict.fromkeys([*config.data.test_canvases, *((w, h) for h, w in config.data.test_canvases)])
+    data = dataclasses.replace(config.data, test_canvases=tuple(canvases))
+    out = Path(arguments.out)
+    detector = list(_detectors(model, config, (config.inference.query,)).values())[0]
+    entries, used = [], set()
+    for seen in look(detector, pictures, data):
+        file = Path(pictures.file_name(seen.index))
+        stem = file.stem
+        while stem in used:  # pictures of one name from different folders
+            stem += "_"
+        used.add(stem)
+        drawn = pictures_of(seen, names, config.inference.threshold, min_score=arguments.min_score)
+        for title, picture in drawn.items():
+            save_image(out / f"{stem}_{title}.jpg", picture)
+        kept = seen.scores >= arguments.min_score
+        entries.append(
+            {
+                "file": str(file),
+                "height": seen.image.shape[0],
+                "width": seen.image.shape[1],
+                "detections": [
+                    {
+                        "class": names[k],
+                        "class_id": int(k),
+                        "score": float(s),
+                        "box_xyxy": [round(float(v), 2) for v in b],
+                    }
+                    for b, s, k in zip(seen.boxes[kept], seen.scores[kept], seen.classes[kept], strict=True)
+                ],
+            }
+        )
+        print(f"{file}: {int(kept.sum())} objects; {', '.join(sorted(drawn))} -> {out}/{stem}_*.jpg", flush=True)
+    write_json(out / "detections.json", {"images": entries, "model": config.name, "query": config.inference.query})
+
+
+def _detectors(model: DenseDetector, config: Config, methods: tuple[str, ...]) -> dict[str, Detector]:
+    """The dense detector first, so that speed-ups are over it."""
+    if not methods:
+        methods = ("dense", "csq") if model.query_head is not None else ("dense",)
+    known = ("dense", "csq")
+    for name in methods:
+        if name not in known:
+            raise DataError(f"--methods {name}: is not one of {', '.join(known)}")
+    return {
+        name: Detector(model, dataclasses.replace(config.inference, query=name))
+        for name in sorted(methods, key=known.index)
+    }
+
+
+def _report(config: Config, runs: dict[str, Evaluation], indices: list[int] | None) -> dict[str, Any]:
+    first = next(iter(runs.values())).ms_median
+    return {
+        "config": dataclasses.asdict(config),
+        "machine": machine.describe(),
+        "images": "all" if indices is None else len(indices),
+        "methods": {name: run.to_dict() for name, run in runs.items()},
+        "speed_up": {name: first / run.ms_median for name, run in runs.items() if not np.isnan(run.ms_median)},
+        "timing": f"median over batches of {config.inference.batch_size}, detectors in turn, {jax.default_backend()}",
+    }
+
+
+def _spread(total: int, count: int) -> list[int]:
+    """``count`` positions spread evenly over ``total``."""
+    return sorted({int(i) for i in np.linspace(0, total - 1, min(count, total))}) if total and count else []

@@ -1,0 +1,7 @@
+"""Data: sources of images and boxes, transforms, batches."""
+
+from querydet_jax.data.dataset import Annotation, Dataset
+from querydet_jax.data.loader import eval_batches, train_batches
+from querydet_jax.data.sources import open_dataset
+
+__all__ = ["Annotation", "Dataset", "eval_batches", "open_dataset", "train_batches"]

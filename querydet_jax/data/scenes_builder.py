@@ -1,0 +1,222 @@
+"""Generated scenes as a TensorFlow Datasets builder, stored once in ArrayRecord and read at random.
+
+TensorFlow itself is not needed: images go in as PNG bytes and come out as PNG bytes. Only this file
+imports tensorflow_datasets.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+from absl import logging as absl_logging
+from PIL import Image
+from tqdm import tqdm
+
+from querydet_jax.data.dataset import Annotation, Dataset
+from querydet_jax.data.images import read_image
+from querydet_jax.data.scenes import CLASSES, draw_scene
+from querydet_jax.errors import ConfigError, DataError
+
+_log = logging.getLogger("querydet_jax")
+
+# Pictures of one split are never those of another, whatever the numbers of pictures.
+_SPLITS = {"train": 0, "val": 1}
+
+
+@dataclass
+class SceneConfig(tfds.core.BuilderConfig):
+    """What the pictures are. The name is the folder's, so each setting has a folder of its own."""
+
+    train: int = 0
+    val: int = 0
+    height: int = 0
+    width: int = 0
+    seed: int = 0
+
+
+def scene_config(train: int, val: int, size: tuple[int, int], seed: int) -> SceneConfig:
+    """The builder configuration for ``train`` and ``val`` pictures of ``size`` (height, width).
+
+    Raises:
+      ConfigError: a number that makes no pictures.
+    """
+    if train < 1 or val < 1 or seed < 0 or min(size) < 32:
+        raise ConfigError(
+            f"data.scenes_train {train}, scenes_val {val}, scenes_size {size}, scenes_seed {seed}: need at least one "
+            "picture a split, 32 pixels a side, and a seed that is not negative"
+        )
+    h, w = size
+    name = f"{h}x{w}-train{train}-val{val}-seed{seed}"
+    return SceneConfig(name=name, train=train, val=val, height=h, width=w, seed=seed)
+
+
+class QuerydetScenes(tfds.core.GeneratorBasedBuilder):
+    """Aerial-looking pictures of small cars, boats and tanks (see ``scenes.draw_scene``)."""
+
+    # Raise it whenever draw_scene draws something else: old folders are then not taken for new ones.
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        config = self.builder_config
+        assert isinstance(config, SceneConfig)
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description=self.__doc__,
+            disable_shuffling=True,  # record i is picture i
+            features=tfds.features.FeaturesDict(
+                {
+                    "image": tfds.features.Image(shape=(config.height, config.width, 3), encoding_format="png"),
+                    "boxes": tfds.features.Tensor(shape=(None, 4), dtype=np.float32),  # xyxy px
+                    "classes": tfds.features.Sequence(tfds.features.ClassLabel(names=list(CLASSES))),
+                }
+            ),
+        )
+
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:
+        del dl_manager  # nothing is downloaded
+        config = self.builder_config
+        assert isinstance(config, SceneConfig)
+        return {
+            split: self._generate_examples(split, count)
+            for split, count in (("train", config.train), ("val", config.val))
+        }
+
+    def _generate_examples(self, split: str, count: int) -> Iterator[tuple[int, dict[str, Any]]]:
+        config = self.builder_config
+        assert isinstance(config, SceneConfig)
+
+        for i in tqdm(range(count), f"drawing {split} scenes", unit=" scenes"):
+            image, boxes, classes = draw_scene((config.seed, _SPLITS[split], i), (config.height, config.width))
+            buffer = io.BytesIO()
+            Image.fromarray(image).save(buffer, "PNG", compress_level=1)  # grainy pictures gain nothing from more
+            yield i, {"image": buffer.getvalue(), "boxes": boxes, "classes": classes.tolist()}
+
+
+class ScenesDataset(Dataset):
+    """A split of the generated scenes, prepared under ``root`` if it is not there yet.
+
+    Image ids and category ids count from 1, as pycocotools likes them.
+
+    Raises:
+      ConfigError: a setting that makes no pictures.
+      DataError: the folder cannot be written or read.
+    """
+
+    classes = CLASSES
+    category_ids = tuple(range(1, len(CLASSES) + 1))
+
+    def __init__(self, root: str | Path, split: str, config: SceneConfig):
+        self._split, self._count = split, getattr(config, split)
+        self._size = (config.height, config.width)
+        self._folder = prepare(Path(root), config)
+        self._lock = threading.Lock()
+        self._opened: Any = None
+        try:
+            self._annotations = [_annotation(record) for record in self._source()]
+        except Exception as error:  # of several libraries, for files cut short or altered
+            raise self._unreadable(error) from None
+        if len(self._annotations) != self._count:
+            raise self._unreadable(f"{len(self._annotations)} pictures instead of {self._count}")
+
+    def __getstate__(self) -> dict[str, Any]:  # open files stay in their process
+        return {**self.__dict__, "_opened": None, "_lock": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _lock=threading.Lock())
+
+    def _source(self) -> Any:
+        with self._lock:
+            if self._opened is None:
+                with _quiet():
+                    builder: Any = tfds.builder_from_directory(self._folder)
+                    self._opened = builder.as_data_source(
+                        split=self._split, decoders={"image": tfds.decode.SkipDecoding()}
+                    )
+            return self._opened
+
+    def _unreadable(self, reason: object) -> DataError:
+        first = (str(reason).splitlines() or [type(reason).__name__])[0]
+        return DataError(f"{self._folder}: damaged generated scenes ({first}); delete the folder to make them anew")
+
+    def __len__(self) -> int:
+        return self._count
+
+    def image_id(self, i: int) -> int:
+        return i + 1
+
+    def file_name(self, i: int) -> str:
+        return f"{self._split}_{i:06d}.png"
+
+    def size(self, i: int) -> tuple[int, int]:
+        return self._size
+
+    def annotation(self, i: int) -> Annotation:
+        return self._annotations[i]
+
+    def load(self, i: int) -> np.ndarray:
+        try:
+            encoded = self._source()[i]["image"]
+        except Exception as error:  # as above
+            raise self._unreadable(error) from None
+        return read_image(encoded, f"{self._folder} {self.file_name(i)}", self._size)
+
+
+def prepare(root: Path, config: SceneConfig) -> Path:
+    """The folder of the prepared scenes, which are drawn first if they are not there.
+
+    tensorflow_datasets writes into a folder named ``incomplete.*`` and renames it at the end, so an
+    interrupted preparation is not taken for a finished one.
+
+    Raises:
+      DataError: the folder cannot be written.
+    """
+    try:
+        with _quiet():
+            builder = QuerydetScenes(config=config, data_dir=root)
+            folder = Path(builder.data_dir)
+            if folder.is_dir():
+                return folder
+            _log.info("drawing %d + %d scenes into %s", config.train, config.val, folder)
+            try:
+                builder.download_and_prepare(
+                    file_format="array_record",
+                    download_config=tfds.download.DownloadConfig(try_download_gcs=False),
+                )
+            except OSError:
+                if not folder.is_dir():  # else another process has finished it meanwhile
+                    raise
+            return folder
+    except OSError as error:
+        raise DataError(
+            f"{root}: generated scenes cannot be written ({error.strerror or error}); set data.root to a folder "
+            "that can be, with space for them"
+        ) from None
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps tensorflow_datasets from reporting a download that is none, and what is as it should be."""
+    before = absl_logging.get_verbosity()
+    absl_logging.set_verbosity(absl_logging.ERROR)
+    tfds.disable_progress_bar()
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        tfds.enable_progress_bar()
+        absl_logging.set_verbosity(before)
+
+
+def _annotation(record: dict[str, Any]) -> Annotation:
+    boxes = np.asarray(record["boxes"], np.float32).reshape(-1, 4)
+    classes = np.asarray(record["classes"], np.int32).reshape(-1)
+    return Annotation(boxes, classes, np.zeros(len(boxes), bool))

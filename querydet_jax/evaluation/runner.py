@@ -1,0 +1,193 @@
+"""Run detectors over a data set: metrics, time an image, how sparse the sparse levels were."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from querydet_jax.config import DataConfig
+from querydet_jax.data import Dataset, eval_batches
+from querydet_jax.data.transforms import resize_boxes
+from querydet_jax.detector import Detector
+from querydet_jax.evaluation.coco import ImageDetections, evaluate, rescale_to_original, to_coco_results
+from querydet_jax.evaluation.metrics import DEFAULT_BINS, CocoMetrics, text_table
+from querydet_jax.evaluation.query import QueryRecall
+from querydet_jax.ops.anchors import level_shape
+
+
+@dataclass
+class Evaluation:
+    """What one detector did on a data set.
+
+    Attributes:
+      metrics: average precision and recall.
+      results: COCO results of all images.
+      ms: milliseconds an image, one entry a batch, from uint8 pixels on the device to detections;
+        the first batch of each canvas (compilation) is not among them.
+      active: level to share of its cells computed, one entry a batch; sparse levels only.
+      dense_rungs: level to how many batches overflowed into the dense rung.
+      recall: level to the query recall by object size, where it was asked for.
+    """
+
+    metrics: CocoMetrics
+    results: list[dict[str, Any]]
+    ms: list[float]
+    active: dict[int, list[float]]
+    dense_rungs: dict[int, int]
+    recall: dict[int, QueryRecall] = field(default_factory=dict)
+
+    @property
+    def ms_median(self) -> float:
+        return float(np.median(self.ms)) if self.ms else float("nan")
+
+    @property
+    def fps(self) -> float:
+        """Mean over batches of images a second, as the paper averages."""
+        return float(np.mean([1000.0 / ms for ms in self.ms])) if self.ms else float("nan")
+
+    def active_share(self) -> dict[int, float]:
+        return {level: float(np.mean(shares)) for level, shares in self.active.items()}
+
+    def to_dict(self) -> dict[str, Any]:
+        def known(value: float) -> float | None:
+            return None if np.isnan(value) else value
+
+        return {
+            **self.metrics.to_dict(),
+            "ms_per_image": known(self.ms_median),
+            "fps": known(self.fps),
+            "active_share": {f"P{level}": share for level, share in self.active_share().items()},
+            "dense_rung_batches": {f"P{level}": count for level, count in self.dense_rungs.items()},
+            "query_recall": {
+                f"P{level}": {key: known(value) for key, value in recall.recall().items()}
+                for level, recall in self.recall.items()
+            },
+        }
+
+
+def evaluate_detectors(
+    detectors: dict[str, Detector],
+    dataset: Dataset,
+    data: DataConfig,
+    *,
+    batch_size: int = 1,
+    indices: Sequence[int] | None = None,
+    query_recall: bool = False,
+    progress: bool = True,
+    size_bins: Sequence[tuple[float, float]] = DEFAULT_BINS,
+) -> dict[str, Evaluation]:
+    """Evaluate detectors side by side.
+
+    Every batch goes through all of them in turn, so their times are comparable though the machine's
+    speed may drift.
+
+    Args:
+      detectors: name to detector.
+      dataset: images and ground truth.
+      data: resize rule and canvases.
+      indices: positions of the images to use; None: all.
+      query_recall: also count which objects' centre cells are among the keys, in a second, untimed pass.
+
+    Raises:
+      DataError: an image that cannot be read.
+    """
+    batches = eval_batches(dataset, data, batch_size=batch_size, indices=indices)
+    position = {dataset.image_id(i): i for i in range(len(dataset))}
+    found: dict[str, list[ImageDetections]] = {name: [] for name in detectors}
+    runs = {name: Evaluation(None, [], [], {}, {}) for name in detectors}  # type: ignore[arg-type]
+    seen: set[tuple[int, ...]] = set()
+    try:
+        for batch in tqdm(batches, desc="evaluating", unit="batch", disable=not progress, leave=False):
+            images, sizes = jax.device_put((batch["images"], batch["sizes"]))
+            for name, detector in detectors.items():
+                if images.shape not in seen:
+                    jax.block_until_ready(detector(images, sizes))
+                begun = time.perf_counter()
+                result = jax.block_until_ready(detector(images, sizes))
+                run = runs[name]
+                # A batch filled up with repetitions still costs a whole batch.
+                run.ms.append((time.perf_counter() - begun) * 1e3 / len(batch["valid"]))
+                result = jax.device_get(result)
+                found[name] += _detections(result, batch)
+                for level, stats in result.stats.items():
+                    cells = images.shape[0] * _cells(images.shape, level)
+                    run.active.setdefault(level, []).append(float(stats.active) / cells)
+                    run.dense_rungs[level] = run.dense_rungs.get(level, 0) + int(stats.overflowed)
+                if query_recall and detector.config.query != "dense":
+                    _count_recall(run, detector, images, sizes, batch, dataset, position)
+            seen.add(images.shape)
+    finally:
+        batches.close()
+    truth = dataset.coco_ground_truth()
+    chosen = None if indices is None else [dataset.image_id(i) for i in indices]
+    for name, run in runs.items():
+        run.results = to_coco_results(found[name], dataset.category_ids)
+        run.metrics = evaluate(truth, run.results, image_ids=chosen, size_bins=size_bins)
+    return runs
+
+
+def comparison_table(runs: dict[str, Evaluation]) -> str:
+    """One row a detector: accuracy, time, speed-up over the first, share of active cells."""
+    header = ["method", "AP", "AP50", "AP75", "APs", "AP<16", "AR100", "ms/image", "FPS", "speed-up", "active cells"]
+    base = next(iter(runs.values())).ms_median
+    rows = []
+    for name, run in runs.items():
+        m = run.metrics.metrics
+        values = [m.get(key, float("nan")) for key in ("AP", "AP50", "AP75", "APs", "AP_0_16", "AR100")]
+        shares = ", ".join(f"P{level} {share:.1%}" for level, share in sorted(run.active_share().items()))
+        rows.append(
+            [
+                name,
+                *("-" if np.isnan(v) else f"{v:.2f}" for v in values),
+                f"{run.ms_median:.1f}",
+                f"{run.fps:.2f}",
+                f"{base / run.ms_median:.2f}x",
+                shares or "all",
+            ]
+        )
+    return text_table(header, rows)
+
+
+def _detections(result: Any, batch: dict[str, np.ndarray]) -> list[ImageDetections]:
+    out = []
+    for i in np.flatnonzero(batch["valid"]):
+        fields = rescale_to_original(
+            result.boxes[i],
+            result.scores[i],
+            result.classes[i],
+            result.valid[i],
+            tuple(batch["sizes"][i].tolist()),
+            tuple(batch["original_sizes"][i].tolist()),
+        )
+        out.append(ImageDetections(int(batch["image_ids"][i]), *fields))
+    return out
+
+
+def _count_recall(
+    run: Evaluation,
+    detector: Detector,
+    images: jax.Array,
+    sizes: jax.Array,
+    batch: dict[str, np.ndarray],
+    dataset: Dataset,
+    position: dict[int, int],
+) -> None:
+    trace = jax.device_get(detector.trace(images, sizes))
+    for i in np.flatnonzero(batch["valid"]):
+        truth = dataset.annotation(position[int(batch["image_ids"][i])])
+        boxes = resize_boxes(
+            truth.boxes[~truth.crowd], tuple(batch["original_sizes"][i].tolist()), tuple(batch["sizes"][i].tolist())
+        )
+        for level, keys in trace.keys.items():
+            run.recall.setdefault(level, QueryRecall()).add(boxes, keys[i], 2**level)
+
+
+def _cells(shape: tuple[int, ...], level: int) -> int:
+    height, width = level_shape(shape[1], shape[2], level)
+    return height * width

@@ -1,0 +1,90 @@
+"""Pictures of a detector at work: detections, query heat maps, active cells, for files and reports."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+
+from querydet_jax.config import DataConfig
+from querydet_jax.data import Dataset, eval_batches
+from querydet_jax.detector import Detector, QueryTrace
+from querydet_jax.evaluation import rescale_to_original
+from querydet_jax.visualize import contact_sheet, draw_detections, draw_heatmap, draw_sites
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One image through a detector.
+
+    Attributes:
+      index: position in the data set.
+      image: uint8 RGB ``[H, W, 3]``, as stored.
+      boxes, scores, classes: detections in px of ``image``.
+      scale: pixels of ``image`` a pixel of the network input.
+      trace: maps of this image alone (``[h, w]``), None for dense inference.
+    """
+
+    index: int
+    image: np.ndarray
+    boxes: np.ndarray
+    scores: np.ndarray
+    classes: np.ndarray
+    scale: float
+    trace: QueryTrace | None
+
+
+def look(
+    detector: Detector, dataset: Dataset, data: DataConfig, indices: Sequence[int] | None = None
+) -> Iterator[Seen]:
+    """Run a detector over images one by one, with what the query cascade did."""
+    position = {dataset.image_id(i): i for i in range(len(dataset))}
+    batches = eval_batches(dataset, data, batch_size=1, indices=indices)
+    try:
+        for batch in batches:
+            i = position[int(batch["image_ids"][0])]
+            net, original = (tuple(batch[key][0].tolist()) for key in ("sizes", "original_sizes"))
+            result = jax.device_get(detector(batch["images"], batch["sizes"]))
+            boxes, scores, classes = rescale_to_original(
+                result.boxes[0], result.scores[0], result.classes[0], result.valid[0], net, original
+            )
+            trace = None
+            if detector.config.query != "dense":
+                full = jax.device_get(detector.trace(batch["images"], batch["sizes"]))
+                trace = QueryTrace(*({level: x[0] for level, x in maps.items()} for maps in full))
+            yield Seen(i, dataset.load(i), boxes, scores, classes, original[1] / net[1], trace)
+    finally:
+        batches.close()
+
+
+def pictures_of(
+    seen: Seen, names: Sequence[str], threshold: float, *, min_score: float = 0.3, truth: np.ndarray | None = None
+) -> dict[str, np.ndarray]:
+    """Title to picture: ``detections``, ``query_P4``.. and ``sites_P3``.. where there was a cascade."""
+    out = {
+        "detections": draw_detections(
+            seen.image, seen.boxes, seen.classes, seen.scores, names, min_score=min_score, truth=truth
+        )
+    }
+    if seen.trace is None:
+        return out
+    for level, probability in seen.trace.probability.items():
+        out[f"query_P{level}"] = draw_heatmap(
+            seen.image,
+            probability,
+            2**level * seen.scale,
+            title=f"query probability on P{level}",
+            threshold=threshold,
+        )
+    for level, keys in seen.trace.keys.items():
+        out[f"sites_P{level}"] = draw_sites(
+            seen.image, seen.trace.active[level], keys, 2**level * seen.scale, title=f"computed on P{level}"
+        )
+    return out
+
+
+def overview(pictures: dict[str, np.ndarray]) -> np.ndarray:
+    """All pictures of an image on one sheet."""
+    return contact_sheet([("", picture) for picture in pictures.values()], columns=2)

@@ -1,0 +1,214 @@
+"""The training loop, read top to bottom."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from querydet_jax.config import Config, save_config
+from querydet_jax.data import open_dataset, train_batches
+from querydet_jax.data.dataset import Dataset
+from querydet_jax.errors import ConfigError, QueryDetError
+from querydet_jax.models import DenseDetector, build_model
+from querydet_jax.runs import check_classes
+from querydet_jax.training.checkpoint import Checkpoints
+from querydet_jax.training.parallel import (
+    AXIS,
+    check_batch_size,
+    parallel_step,
+    replicate,
+    split_batch,
+    unreplicate,
+)
+from querydet_jax.training.schedule import learning_rate, make_optimizer
+from querydet_jax.training.step import init_state, make_step, merge_into
+from querydet_jax.weights import load_weights
+
+_log = logging.getLogger("querydet_jax")
+
+Evaluate = Callable[[DenseDetector, Dataset], dict[str, float]]
+
+
+def train(config: Config, run: str | Path, *, resume: bool = False, evaluate: Evaluate | None = None) -> DenseDetector:
+    """Train a detector and leave its checkpoints, ``config.json`` and ``metrics.jsonl`` in ``run``.
+
+    Args:
+      config: everything about the run.
+      run: folder of the run; must not hold checkpoints unless ``resume``.
+      resume: go on from the newest checkpoint.
+      evaluate: called with the model and the validation set every ``train.eval_every`` steps; what
+        it returns is logged.
+
+    Returns:
+      The trained model, in inference mode.
+
+    Raises:
+      QueryDetError: bad configuration, data or checkpoint, or a loss that is not finite.
+    """
+    run = Path(run)
+    check_batch_size(config.train.batch_size)
+    checkpoints = Checkpoints(run, keep=config.train.keep_checkpoints)
+    if checkpoints.latest() is not None and not resume:
+        raise ConfigError(f"{run}: already holds checkpoints; add --resume to go on, or choose another --run")
+    dataset = open_dataset(config.data, "train")
+    check_classes(config, dataset)
+    validation = open_dataset(config.data, "val") if evaluate is not None and config.train.eval_every else None
+
+    model = build_model(config.model, config.train.seed)
+    if config.train.init:
+        _log.info("%s: %s", config.train.init, load_weights(model, config.train.init))
+    optimizer = make_optimizer(config.train)
+    state = checkpoints.restore(model, optimizer) if resume else init_state(model, optimizer)
+    start = int(state.step)
+    save_config(config, run / "config.json")
+
+    batches = train_batches(
+        dataset, config.data, batch_size=config.train.batch_size, seed=config.train.seed, start_step=start
+    )
+    step_fn = parallel_step(make_step(model, optimizer, AXIS))
+    state = replicate(state)
+    progress = _Progress(config, run / "metrics.jsonl", start)
+    _log.info(
+        "%s: %d images, %d parameters, %d device(s), steps %d to %d",
+        config.name,
+        len(dataset),
+        sum(x.size for x in jax.tree.leaves(state.params)) // jax.local_device_count(),
+        jax.local_device_count(),
+        start,
+        config.train.steps,
+    )
+    try:
+        for step in range(start, config.train.steps):
+            waited = time.perf_counter()
+            batch = next(batches)
+            waited = time.perf_counter() - waited
+            image_ids = batch.pop("image_ids")
+            state, metrics = step_fn(state, split_batch(batch))
+            done = step + 1
+            last = done == config.train.steps
+            if done % config.train.log_every == 0 or done == start + 1 or last:
+                values = {name: float(value) for name, value in unreplicate(metrics).items()}
+                if not math.isfinite(values["loss"]):
+                    raise QueryDetError(
+                        f"the loss is {values['loss']} at step {done} (images {image_ids.tolist()}): lower "
+                        "train.learning_rate, lengthen train.warmup_steps or set train.clip_norm; "
+                        f"the last checkpoint is {checkpoints.latest() or 'none'}"
+                    )
+                progress.log(done, values, waited)
+            else:
+                progress.wait(waited)
+            if done % config.train.checkpoint_every == 0 or last:
+                # Waits for the step, and finds a loss that went wrong since the last line.
+                if not math.isfinite(float(unreplicate(metrics)["loss"])):
+                    raise QueryDetError(
+                        f"the loss is not finite at step {done}: nothing saved; lower train.learning_rate"
+                    )
+                checkpoints.save(model, unreplicate(state))
+            if validation is not None and evaluate is not None and done % config.train.eval_every == 0 and not last:
+                merge_into(model, unreplicate(state))
+                with progress.paused():
+                    progress.record(done, evaluate(model, validation))
+    finally:
+        progress.close(batches.skipped)
+        batches.close()
+        checkpoints.close()
+    merge_into(model, unreplicate(state))
+    return model
+
+
+class _Progress:
+    """One line a few steps: losses, images/s, time left, share of the time spent waiting for data.
+
+    The same numbers go to ``metrics.jsonl``, and to TensorBoard files where tensorboardX is installed.
+    """
+
+    def __init__(self, config: Config, path: Path, start: int):
+        self.config, self.first = config, start
+        self.rate = learning_rate(config.train)
+        self.file = path.open("a")
+        self.board = _summary_writer(path.parent)
+        self.begun = time.perf_counter()
+        self._reset(start)
+
+    def _reset(self, step: int) -> None:
+        self.last_step, self.last_time, self.waited = step, time.perf_counter(), 0.0
+
+    def wait(self, seconds: float) -> None:
+        self.waited += seconds
+
+    def log(self, step: int, values: dict[str, float], waited: float) -> None:
+        self.waited += waited
+        elapsed = time.perf_counter() - self.last_time
+        steps = step - self.last_step
+        speed = steps * self.config.train.batch_size / elapsed
+        left = (self.config.train.steps - step) * elapsed / steps
+        # The first interval of a run is compilation, not waiting.
+        share = self.waited / elapsed
+        values = {
+            **values,
+            "lr": float(self.rate(step - 1)),
+            "images_per_s": speed,
+            "data_wait_share": share,
+            "seconds": time.perf_counter() - self.begun,
+        }
+        self.record(step, values)
+        print(
+            f"step {step}/{self.config.train.steps}  loss {values['loss']:.3f} (cls {values['cls']:.3f} box "
+            f"{values['box']:.3f} query {values['query']:.3f})  fg {values['foreground']:.0f}  lr {values['lr']:.2g}  "
+            f"{speed:.1f} images/s  data wait {share:.1%}  left {_duration(left) if step - self.first > 1 else '?'}",
+            flush=True,
+        )
+        self._reset(step)
+
+    def record(self, step: int, values: dict[str, float]) -> None:
+        finite = {k: (v if math.isfinite(v) else None) for k, v in values.items()}
+        self.file.write(json.dumps({"step": step, **finite}) + "\n")
+        self.file.flush()
+        if self.board is not None:
+            for name, value in values.items():
+                self.board.add_scalar(name, value, step)
+
+    def paused(self) -> _Paused:
+        return _Paused(self)
+
+    def close(self, skipped: int) -> None:
+        if skipped:
+            print(f"{skipped} images could not be read and were skipped", file=sys.stderr)
+        self.file.close()
+        if self.board is not None:
+            self.board.close()
+
+
+class _Paused:
+    """Leaves an evaluation out of the speed and the time left."""
+
+    def __init__(self, progress: _Progress):
+        self.progress = progress
+
+    def __enter__(self) -> None:
+        self.begun = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.last_time += time.perf_counter() - self.begun
+
+
+def _summary_writer(folder: Path):  # noqa: ANN202  (tensorboardX is optional)
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(folder / "tensorboard"), write_to_disk=True)
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(int(np.ceil(seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
