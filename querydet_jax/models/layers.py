@@ -73,17 +73,23 @@ class Conv(nnx.Module):
         self.bias = nnx.Param(jnp.asarray(bias(rng, shape))) if bias is not None else None
         self.norm = make_norm(norm, out_channels, dtype) if norm is not None else None
         self.stride = stride
-        self.padding = (size - 1) // 2
+        self.size = size
         self.dtype = dtype
 
     def __call__(self, x: Array) -> Array:
-        x = lax.conv_general_dilated(
-            x.astype(self.dtype),
-            self.kernel[...].astype(self.dtype),
-            window_strides=(self.stride, self.stride),
-            padding=((self.padding, self.padding),) * 2,
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )
+        x, kernel = x.astype(self.dtype), self.kernel[...].astype(self.dtype)
+        if self.size == 1:
+            # A matrix product: the same sum, and XLA's CPU backend computes its weight gradient up to
+            # seven times faster than the convolution's.
+            x = jnp.dot(x[:, :: self.stride, :: self.stride], kernel[0, 0])
+        else:
+            x = lax.conv_general_dilated(
+                x,
+                kernel,
+                window_strides=(self.stride, self.stride),
+                padding=((self.size // 2,) * 2,) * 2,
+                dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            )
         if self.bias is not None:
             x = x + self.bias[...].astype(self.dtype)[None, None, None]
         return x if self.norm is None else self.norm(x)

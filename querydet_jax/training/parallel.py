@@ -38,7 +38,8 @@ def check_batch_size(batch_size: int) -> None:
 def replicate(tree: PyTree) -> PyTree:
     """A copy of every array on each local device, stacked on a new first axis."""
     count = jax.local_device_count()
-    return jax.pmap(lambda _, x: x, in_axes=(0, None))(np.zeros((count,)), tree)
+    # The same axis name as the step: arrays laid out over another axis would compile the step twice.
+    return jax.pmap(lambda _, x: x, axis_name=AXIS, in_axes=(0, None))(np.zeros((count,)), tree)
 
 
 def unreplicate(tree: PyTree) -> PyTree:
