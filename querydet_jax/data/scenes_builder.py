@@ -19,12 +19,12 @@ import numpy as np
 import tensorflow_datasets as tfds
 from absl import logging as absl_logging
 from PIL import Image
-from tqdm import tqdm
 
 from querydet_jax.data.dataset import Annotation, Dataset
 from querydet_jax.data.images import read_image
 from querydet_jax.data.scenes import CLASSES, draw_scene
 from querydet_jax.errors import ConfigError, DataError
+from querydet_jax.progress import progress
 
 _log = logging.getLogger("querydet_jax")
 
@@ -94,7 +94,7 @@ class QuerydetScenes(tfds.core.GeneratorBasedBuilder):
         config = self.builder_config
         assert isinstance(config, SceneConfig)
 
-        for i in tqdm(range(count), f"drawing {split} scenes", unit=" scenes"):
+        for i in progress(range(count), f"drawing {split} scenes", " scenes"):
             image, boxes, classes = draw_scene((config.seed, _SPLITS[split], i), (config.height, config.width))
             buffer = io.BytesIO()
             Image.fromarray(image).save(buffer, "PNG", compress_level=1)  # grainy pictures gain nothing from more

@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from querydet_jax.config import DataConfig
 from querydet_jax.data import Dataset, eval_batches
@@ -19,6 +18,7 @@ from querydet_jax.evaluation.coco import ImageDetections, evaluate, rescale_to_o
 from querydet_jax.evaluation.metrics import DEFAULT_BINS, CocoMetrics, text_table
 from querydet_jax.evaluation.query import QueryRecall
 from querydet_jax.ops.anchors import level_shape
+from querydet_jax.progress import progress
 
 
 @dataclass
@@ -79,7 +79,7 @@ def evaluate_detectors(
     batch_size: int = 1,
     indices: Sequence[int] | None = None,
     query_recall: bool = False,
-    progress: bool = True,
+    show_progress: bool = True,
     size_bins: Sequence[tuple[float, float]] = DEFAULT_BINS,
 ) -> dict[str, Evaluation]:
     """Evaluate detectors side by side.
@@ -103,7 +103,7 @@ def evaluate_detectors(
     runs = {name: Evaluation(None, [], [], {}, {}) for name in detectors}  # type: ignore[arg-type]
     seen: set[tuple[int, ...]] = set()
     try:
-        for batch in tqdm(batches, desc="evaluating", unit="batch", disable=not progress, leave=False):
+        for batch in progress(batches, "evaluating", "batch", total=len(batches), show=show_progress):
             images, sizes = jax.device_put((batch["images"], batch["sizes"]))
             for name, detector in detectors.items():
                 if images.shape not in seen:

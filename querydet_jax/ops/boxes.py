@@ -14,7 +14,7 @@ MAX_LOG_SCALE = math.log(1000.0 / 16.0)
 """Upper clamp of a decoded dw, dh: one step cannot grow a box more than 62.5 times."""
 
 
-def _product(a: Array, b: Array) -> Array:
+def rounded_product(a: Array, b: Array) -> Array:
     """``a * b`` rounded by itself.
 
     XLA contracts ``a * b - c`` into one fused multiply-add, in some fusions and not in others. Equal
@@ -26,7 +26,7 @@ def _product(a: Array, b: Array) -> Array:
 
 def areas(boxes: Array) -> Array:
     """Areas ``[...]`` of boxes ``[..., 4]``, in px^2."""
-    return _product(boxes[..., 2] - boxes[..., 0], boxes[..., 3] - boxes[..., 1])
+    return rounded_product(boxes[..., 2] - boxes[..., 0], boxes[..., 3] - boxes[..., 1])
 
 
 def pairwise_iou(a: Array, b: Array) -> Array:
@@ -37,7 +37,7 @@ def pairwise_iou(a: Array, b: Array) -> Array:
     left_top = jnp.maximum(a[..., :2], b[..., :2])
     right_bottom = jnp.minimum(a[..., 2:], b[..., 2:])
     width_height = jnp.maximum(right_bottom - left_top, 0.0)
-    intersection = _product(width_height[..., 0], width_height[..., 1])
+    intersection = rounded_product(width_height[..., 0], width_height[..., 1])
     union = areas(a) + areas(b) - intersection
     return jnp.where(intersection > 0, intersection / jnp.where(intersection > 0, union, 1.0), 0.0)
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from querydet_jax.ops.anchors import query_points
-from querydet_jax.ops.boxes import pairwise_iou
+from querydet_jax.ops.boxes import pairwise_iou, rounded_product
 
 BACKGROUND = -1
 IGNORED = -2
@@ -136,8 +136,10 @@ def query_targets(
     def nearest(state: tuple[Array, Array], item: tuple[Array, Array, Array]) -> tuple[tuple[Array, Array], None]:
         best, reach = state
         center, is_small, own_radius = item
-        offset = points - center
-        distance = jnp.sqrt(offset[..., 0] ** 2 + offset[..., 1] ** 2)
+        offset = points - center[None, None]
+        # Rounded squares: contracted, (a, b) and (b, a) would be unequally far, and a tie would not be one.
+        squares = rounded_product(offset, offset)
+        distance = jnp.sqrt(squares[..., 0] + squares[..., 1])
         closer = is_small & (distance < best)
         return (jnp.where(closer, distance, best), jnp.where(closer, own_radius, reach)), None
 

@@ -1,0 +1,43 @@
+# Two commands on a bare machine with Python 3.11 or newer: `make demo` and `make test`.
+# Each makes the virtual environment it needs in .venv first.
+
+PYTHON ?= python3
+VENV ?= .venv
+PY := $(VENV)/bin/python
+DEMO ?= runs/demo
+
+.PHONY: demo test lint benchmark clean
+
+demo: $(VENV)/.installed  ## Train on generated scenes, evaluate densely and with CSQ, draw pictures (about 10 minutes)
+	rm -rf $(DEMO)
+	$(PY) train.py configs/demo.py --run $(DEMO)
+	$(PY) eval.py $(DEMO)
+
+test: $(VENV)/.installed-test  ## Style, types and the test suite
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m pyright
+	$(PY) -m pytest
+
+lint: $(VENV)/.installed-test  ## Style and types only
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m pyright
+
+benchmark: $(VENV)/.installed  ## Dense against CSQ, ResNet-50, 800x1344
+	$(PY) benchmark.py end-to-end
+
+$(VENV)/.installed: requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "error: $(PYTHON) is older than Python 3.11; run: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --upgrade pip
+	$(PY) -m pip install --quiet -e .
+	touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(PY) -m pip install --quiet -e '.[test]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,28 @@
+"""One way to show progress: a bar on a terminal, a line now and then in a log."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from typing import TypeVar
+
+from tqdm import tqdm
+
+Item = TypeVar("Item")
+
+
+def progress(
+    items: Iterable[Item], description: str, unit: str, *, total: int | None = None, show: bool = True
+) -> Iterable[Item]:
+    """``items`` with a progress bar on standard error; in a file or pipe one line every 15 seconds."""
+    terminal = sys.stderr.isatty()
+    return tqdm(
+        items,
+        desc=description,
+        unit=unit,
+        total=total,
+        disable=not show,
+        leave=terminal,
+        mininterval=0.2 if terminal else 15.0,
+        ncols=None if terminal else 80,
+    )

@@ -1,0 +1,113 @@
+"""Targets, losses and gradients against those of the published code."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import recipe
+from flax import nnx
+from published_images import rgb
+
+from querydet_jax.weights import state_dict
+
+SHAPES = [(32, 48), (16, 24), (8, 12), (4, 6), (2, 3), (1, 2)]
+
+
+@pytest.fixture(scope="module")
+def batch():
+    """Images a and c on one canvas, with their boxes; ``empty`` drops those of c."""
+    images, sizes = np.zeros((2, 128, 192, 3), np.uint8), []
+    for i, (tag, height, width) in enumerate((("a", 120, 180), ("c", 128, 160))):
+        images[i, :height, :width] = rgb(tag, height, width)
+        sizes.append((height, width))
+    boxes, classes = np.zeros((2, 16, 4), np.float32), np.full((2, 16), -1, np.int32)
+    boxes[0, :12], classes[0, :12] = recipe.boxes("a12", 12, 120, 180, 10)
+    boxes[1, :5], classes[1, :5] = recipe.boxes("c5", 5, 128, 160, 10, smin=4.0, smax=60.0)
+    return images, boxes, classes, np.asarray(sizes, np.int32)
+
+
+@pytest.fixture(scope="module")
+def step(model):
+    graph, params, rest = nnx.split(model, model.trainable(), ...)
+
+    @jax.jit
+    def run(images, boxes, classes, sizes):
+        def total(params):
+            net = nnx.merge(graph, params, rest)
+            losses = net.losses(images, boxes, classes, net.config.loss.normalizer_init, sizes)
+            return losses.total, losses
+
+        (_, losses), grads = jax.value_and_grad(total, has_aux=True)(params)
+        return losses, grads
+
+    return run
+
+
+def of(case, batch):
+    images, boxes, classes, sizes = batch
+    if case == "empty":
+        classes = np.stack([classes[0], np.full_like(classes[1], -1)])
+    return images, boxes, classes, sizes
+
+
+@pytest.mark.parametrize("case", ["main", "empty"])
+def test_losses(step, batch, recorded, case):
+    z = recorded("losses")
+    losses, _ = step(*of(case, batch))
+    assert losses.num_foreground == z[f"{case}_num_foreground"]
+    for ours, name in (
+        (losses.cls, "loss_cls"),
+        (losses.box, "loss_box_reg"),
+        (losses.query, "loss_query"),
+        (losses.normalizer, "normalizer_after"),
+    ):
+        np.testing.assert_allclose(ours, z[f"{case}_{name}"], rtol=2e-5)
+    sums = np.stack([losses.per_level["cls"], losses.per_level["box"]], axis=1)
+    np.testing.assert_allclose(sums, z[f"{case}_per_level_sums"], rtol=2e-5, atol=1e-6)
+    query = 10.0 * np.asarray(losses.per_level["query"])
+    np.testing.assert_allclose(query, [z[f"{case}_p3_query_loss"], z[f"{case}_p4_query_loss"]], rtol=2e-5)
+
+
+@pytest.mark.parametrize("case", ["main", "empty"])
+def test_targets(model, batch, recorded, case):
+    z = recorded("losses")
+    _, boxes, classes, _ = of(case, batch)
+    labels, targets = jax.jit(lambda b, c: model.targets(SHAPES, b, c))(boxes, classes)
+    # Recorded level by level; background is class K there, ignored -1.
+    splits = np.cumsum([h * w * 9 for h, w in SHAPES])[:-1]
+    labels = np.concatenate([part.reshape(-1) for part in np.split(np.asarray(labels), splits, axis=1)])
+    targets = np.concatenate([part.reshape(-1, 4) for part in np.split(np.asarray(targets), splits, axis=1)])
+    translated = np.select([labels == -1, labels == -2], [10, -1], labels)
+    np.testing.assert_array_equal(translated, z[f"{case}_gt_cls"])
+    np.testing.assert_allclose(targets[labels >= 0], z[f"{case}_gt_reg_fg"], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("case", ["main", "empty"])
+@pytest.mark.parametrize("level", [3, 4])
+def test_query_targets(model, batch, recorded, case, level):
+    _, boxes, classes, _ = of(case, batch)
+    shape = SHAPES[level - 2]
+    ours = model.query_target(level, shape, jnp.asarray(boxes), jnp.asarray(classes))
+    np.testing.assert_array_equal(np.asarray(ours).reshape(2, -1), recorded("losses")[f"{case}_p{level}_query_gt"])
+
+
+def test_gradients(model, step, batch, recorded):
+    z = recorded("losses")
+    _, grads = step(*batch)
+    graph, _, rest = nnx.split(model, model.trainable(), ...)
+    by_name = state_dict(nnx.merge(graph, grads, rest))
+    trained = {
+        name
+        for name, zeros in state_dict(nnx.merge(graph, jax.tree.map(jnp.zeros_like, grads), rest)).items()
+        if not np.any(zeros)
+    }
+    for name, norm, head in zip(z["main_grad_names"], z["main_grad_norms"], z["main_grad_head"], strict=True):
+        if norm < 0:  # frozen
+            assert name not in trained
+            continue
+        gradient = by_name[str(name)].astype(np.float64)
+        np.testing.assert_allclose(np.linalg.norm(gradient), norm, rtol=1e-3)
+        np.testing.assert_allclose(gradient.reshape(-1)[:4], head, rtol=1e-2, atol=1e-3 * np.abs(gradient).max())
+    assert len(jax.tree.leaves(grads)) == (z["main_grad_norms"] >= 0).sum() == 92
