@@ -101,9 +101,8 @@ def evaluate() -> None:
     drawn = _spread(len(dataset) if indices is None else len(indices), arguments.pictures)
     if drawn:
         for seen in look(list(detectors.values())[-1], dataset, config.data, drawn):
-            sheet = overview(
-                pictures_of(seen, names, config.inference.threshold, truth=dataset.annotation(seen.index).boxes)
-            )
+            truth = dataset.annotation(seen.index).boxes
+            sheet = overview(seen, pictures_of(seen, names, config.inference.threshold, truth=truth))
             save_image(out / "pictures" / f"{Path(dataset.file_name(seen.index)).stem}.jpg", sheet)
     print(
         f"wrote {out}/report.json, detections_*.json"

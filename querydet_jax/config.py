@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import os
 import runpy
 import types
 import typing
@@ -25,7 +26,7 @@ from querydet_jax.errors import ConfigError
 class BackboneConfig:
     """A residual network (He et al. 2016), outputs C2..C5 at strides 4..32."""
 
-    name: Literal["resnet18", "resnet34", "resnet50", "resnet101"] = "resnet50"
+    name: Literal["resnet10", "resnet18", "resnet34", "resnet50", "resnet101"] = "resnet50"
     # msra: detectron2's conversion, stride in the 1x1, BGR minus mean. torchvision: stride in the
     # 3x3, RGB, mean and std.
     flavor: Literal["msra", "torchvision"] = "msra"
@@ -156,6 +157,7 @@ class DataConfig:
     scenes_train: int = 2000
     scenes_val: int = 200
     scenes_size: tuple[int, int] = (320, 320)
+    scenes_val_size: tuple[int, int] = (0, 0)  # (0, 0): as scenes_size
     scenes_seed: int = 0
 
 
@@ -227,17 +229,21 @@ def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Co
         raise ConfigError(f"{path}: no such configuration file; see configs/ for those provided")
     if path.suffix == ".json":
         try:
-            config = _from_dict(Config, json.loads(path.read_text()), where=str(path))
-        except json.JSONDecodeError as error:
+            fields = json.loads(path.read_text())
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path}: not readable as JSON ({error}); restore or re-create it") from None
     else:
         try:
             config = runpy.run_path(str(path)).get("config")
-        except (SyntaxError, TypeError, NameError) as error:
-            raise ConfigError(f"{path}: {error}; mend the file (field names are in querydet_jax/config.py)") from None
+        except Exception as error:  # the file is a user's program: it can fail in any way
+            raise ConfigError(
+                f"{path}: {type(error).__name__}: {error}; mend the file (field names are in querydet_jax/config.py)"
+            ) from None
         if not isinstance(config, Config):
             raise ConfigError(f"{path}: does not define `config = Config(...)`; see configs/demo.py")
-    return override(config, overrides or {})
+        fields = dataclasses.asdict(config)
+    # The same road for both: dataclasses do not look at the types that they are given.
+    return override(_from_dict(Config, fields, where=str(path)), overrides or {})
 
 
 def override(config: Config, changes: dict[str, Any]) -> Config:
@@ -249,27 +255,38 @@ def override(config: Config, changes: dict[str, Any]) -> Config:
 
 
 def save_config(config: Config, path: str | Path) -> None:
-    Path(path).write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+    path = Path(path)
+    aside = path.with_name(path.name + ".part")
+    aside.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+    os.replace(aside, path)
 
 
 def check(config: Config) -> None:
     """Raise ConfigError where fields contradict each other."""
     model, inference, data, train = config.model, config.inference, config.data, config.train
     levels = model.levels
-    if not 2 <= model.min_level <= 5 or not model.min_level < model.max_level <= 7:
+    if not 2 <= model.min_level <= 5 <= model.max_level <= 7 or model.min_level == model.max_level:
         raise ConfigError(
             f"model.min_level {model.min_level}, model.max_level {model.max_level}: "
-            "need 2 <= min_level <= 5 and min_level < max_level <= 7"
+            "need 2 <= min_level <= 5 <= max_level <= 7 and min_level < max_level"
         )
     if model.num_classes < 1:
         raise ConfigError(f"model.num_classes {model.num_classes}: must be at least 1")
+    if not 0 <= model.backbone.freeze_at <= 5:
+        raise ConfigError(f"model.backbone.freeze_at {model.backbone.freeze_at}: must be 0 (train all) to 5 (none)")
+    if not 0 < model.head.prior < 1:
+        raise ConfigError(f"model.head.prior {model.head.prior}: must be a probability between 0 and 1")
     loss = model.loss
+    if loss.smooth_l1_beta <= 0:
+        raise ConfigError(f"model.loss.smooth_l1_beta {loss.smooth_l1_beta}: must be above 0 (1e-6: plain L1)")
     if loss.level_weighting == "table" and len(loss.level_weights) != len(levels):
         raise ConfigError(
             f"model.loss.level_weights has {len(loss.level_weights)} entries for {len(levels)} levels "
             f"P{levels[0]}..P{levels[-1]}: give one each, or set model.loss.level_weighting to uniform or linear"
         )
     if model.query.enabled:
+        if not model.query.levels:
+            raise ConfigError("model.query.levels is empty: give one or more, or set model.query.enabled false")
         for name in ("query_weights", "query_gammas"):
             if len(getattr(loss, name)) != len(model.query.levels):
                 raise ConfigError(
@@ -318,7 +335,8 @@ def _replace(node: Any, parts: list[str], value: Any, full: str) -> Any:
     names = [f.name for f in dataclasses.fields(node)]
     head, rest = parts[0], parts[1:]
     if head not in names:
-        raise ConfigError(_unknown_key(full, head, names, full[: full.rfind(head)] if len(parts) == 1 else ""))
+        above = full.split(".")[: -len(parts)]
+        raise ConfigError(_unknown_key(full, head, names, "".join(f"{part}." for part in above)))
     old = getattr(node, head)
     if rest:
         if not dataclasses.is_dataclass(old):
@@ -334,9 +352,10 @@ def _replace(node: Any, parts: list[str], value: Any, full: str) -> Any:
 
 
 def _unknown_key(full: str, key: str, names: list[str], prefix: str) -> str:
-    near = difflib.get_close_matches(key, names, n=1, cutoff=0.4)
+    # A right name in the wrong group tells more than a likeness.
     elsewhere = [p for p in _dotted(Config) if p.split(".")[-1] == key]
-    hint = prefix + near[0] if near else (elsewhere[0] if elsewhere else None)
+    near = [prefix + name for name in difflib.get_close_matches(key, names, n=1, cutoff=0.4)]
+    hint = next(iter(elsewhere + near), None)
     return f"unknown configuration key {full}: " + (
         f"did you mean {hint}?" if hint else f"the keys here are {', '.join(names)}"
     )
@@ -358,7 +377,7 @@ def _field_names(node: Any) -> list[str]:
 
 def _from_dict(cls: type, raw: Any, where: str, prefix: str = "") -> Any:
     if not isinstance(raw, dict):
-        raise ConfigError(f"{where}: {prefix or 'the file'} must be a group of fields")
+        raise ConfigError(f"{where}: {prefix.rstrip('.') or 'the file'} must be a group of fields")
     hints = typing.get_type_hints(cls)
     for key in raw:
         if key not in hints:
@@ -369,7 +388,7 @@ def _from_dict(cls: type, raw: Any, where: str, prefix: str = "") -> Any:
         if dataclasses.is_dataclass(hint):
             values[key] = _from_dict(typing.cast(type, hint), value, where, f"{prefix}{key}.")
         else:
-            values[key] = _typed(hint, value, f"{prefix}{key}")
+            values[key] = _typed(hint, value, f"{where}: {prefix}{key}")
     return cls(**values)
 
 

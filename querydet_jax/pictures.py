@@ -70,7 +70,8 @@ def pictures_of(
     }
     if seen.trace is None:
         return out
-    for level, probability in seen.trace.probability.items():
+    # In the order of the cascade: where a level fires, then what that makes the next finer one compute.
+    for level, probability in sorted(seen.trace.probability.items(), reverse=True):
         out[f"query_P{level}"] = draw_heatmap(
             seen.image,
             probability,
@@ -78,13 +79,23 @@ def pictures_of(
             title=f"query probability on P{level}",
             threshold=threshold,
         )
-    for level, keys in seen.trace.keys.items():
-        out[f"sites_P{level}"] = draw_sites(
-            seen.image, seen.trace.active[level], keys, 2**level * seen.scale, title=f"computed on P{level}"
+        out[f"sites_P{level - 1}"] = draw_sites(
+            seen.image,
+            seen.trace.active[level - 1],
+            seen.trace.keys[level - 1],
+            2 ** (level - 1) * seen.scale,
+            title=f"computed on P{level - 1}",
         )
     return out
 
 
-def overview(pictures: dict[str, np.ndarray]) -> np.ndarray:
-    """All pictures of an image on one sheet."""
-    return contact_sheet([("", picture) for picture in pictures.values()], columns=2)
+def overview(seen: Seen, pictures: dict[str, np.ndarray]) -> np.ndarray:
+    """One sheet: the picture and its detections on the left, each step of the cascade in a row beside them."""
+    picture = draw_detections(seen.image, np.zeros((0, 4)), np.zeros((0,), np.int64))
+    left = [picture, pictures["detections"]]
+    steps = [picture for title, picture in pictures.items() if title != "detections"]
+    rows = [steps[i : i + 2] for i in range(0, len(steps), 2)]
+    while len(left) < len(rows):
+        left.append(np.zeros_like(picture))
+    panels = [panel for first, row in zip(left, rows or [[], []], strict=False) for panel in (first, *row)]
+    return contact_sheet([("", panel) for panel in panels], columns=3 if rows else 2)

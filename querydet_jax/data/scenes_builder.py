@@ -38,25 +38,33 @@ class SceneConfig(tfds.core.BuilderConfig):
 
     train: int = 0
     val: int = 0
-    height: int = 0
-    width: int = 0
+    train_size: tuple[int, int] = (0, 0)  # (height, width)
+    val_size: tuple[int, int] = (0, 0)
     seed: int = 0
 
 
-def scene_config(train: int, val: int, size: tuple[int, int], seed: int) -> SceneConfig:
-    """The builder configuration for ``train`` and ``val`` pictures of ``size`` (height, width).
+def scene_config(
+    train: int, val: int, train_size: tuple[int, int], val_size: tuple[int, int], seed: int
+) -> SceneConfig:
+    """The builder configuration for ``train`` and ``val`` pictures of their sizes (height, width).
 
     Raises:
       ConfigError: a number that makes no pictures.
     """
-    if train < 1 or val < 1 or seed < 0 or min(size) < 32:
+    if train < 1 or val < 1 or seed < 0 or min(*train_size, *val_size) < 32:
         raise ConfigError(
-            f"data.scenes_train {train}, scenes_val {val}, scenes_size {size}, scenes_seed {seed}: need at least one "
-            "picture a split, 32 pixels a side, and a seed that is not negative"
+            f"data.scenes_train {train}, scenes_val {val}, scenes_size {train_size}, scenes_val_size {val_size}, "
+            f"scenes_seed {seed}: need at least one picture a split, 32 pixels a side, and a seed that is not negative"
         )
-    h, w = size
-    name = f"{h}x{w}-train{train}-val{val}-seed{seed}"
-    return SceneConfig(name=name, train=train, val=val, height=h, width=w, seed=seed)
+    parts = [f"{split}{n}-{h}x{w}" for split, n, (h, w) in (("train", train, train_size), ("val", val, val_size))]
+    return SceneConfig(
+        name="-".join([*parts, f"seed{seed}"]),
+        train=train,
+        val=val,
+        train_size=train_size,
+        val_size=val_size,
+        seed=seed,
+    )
 
 
 class QuerydetScenes(tfds.core.GeneratorBasedBuilder):
@@ -66,15 +74,13 @@ class QuerydetScenes(tfds.core.GeneratorBasedBuilder):
     VERSION = tfds.core.Version("1.0.0")
 
     def _info(self) -> tfds.core.DatasetInfo:
-        config = self.builder_config
-        assert isinstance(config, SceneConfig)
         return tfds.core.DatasetInfo(
             builder=self,
             description=self.__doc__,
             disable_shuffling=True,  # record i is picture i
             features=tfds.features.FeaturesDict(
                 {
-                    "image": tfds.features.Image(shape=(config.height, config.width, 3), encoding_format="png"),
+                    "image": tfds.features.Image(shape=(None, None, 3), encoding_format="png"),
                     "boxes": tfds.features.Tensor(shape=(None, 4), dtype=np.float32),  # xyxy px
                     "classes": tfds.features.Sequence(tfds.features.ClassLabel(names=list(CLASSES))),
                 }
@@ -93,9 +99,9 @@ class QuerydetScenes(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(self, split: str, count: int) -> Iterator[tuple[int, dict[str, Any]]]:
         config = self.builder_config
         assert isinstance(config, SceneConfig)
-
+        size = getattr(config, f"{split}_size")
         for i in progress(range(count), f"drawing {split} scenes", " scenes"):
-            image, boxes, classes = draw_scene((config.seed, _SPLITS[split], i), (config.height, config.width))
+            image, boxes, classes = draw_scene((config.seed, _SPLITS[split], i), size)
             buffer = io.BytesIO()
             Image.fromarray(image).save(buffer, "PNG", compress_level=1)  # grainy pictures gain nothing from more
             yield i, {"image": buffer.getvalue(), "boxes": boxes, "classes": classes.tolist()}
@@ -116,7 +122,7 @@ class ScenesDataset(Dataset):
 
     def __init__(self, root: str | Path, split: str, config: SceneConfig):
         self._split, self._count = split, getattr(config, split)
-        self._size = (config.height, config.width)
+        self._size = getattr(config, f"{split}_size")
         self._folder = prepare(Path(root), config)
         self._lock = threading.Lock()
         self._opened: Any = None

@@ -29,5 +29,6 @@ def open_dataset(data: DataConfig, split: Literal["train", "val"]) -> Dataset:
         return CocoDataset(root / data.val_annotations, root / data.val_images)
     from querydet_jax.data.scenes_builder import ScenesDataset, scene_config  # slow to import, and rarely needed
 
-    config = scene_config(data.scenes_train, data.scenes_val, data.scenes_size, data.scenes_seed)
+    val_size = data.scenes_val_size if any(data.scenes_val_size) else data.scenes_size
+    config = scene_config(data.scenes_train, data.scenes_val, data.scenes_size, val_size, data.scenes_seed)
     return ScenesDataset(data.root or "datasets", split, config)

@@ -48,7 +48,7 @@ def make_norm(kind: str, channels: int, dtype: jnp.dtype) -> nnx.Module:
     if kind == "batch":
         return nnx.BatchNorm(channels, momentum=0.9, epsilon=1e-5, dtype=dtype, use_running_average=True, rngs=rngs)
     if kind == "group":
-        return nnx.GroupNorm(channels, num_groups=32, dtype=dtype, rngs=rngs)
+        return nnx.GroupNorm(channels, num_groups=32, epsilon=1e-5, dtype=dtype, rngs=rngs)
     raise ValueError(f"norm {kind!r} is not one of frozen, batch, group")
 
 

@@ -9,7 +9,11 @@ from jax import Array
 
 def binary_cross_entropy(logits: Array, targets: Array) -> Array:
     """Stable sigmoid cross-entropy: max(x, 0) - x t + log(1 + exp(-|x|))."""
-    return jnp.maximum(logits, 0.0) - logits * targets + jnp.log1p(jnp.exp(-jnp.abs(logits)))
+    # Selections, not maximum and abs: their gradients at a logit of exactly 0 do not add up to 1/2 - t,
+    # and padding makes such logits, wherever biases are still 0.
+    positive = logits > 0
+    tail = jnp.log1p(jnp.exp(jnp.where(positive, -logits, logits)))
+    return jnp.where(positive, logits, 0.0) - logits * targets + tail
 
 
 def focal_loss(logits: Array, targets: Array, *, alpha: float, gamma: float) -> Array:

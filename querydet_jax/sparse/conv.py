@@ -43,7 +43,8 @@ def conv_rows(
       rows: ``[R, C]`` features.
       table: int32 ``[N, 9]`` rows of the nine neighbours; R reads as zeros.
       convs: kernels that all read ``rows``.
-      count: int32 ``[]``; outputs are computed for the first ``count`` table rows, the others are 0.
+      count: int32 ``[]``; outputs are computed for the first ``count`` table rows. The rows after them in
+        the last turn's chunk hold values nobody should read, those after that chunk 0.
       chunk: table rows a turn; must divide N.
 
     Returns:
@@ -83,7 +84,7 @@ def run_stacks(rows: Array, table: Array, sites: Sites, stacks: Sequence[Stack],
       stacks: each a row of convolutions; lengths may differ.
 
     Returns:
-      One float32 ``[N, O]`` a stack, filled at the keys (the first ``sites.counts[0]`` rows), 0 elsewhere.
+      One float32 ``[N, O]`` a stack, meaningful at the keys (the first ``sites.counts[0]`` rows) only.
     """
     context = len(sites.counts) - 1
 

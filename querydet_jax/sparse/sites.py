@@ -66,7 +66,12 @@ def children(parents: Array, shape: tuple[int, int]) -> Array:
     Args:
       shape: (h, w) of the finer level, at most twice the parents'. Below that (P6 of an odd P5 is
         rounded up) the children outside the map are dropped.
+
+    Raises:
+      ValueError: the finer level is larger, and the parents do not cover it.
     """
+    if shape[0] > 2 * parents.shape[1] or shape[1] > 2 * parents.shape[2]:
+        raise ValueError(f"a {shape[0]}x{shape[1]} map is more than twice its parents' {parents.shape[1:]}")
     fine = jnp.repeat(jnp.repeat(parents, 2, axis=1), 2, axis=2)
     return fine[:, : shape[0], : shape[1]]
 

@@ -98,16 +98,15 @@ def test_gradients(model, step, batch, recorded):
     _, grads = step(*batch)
     graph, _, rest = nnx.split(model, model.trainable(), ...)
     by_name = state_dict(nnx.merge(graph, grads, rest))
-    trained = {
-        name
-        for name, zeros in state_dict(nnx.merge(graph, jax.tree.map(jnp.zeros_like, grads), rest)).items()
-        if not np.any(zeros)
-    }
+    frozen = []
     for name, norm, head in zip(z["main_grad_names"], z["main_grad_norms"], z["main_grad_head"], strict=True):
-        if norm < 0:  # frozen
-            assert name not in trained
+        if norm < 0:
+            frozen.append(name)
             continue
         gradient = by_name[str(name)].astype(np.float64)
         np.testing.assert_allclose(np.linalg.norm(gradient), norm, rtol=1e-3)
-        np.testing.assert_allclose(gradient.reshape(-1)[:4], head, rtol=1e-2, atol=1e-3 * np.abs(gradient).max())
-    assert len(jax.tree.leaves(grads)) == (z["main_grad_norms"] >= 0).sum() == 92
+        first = gradient.reshape(-1)[:4]
+        np.testing.assert_allclose(first, head[: len(first)], rtol=1e-2, atol=1e-3 * np.abs(gradient).max())
+    # Every recorded gradient is matched; what the published code freezes has none here.
+    assert len(jax.tree.leaves(grads)) == len(z["main_grad_names"]) - len(frozen) == 92
+    assert all(".stem." in name or ".res2." in name for name in frozen)

@@ -8,7 +8,7 @@ import numpy as np
 from querydet_jax.config import BackboneConfig
 from querydet_jax.models.backbones.resnet import ResNet
 
-_BACKBONES = {name: ResNet for name in ("resnet18", "resnet34", "resnet50", "resnet101")}
+_BACKBONES = {name: ResNet for name in ("resnet10", "resnet18", "resnet34", "resnet50", "resnet101")}
 
 
 def build_backbone(config: BackboneConfig, dtype: jnp.dtype, rng: np.random.Generator) -> ResNet:

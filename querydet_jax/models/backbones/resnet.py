@@ -13,7 +13,7 @@ from jax import Array, lax
 from querydet_jax.config import BackboneConfig
 from querydet_jax.models.layers import Conv, Frozen, msra_init
 
-_DEPTHS = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3), "resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3)}
+_DEPTHS = {"resnet10": (1, 1, 1, 1), "resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3), "resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3)}
 _BOTTLENECK = {"resnet50", "resnet101"}
 
 # Statistics in the channel order each flavour's weights expect.
@@ -106,9 +106,15 @@ class ResNet(nnx.Module):
 
     def __init__(self, config: BackboneConfig, dtype: jnp.dtype, rng: np.random.Generator):
         self.config = config
-        common = dict(init=msra_init, norm=config.norm, dtype=dtype, rng=rng)
+        common = dict(init=msra_init, dtype=dtype, rng=rng)
+        frozen = self.frozen_parts()
+
+        def norm(part: str) -> str:
+            # Live statistics would go on changing what a frozen part computes.
+            return "frozen" if config.norm == "batch" and part in frozen else config.norm
+
         block = Bottleneck if config.name in _BOTTLENECK else BasicBlock
-        self.stem = Stem(config.width, **common)
+        self.stem = Stem(config.width, norm=norm("stem"), **common)
         channels = config.width
         self.out_channels = {}
         for stage, depth in zip((2, 3, 4, 5), _DEPTHS[config.name], strict=True):
@@ -116,7 +122,7 @@ class ResNet(nnx.Module):
             blocks = []
             for i in range(depth):
                 stride = 2 if i == 0 and stage > 2 else 1
-                blocks.append(block(channels, width, stride, config, **common))
+                blocks.append(block(channels, width, stride, config, norm=norm(f"res{stage}"), **common))
                 channels = width * block.expansion
             setattr(self, f"res{stage}", nnx.List(blocks))
             self.out_channels[stage] = channels

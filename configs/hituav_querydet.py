@@ -1,0 +1,58 @@
+"""QueryDet with a small head on HIT-UAV: thermal pictures from a drone, from scratch, on two CPU cores.
+
+Reproduces: nothing of the paper; real small objects (a third of the boxes below 16x16 px).
+Images: HIT-UAV, CC BY 4.0, as COCO json: instances_train.json, instances_val.json, train/, val/.
+Command: python train.py configs/hituav_querydet.py --data.root HIT_UAV && python eval.py runs/hituav_querydet
+"""
+
+from querydet_jax.config import (
+    BackboneConfig,
+    Config,
+    DataConfig,
+    FPNConfig,
+    HeadConfig,
+    InferenceConfig,
+    ModelConfig,
+    QueryConfig,
+    TrainConfig,
+)
+
+config = Config(
+    name="hituav_querydet",
+    classes=("Person", "Car", "Bicycle", "OtherVehicle"),
+    model=ModelConfig(
+        num_classes=4,
+        backbone=BackboneConfig(name="resnet18", flavor="torchvision", norm="batch", freeze_at=0, width=32),
+        fpn=FPNConfig(channels=64),
+        head=HeadConfig(channels=64, num_convs=2),
+        query=QueryConfig(channels=64, num_convs=2),
+    ),
+    data=DataConfig(
+        source="coco",
+        root="hit_uav",
+        train_annotations="instances_train.json",
+        train_images="train",
+        val_annotations="instances_val.json",
+        val_images="val",
+        train_short=(448, 512, 576),
+        train_max=720,
+        train_canvases=((320, 320),),
+        crop=True,
+        test_short=512,
+        test_max=640,
+        test_canvases=((512, 640),),
+        max_boxes=100,
+    ),
+    train=TrainConfig(
+        batch_size=8,
+        steps=1500,
+        optimizer="adamw",
+        learning_rate=1e-3,
+        warmup_steps=100,
+        schedule="cosine",
+        clip_norm=10.0,
+        checkpoint_every=250,
+        log_every=25,
+    ),
+    inference=InferenceConfig(query="csq", max_detections=200),
+)

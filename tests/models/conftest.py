@@ -1,0 +1,55 @@
+"""A detector whose backbone is a few means, so that heads, targets and losses compile fast."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from querydet_jax.config import BackboneConfig, FPNConfig, HeadConfig, LossConfig, ModelConfig, QueryConfig
+from querydet_jax.models import DenseDetector, build_model
+
+
+class MeanBackbone(nnx.Module):
+    """C2..C5 as cell means of the pixels, their channels repeated."""
+
+    def __init__(self, out_channels: dict[int, int]):
+        self.out_channels = out_channels
+
+    def __call__(self, x: jax.Array) -> dict[int, jax.Array]:
+        batch, height, width, _ = x.shape
+        outputs = {}
+        for level, channels in self.out_channels.items():
+            side = 2**level
+            means = x.reshape(batch, height // side, side, width // side, side, 3).mean((2, 4))
+            outputs[level] = jnp.tile(means, -(-channels // 3))[..., :channels] / 50.0
+        return outputs
+
+    def frozen_parts(self) -> tuple[str, ...]:
+        return ()
+
+
+SMALL = ModelConfig(
+    num_classes=3,
+    min_level=3,
+    max_level=6,
+    backbone=BackboneConfig(name="resnet18", width=32),
+    fpn=FPNConfig(channels=16),
+    head=HeadConfig(channels=16, num_convs=1),
+    query=QueryConfig(channels=16, num_convs=1),
+    loss=LossConfig(level_weights=(1.0, 1.5, 2.0, 4.0), query_weights=(10.0, 5.0), query_gammas=(1.2, 1.5)),
+)
+
+
+@pytest.fixture(scope="session")
+def small_config() -> ModelConfig:
+    return SMALL
+
+
+@pytest.fixture(scope="session")
+def small_model() -> DenseDetector:
+    """Levels P3..P6, queries on P3 and P4, three classes. Not to be changed by a test."""
+    model = build_model(SMALL, seed=1)
+    model.backbone = MeanBackbone(model.backbone.out_channels)
+    return model

@@ -1,0 +1,141 @@
+"""The loop on generated scenes: resume equals an uninterrupted run, faults have names, 8 images overfit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from querydet_jax.config import load_config, override
+from querydet_jax.data import open_dataset
+from querydet_jax.detector import Detector
+from querydet_jax.errors import ConfigError, QueryDetError, WeightsError
+from querydet_jax.evaluation.runner import evaluate_detectors
+from querydet_jax.models import build_model
+from querydet_jax.training import train
+from querydet_jax.training.checkpoint import Checkpoints, restore_model_state
+from querydet_jax.weights import load_weights, state_dict
+
+SMALL = {
+    "data.scenes_train": 8,
+    "data.scenes_val": 2,
+    "data.scenes_size": (96, 96),
+    "data.train_short": (96,),
+    "data.test_short": 96,
+    "data.test_max": 96,
+    "data.train_max": 96,
+    "data.train_canvases": ((96, 96),),
+    "data.test_canvases": ((96, 96),),
+    "model.fpn.channels": 16,
+    "model.head.channels": 16,
+    "model.head.num_convs": 1,
+    "model.query.channels": 16,
+    "model.query.num_convs": 1,
+    "train.batch_size": 4,
+    "train.log_every": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return tmp_path_factory.mktemp("scenes")
+
+
+def small(root, **changes):
+    return override(load_config("configs/demo.py"), {**SMALL, "data.root": str(root), **changes})
+
+
+def test_resume_equals_an_uninterrupted_run(root, tmp_path):
+    changes = {"train.steps": 4, "train.checkpoint_every": 2}
+    whole = train(small(root, **changes), tmp_path / "whole")
+    train(small(root, **changes | {"train.steps": 2}), tmp_path / "parts")
+    # The schedule depends on train.steps, so the second part states the whole run's again.
+    shutil.rmtree(tmp_path / "parts")
+    train(small(root, **changes), tmp_path / "parts")
+    shutil.rmtree(tmp_path / "parts" / "checkpoints" / "4")
+    resumed = train(small(root, **changes), tmp_path / "parts", resume=True)
+    for name, value in state_dict(whole).items():
+        np.testing.assert_array_equal(value, state_dict(resumed)[name], err_msg=name)
+    lines = [json.loads(line) for line in (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 3, 4]
+    assert lines[-1]["loss"] == lines[3]["loss"]
+
+    # The checkpoint is also a weight source, by run folder and by step.
+    for source in (tmp_path / "whole", tmp_path / "whole" / "checkpoints" / "4"):
+        model = build_model(small(root).model)
+        assert not load_weights(model, source).missing
+        np.testing.assert_array_equal(state_dict(model)["pixel_std"], state_dict(whole)["pixel_std"])
+        np.testing.assert_array_equal(
+            state_dict(model)["det_head.cls_score.bias"], state_dict(whole)["det_head.cls_score.bias"]
+        )
+
+
+def test_a_run_is_not_overwritten_and_resume_needs_one(root, tmp_path):
+    config = small(root, **{"train.steps": 1})
+    train(config, tmp_path / "run")
+    with pytest.raises(ConfigError, match="already holds checkpoints; add --resume"):
+        train(config, tmp_path / "run")
+    with pytest.raises(WeightsError, match="no checkpoint to resume from; start without --resume"):
+        train(config, tmp_path / "empty", resume=True)
+    with pytest.raises(WeightsError, match="holds no checkpoint; give a run folder"):
+        restore_model_state(tmp_path)
+    other = small(root, **{"train.steps": 1, "train.optimizer": "adamw"})
+    with pytest.raises(WeightsError, match="optimiser state of another configuration"):
+        train(other, tmp_path / "run", resume=True)
+
+
+def test_damaged_checkpoint_is_named(root, tmp_path):
+    train(small(root, **{"train.steps": 1}), tmp_path / "run")
+    for file in (tmp_path / "run" / "checkpoints" / "1" / "model").rglob("*"):
+        if file.is_file() and "ocdbt" in file.name:
+            file.write_bytes(b"")
+    with pytest.raises(WeightsError, match="cannot be read"):
+        load_weights(build_model(small(root).model), tmp_path / "run")
+
+
+def test_loss_that_is_not_finite_stops_the_run_and_saves_nothing(root, tmp_path):
+    config = small(
+        root, **{"train.steps": 30, "train.learning_rate": 1e12, "train.clip_norm": 0.0, "train.warmup_steps": 0}
+    )
+    with pytest.raises(QueryDetError, match="the loss is .* lower train.learning_rate"):
+        train(config, tmp_path / "run")
+    assert Checkpoints(tmp_path / "run").latest() is None
+
+
+def test_classes_must_agree(root, tmp_path):
+    with pytest.raises(QueryDetError, match="has 3 categories .* model.num_classes is 5: set it to 3"):
+        train(small(root, **{"model.num_classes": 5}), tmp_path / "run")
+
+
+def test_overfits_eight_images(root, tmp_path):
+    """AP50 above 0.9 on the eight images it was trained on, densely and with CSQ."""
+    config = small(
+        root,
+        **{
+            "train.steps": 220,
+            "train.batch_size": 8,
+            "train.optimizer": "adamw",
+            "train.learning_rate": 2e-3,
+            "train.warmup_steps": 20,
+            "train.log_every": 50,
+            "train.checkpoint_every": 1000,
+            "data.flip": 0.0,
+            "data.keep_empty": True,
+            "model.fpn.channels": 32,
+            "model.head.channels": 32,
+            "model.query.channels": 32,
+        },
+    )
+    model = train(config, tmp_path / "run")
+    dataset = open_dataset(config.data, "train")
+    assert len(dataset) == 8
+    detectors = {
+        query: Detector(model, override(config, {"inference.query": query}).inference) for query in ("dense", "csq")
+    }
+    runs = evaluate_detectors(detectors, dataset, config.data, show_progress=False)
+    assert runs["dense"].metrics.metrics["AP50"] > 90
+    assert runs["csq"].metrics.metrics["AP50"] > 90
+    assert jax.local_device_count() == 2
