@@ -17,9 +17,11 @@ import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from querydet_jax.errors import ConfigError
+
+Group = TypeVar("Group")
 
 
 @dataclass(frozen=True)
@@ -246,11 +248,15 @@ def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Co
     return override(_from_dict(Config, fields, where=str(path)), overrides or {})
 
 
-def override(config: Config, changes: dict[str, Any]) -> Config:
-    """A copy of ``config`` with dotted fields replaced, then checked as a whole."""
+def override(config: Group, changes: dict[str, Any]) -> Group:
+    """A copy of a configuration (or a group of one) with dotted fields replaced.
+
+    A whole ``Config`` is then checked for fields that contradict each other.
+    """
     for key, value in changes.items():
         config = _replace(config, key.split("."), value, key)
-    check(config)
+    if isinstance(config, Config):
+        check(config)
     return config
 
 

@@ -168,3 +168,45 @@ def suppress(parts: Sequence[Candidates], *, nms_iou: float, max_detections: int
         if all(classes[i] != classes[j] or iou(boxes[i], boxes[j]) <= nms_iou for j in kept):
             kept.append(i)
     return Candidates(boxes[kept], scores[kept], classes[kept])
+
+
+def detect(
+    features: dict[int, np.ndarray],
+    heads: tuple[Convs, Convs],
+    query: Convs | None,
+    *,
+    start_level: int,
+    threshold: float,
+    context: int,
+    topk: int,
+    score_threshold: float,
+    nms_iou: float,
+    max_detections: int,
+) -> tuple[list[Candidates], dict[int, list[int]]]:
+    """From a pyramid to detections; without ``query`` heads run everywhere.
+
+    Returns:
+      one ``Candidates`` an image, best first; and [queries, keys, active] by sparse level.
+    """
+    everywhere = {level: np.ones(x.shape[:3], bool) for level, x in features.items()}
+    found, counts = [], {}
+    if query is not None:
+        below = range(start_level - 1, min(features) - 1, -1)
+        start = run_stack(features[start_level], query, everywhere[start_level])[..., 0]
+        maps = [features[level] for level in below]
+        for level, result in zip(
+            below, cascade(start, maps, heads, query, threshold=threshold, context=context), strict=True
+        ):
+            found.append((level, result.outputs, result.keys))
+            counts[level] = [int(result.fired.sum()), int(result.keys.sum()), int(result.active.sum())]
+    for level in sorted(set(features) - set(counts)):
+        outputs = [run_stack(features[level], head, everywhere[level]) for head in heads]
+        found.append((level, outputs, everywhere[level]))
+    detections = []
+    for b in range(len(everywhere[max(features)])):
+        parts = [
+            candidates(cls[b], box[b], keys[b], level, topk=topk, score_threshold=score_threshold)
+            for level, (cls, box), keys in found
+        ]
+        detections.append(suppress(parts, nms_iou=nms_iou, max_detections=max_detections))
+    return detections, counts

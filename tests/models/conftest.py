@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -42,14 +44,24 @@ SMALL = ModelConfig(
 )
 
 
+def with_means(config: ModelConfig) -> DenseDetector:
+    model = build_model(config, seed=1)
+    model.backbone = MeanBackbone(model.backbone.out_channels)
+    return model
+
+
 @pytest.fixture(scope="session")
 def small_config() -> ModelConfig:
     return SMALL
 
 
 @pytest.fixture(scope="session")
+def small_half_model() -> DenseDetector:
+    """The same weights, computing in bfloat16."""
+    return with_means(dataclasses.replace(SMALL, dtype="bfloat16"))
+
+
+@pytest.fixture(scope="session")
 def small_model() -> DenseDetector:
     """Levels P3..P6, queries on P3 and P4, three classes. Not to be changed by a test."""
-    model = build_model(SMALL, seed=1)
-    model.backbone = MeanBackbone(model.backbone.out_channels)
-    return model
+    return with_means(SMALL)

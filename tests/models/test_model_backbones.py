@@ -21,6 +21,7 @@ FLOAT32 = jnp.dtype("float32")
 @pytest.mark.parametrize(
     ("name", "blocks", "channels"),
     [
+        ("resnet10", (1, 1, 1, 1), (32, 64, 128, 256)),
         ("resnet18", (2, 2, 2, 2), (32, 64, 128, 256)),
         ("resnet34", (3, 4, 6, 3), (32, 64, 128, 256)),
         ("resnet50", (3, 4, 6, 3), (128, 256, 512, 1024)),

@@ -20,6 +20,7 @@ BOXES = np.zeros((2, 5, 4), np.float32)
 BOXES[0, :3] = [[10, 10, 34, 30], [60, 5, 68, 15], [20, 30, 80, 64]]
 BOXES[1, [1, 4]] = [[40, 40, 50, 52], [0, 0, 90, 60]]
 CLASSES = np.array([[0, 2, 1, -1, -1], [-1, 1, -1, -1, 0]], np.int32)
+SHAPES = [(8, 12), (4, 6), (2, 3), (1, 2)]  # of P3..P6
 NOTHING = np.full_like(CLASSES, -1)
 
 
@@ -43,8 +44,16 @@ def compute(small_model: DenseDetector) -> Any:
 
 @pytest.fixture(scope="module")
 def outputs(small_model: DenseDetector) -> Any:
+    """The dense outputs, ``(labels, targets)``, and the query targets by level."""
     graph, state = nnx.split(small_model)
-    return jax.jit(lambda state, images: nnx.merge(graph, state)(images))(state, IMAGES)
+
+    def run(state: Any, images: jax.Array, boxes: jax.Array, classes: jax.Array) -> Any:
+        model = nnx.merge(graph, state)
+        out = model(images)
+        queries = {level: model.query_target(level, x.shape[1:], boxes, classes) for level, x in out.query.items()}
+        return out, model.targets(SHAPES, boxes, classes), queries
+
+    return jax.tree.map(np.asarray, jax.jit(run)(state, IMAGES, BOXES, CLASSES))
 
 
 def focal(logits: np.ndarray, targets: np.ndarray, gamma: float) -> np.ndarray:
@@ -53,19 +62,18 @@ def focal(logits: np.ndarray, targets: np.ndarray, gamma: float) -> np.ndarray:
     return np.where(targets, 0.25, 0.75) * np.exp(-np.logaddexp(0, z)) ** gamma * np.logaddexp(0, -z)
 
 
-def test_losses_are_the_formula(small_model: DenseDetector, compute: Any, outputs: Any) -> None:
+def test_losses_are_the_formula(compute: Any, outputs: Any) -> None:
     losses, _ = compute(BOXES, CLASSES)
-    shapes = [x.shape[1:3] for x in outputs.features.values()]
-    assert shapes == [(8, 12), (4, 6), (2, 3), (1, 2)]
-    labels, targets = map(np.asarray, small_model.targets(shapes, jnp.asarray(BOXES), jnp.asarray(CLASSES)))
+    out, (labels, targets), queries = outputs
+    assert [x.shape[1:3] for x in out.features.values()] == SHAPES
     foreground = int((labels >= 0).sum())
     assert foreground >= 5 and (labels == -2).any()
     normalizer = 0.9 * 100 + 0.1 * foreground
     cls_loss = box_loss = query_loss = 0.0
     start = 0
     for i, (level, weight) in enumerate(zip((3, 4, 5, 6), (1.0, 1.5, 2.0, 4.0), strict=True)):
-        cls = np.asarray(outputs.cls[level]).reshape(2, -1, 3)
-        box = np.asarray(outputs.box[level], np.float64).reshape(2, -1, 4)
+        cls = out.cls[level].reshape(2, -1, 3)
+        box = np.float64(out.box[level]).reshape(2, -1, 4)
         label, target = labels[:, start : start + cls.shape[1]], targets[:, start : start + cls.shape[1]]
         start += cls.shape[1]
         one_hot = label[..., None] == np.arange(3)
@@ -78,10 +86,8 @@ def test_losses_are_the_formula(small_model: DenseDetector, compute: Any, output
         box_loss += weight * box_sum / normalizer
     assert start == labels.shape[1]
     for level, weight, gamma in ((3, 10.0, 1.2), (4, 5.0, 1.5)):
-        logits = np.asarray(outputs.query[level])
-        target = small_model.query_target(level, logits.shape[1:], jnp.asarray(BOXES), jnp.asarray(CLASSES))
-        assert 0 < np.asarray(target).sum() < target.size
-        query_loss += weight * focal(logits, np.asarray(target), gamma).mean()
+        assert 0 < queries[level].sum() < queries[level].size
+        query_loss += weight * focal(out.query[level], queries[level], gamma).mean()
     assert float(losses.num_foreground) == foreground
     assert float(losses.normalizer) == pytest.approx(normalizer)
     assert float(losses.cls) == pytest.approx(cls_loss, rel=1e-4)
@@ -91,14 +97,13 @@ def test_losses_are_the_formula(small_model: DenseDetector, compute: Any, output
     assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(losses))
 
 
-def test_targets_decode_to_their_boxes(small_model: DenseDetector) -> None:
-    shapes = [(8, 12), (4, 6), (2, 3), (1, 2)]
-    labels, targets = map(np.asarray, small_model.targets(shapes, jnp.asarray(BOXES), jnp.asarray(CLASSES)))
+def test_targets_decode_to_their_boxes(outputs: Any) -> None:
+    _, (labels, targets), _ = outputs
     assert labels.shape == (2, (96 + 24 + 6 + 2) * 9) and targets.shape == (*labels.shape, 4)
     assert np.isfinite(targets).all() and not targets[labels < 0].any()
     # Finest level first, then y, x, anchor; bases 32, 64, ... at strides 8, 16, ...
     rows = []
-    for level, (height, width) in zip((3, 4, 5, 6), shapes, strict=True):
+    for level, (height, width) in zip((3, 4, 5, 6), SHAPES, strict=True):
         for y in range(height):
             for x in range(width):
                 for octave in range(3):

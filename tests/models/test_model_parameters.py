@@ -63,7 +63,7 @@ def test_parameters_start_as_the_published_constructors_start_them(querydet: Den
     for name, (shape, mean, std, largest) in theirs.items():
         x = ours[name].astype(np.float64)
         assert list(x.shape) == shape, name
-        if std == 0 or name.startswith("pixel") or ".norm." in name:
+        if std < 1e-6 or name.startswith("pixel"):  # constants, as far as float32 averages tell
             np.testing.assert_allclose(
                 [x.mean(), x.std(), np.abs(x).max()], [mean, std, largest], atol=1e-5, err_msg=name
             )

@@ -138,10 +138,10 @@ TOP = {k: jax.jit(partial(top_scores, k=k)) for k in (1, 3, 12, 37, 500)}
 
 def test_top_scores_by_hand() -> None:
     scores = jnp.asarray([[5.0, 1.0], [9.0, 9.0], [5.0, 8.0]])
-    values, row, column = top_scores(scores, scores.max(1), 4)
+    values, row, column = jax.jit(partial(top_scores, k=4))(scores, scores.max(1))
     assert values.tolist() == [9.0, 9.0, 8.0, 5.0]
     assert row.tolist() == [1, 1, 2, 0] and column.tolist() == [0, 1, 1, 0]
     # The best row is excluded; four entries are left.
-    values, row, column = top_scores(scores, jnp.asarray([5.0, -jnp.inf, 8.0]), 5)
+    values, row, column = jax.jit(partial(top_scores, k=5))(scores, jnp.asarray([5.0, -jnp.inf, 8.0]))
     assert values.tolist() == [8.0, 5.0, 5.0, 1.0, -np.inf]
     assert row[:4].tolist() == [2, 0, 2, 0] and column[:4].tolist() == [1, 0, 0, 1]

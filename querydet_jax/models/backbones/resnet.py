@@ -13,7 +13,13 @@ from jax import Array, lax
 from querydet_jax.config import BackboneConfig
 from querydet_jax.models.layers import Conv, Frozen, msra_init
 
-_DEPTHS = {"resnet10": (1, 1, 1, 1), "resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3), "resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3)}
+_DEPTHS = {
+    "resnet10": (1, 1, 1, 1),
+    "resnet18": (2, 2, 2, 2),
+    "resnet34": (3, 4, 6, 3),
+    "resnet50": (3, 4, 6, 3),
+    "resnet101": (3, 4, 23, 3),
+}
 _BOTTLENECK = {"resnet50", "resnet101"}
 
 # Statistics in the channel order each flavour's weights expect.

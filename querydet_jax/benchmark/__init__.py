@@ -1,0 +1,1 @@
+"""What `benchmark.py` runs: one file a table or figure."""

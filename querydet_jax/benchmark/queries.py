@@ -1,0 +1,86 @@
+"""Queries of a chosen density, for timing with random weights.
+
+The time of CSQ depends on where queries fire, not on what the weights are. Random weights fire
+anywhere; here the start level's queries are laid out like small objects, in clusters, and every key
+fires again on the next level, so that one number, how many objects, sets the load of all levels.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+
+from querydet_jax.models import DenseDetector
+from querydet_jax.models.heads import QueryHead
+from querydet_jax.models.layers import Frozen
+from querydet_jax.sparse import Conv, Stack, children, grow
+
+_FIRES, _SILENT = 20.0, -20.0  # logits
+
+
+class ScriptedQueries(nnx.Module):
+    """A query head that does all of the real one's work and answers what it is told."""
+
+    def __init__(self, head: QueryHead, fires: np.ndarray):
+        self.head = head
+        self.logits = Frozen(jnp.where(jnp.asarray(fires), _FIRES, _SILENT)[None])
+
+    def __call__(self, x: Array) -> Array:
+        # Not `0 * x`: the compiler could drop the head's work. It cannot know that nothing is this large.
+        return self.logits[...] + jnp.maximum(self.head(x) - 1e30, 0.0)
+
+    def stack(self) -> Stack:
+        *tower, pred = self.head.stack()
+        return [*tower, Conv(pred.kernel * 0.0, jnp.full_like(pred.bias, _FIRES))]
+
+
+def script_queries(model: DenseDetector, fires: np.ndarray) -> None:
+    """Replace the model's query head by one that fires at ``fires`` bool ``[h, w]`` on the start level."""
+    head = model.query_head
+    model.query_head = ScriptedQueries(head.head if isinstance(head, ScriptedQueries) else head, fires)
+
+
+def clustered(shape: tuple[int, int], objects: int, seed: int = 0) -> np.ndarray:
+    """Bool ``[h, w]`` of a stride-16 level: cells that small objects in clusters make queries.
+
+    Objects of 8 to 48 px come in groups of one to eight within about 100 px; a cell fires if its
+    middle is nearer to an object's centre than the object's own size, as the query targets have it.
+    """
+    rng = np.random.default_rng(seed)
+    height, width = shape
+    y, x = (np.mgrid[:height, :width] + 0.5) * 16
+    fires = np.zeros(shape, bool)
+    placed = 0
+    while placed < objects:
+        middle = rng.uniform((0, 0), (height * 16, width * 16))
+        for _ in range(min(int(rng.integers(1, 9)), objects - placed)):
+            cy, cx = middle + rng.normal(0, 50, 2)
+            size = np.exp(rng.uniform(np.log(8), np.log(48)))
+            fires |= np.hypot(y - cy, x - cx) < size
+            placed += 1
+    return fires
+
+
+def active_shares(fires: np.ndarray, shapes: list[tuple[int, int]], context: int) -> list[float]:
+    """Share of active cells on each finer level if every key fires again."""
+    shares, mask = [], jnp.asarray(fires)[None]
+    for shape in shapes:
+        mask = children(mask, shape)
+        shares.append(float(jnp.mean(grow(mask, context)[-1].astype(jnp.float32))))
+    return shares
+
+
+def density(
+    shape: tuple[int, int], shapes: list[tuple[int, int]], context: int, target: float, seed: int = 0
+) -> np.ndarray:
+    """Queries bool ``[h, w]`` for which the finest of ``shapes`` has about ``target`` of its cells active."""
+    low, high = 1, 4096
+    while low < high:
+        middle = (low + high) // 2
+        if active_shares(clustered(shape, middle, seed), shapes, context)[-1] < target:
+            low = middle + 1
+        else:
+            high = middle
+    return clustered(shape, low, seed)
