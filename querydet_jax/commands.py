@@ -76,9 +76,9 @@ class EvalArguments:
 def evaluate() -> None:
     """Evaluate a trained detector, densely and with Cascade Sparse Query."""
     arguments, config, source = parse(EvalArguments, "Evaluate a detector, densely and with Cascade Sparse Query.")
+    model = open_model(config, source, arguments.weights or None)
     dataset = open_dataset(config.data, "val")
     check_classes(config, dataset)
-    model = open_model(config, source, arguments.weights or None)
     out = Path(arguments.out or (source if Path(source).is_dir() else f"runs/{config.name}"))
     detectors = _detectors(model, config, arguments.methods)
     indices = list(range(min(arguments.images, len(dataset)))) if arguments.images else None

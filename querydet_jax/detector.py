@@ -115,7 +115,7 @@ class Detector:
 
     def compilations(self) -> int:
         """How many programs have been compiled: one a canvas."""
-        return self._run._cache_size()
+        return self._run._cache_size()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _inputs(images: Array | np.ndarray, sizes: Array | np.ndarray | None) -> tuple[Array, Array]:
@@ -204,7 +204,9 @@ def _candidates(
 def _run_cascade(
     model: DenseDetector, config: InferenceConfig, pyramid: dict[int, Array], merged: dict[int, Array]
 ) -> tuple[Array, dict[int, LevelResult]]:
-    start = model.query_head(pyramid[config.start_level])
+    query_head = model.query_head
+    assert query_head is not None, "Detector has checked that the model has a query head"
+    start = query_head(pyramid[config.start_level])
     levels = [
         CascadeLevel(level, merged[level], model.fpn.output(level).weights())
         if level in merged
@@ -215,7 +217,7 @@ def _run_cascade(
         start,
         levels,
         model.head_stacks(),
-        model.query_head.stack(),
+        query_head.stack(),
         partial(model.candidates, topk=config.topk),
         SparseOptions(config.threshold, config.context, config.capacities, config.chunk),
     )

@@ -89,7 +89,7 @@ def test_predict_on_a_folder_of_either_orientation(run, tmp_path):
 def test_bad_input_is_one_line(run, tmp_path, name, words, message):
     (tmp_path / "broken.jpg").write_bytes(b"not a picture")
     filled = [word.format(root=ROOT, here=tmp_path, run=run / "run") for word in words]
-    result = command(name, *filled, "--data.root", str(run / "datasets"), cwd=tmp_path, status=2) if name == "eval.py" and "demo" in "".join(words) else command(name, *filled, cwd=tmp_path, status=2)  # fmt: skip
+    result = command(name, *filled, cwd=tmp_path, status=2)
     text = result.stderr + result.stdout
     assert message in text and "Traceback" not in text
 

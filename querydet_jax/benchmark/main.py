@@ -14,5 +14,6 @@ _COMMANDS = {EndToEnd: end_to_end}
 def main() -> None:
     """Run the benchmark that the command line names."""
     subcommands: Any = tyro.extras.subcommand_type_from_defaults({"end-to-end": EndToEnd()})
-    arguments = tyro.cli(Annotated[subcommands, tyro.conf.ConsolidateSubcommandArgs], description=__doc__)
+    kind: Any = Annotated[subcommands, tyro.conf.ConsolidateSubcommandArgs]
+    arguments = tyro.cli(kind, description=__doc__)
     _COMMANDS[type(arguments)](arguments)

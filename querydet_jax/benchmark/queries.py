@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax import Array
 
 from querydet_jax.models import DenseDetector
@@ -20,10 +19,10 @@ from querydet_jax.sparse import Conv, Stack, children, grow
 _FIRES, _SILENT = 20.0, -20.0  # logits
 
 
-class ScriptedQueries(nnx.Module):
+class ScriptedQueries(QueryHead):
     """A query head that does all of the real one's work and answers what it is told."""
 
-    def __init__(self, head: QueryHead, fires: np.ndarray):
+    def __init__(self, head: QueryHead, fires: np.ndarray):  # wraps a head, builds none of its own
         self.head = head
         self.logits = Frozen(jnp.where(jnp.asarray(fires), _FIRES, _SILENT)[None])
 
@@ -39,6 +38,7 @@ class ScriptedQueries(nnx.Module):
 def script_queries(model: DenseDetector, fires: np.ndarray) -> None:
     """Replace the model's query head by one that fires at ``fires`` bool ``[h, w]`` on the start level."""
     head = model.query_head
+    assert head is not None, "only a model with a query head can be scripted"
     model.query_head = ScriptedQueries(head.head if isinstance(head, ScriptedQueries) else head, fires)
 
 

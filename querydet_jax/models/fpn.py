@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,7 +35,7 @@ class FPN(nnx.Module):
     ):
         self.config = config
         self.min_level, self.max_level = min_level, max_level
-        common = dict(init=fpn_init, bias=zeros_bias, dtype=dtype, rng=rng)
+        common: dict[str, Any] = dict(init=fpn_init, bias=zeros_bias, dtype=dtype, rng=rng)
         channels = config.channels
         for level in range(min_level, 6):
             setattr(self, f"lateral{level}", Conv(in_channels[level], channels, 1, **common))

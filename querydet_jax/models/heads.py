@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -37,7 +38,7 @@ class DetectionHead(nnx.Module):
         dtype: jnp.dtype,
         rng: np.random.Generator,
     ):
-        common = dict(init=normal_init(0.01), dtype=dtype, rng=rng)
+        common: dict[str, Any] = dict(init=normal_init(0.01), dtype=dtype, rng=rng)
 
         def tower() -> nnx.List:
             sizes = [in_channels] + [config.channels] * config.num_convs
@@ -70,7 +71,7 @@ class QueryHead(nnx.Module):
     """Predicts where the next finer level holds small objects (paper section 3.2)."""
 
     def __init__(self, config: QueryConfig, in_channels: int, dtype: jnp.dtype, rng: np.random.Generator):
-        common = dict(init=xavier_normal_init, bias=zeros_bias, dtype=dtype, rng=rng)
+        common: dict[str, Any] = dict(init=xavier_normal_init, bias=zeros_bias, dtype=dtype, rng=rng)
         sizes = [in_channels] + [config.channels] * config.num_convs
         self.tower = nnx.List([Conv(i, o, 3, **common) for i, o in zip(sizes, sizes[1:], strict=False)])
         self.pred = Conv(sizes[-1], 1, 3, **common)

@@ -87,7 +87,7 @@ class Conv(nnx.Module):
                 x,
                 kernel,
                 window_strides=(self.stride, self.stride),
-                padding=((self.size // 2,) * 2,) * 2,
+                padding=[(self.size // 2, self.size // 2)] * 2,
                 dimension_numbers=("NHWC", "HWIO", "NHWC"),
             )
         if self.bias is not None:

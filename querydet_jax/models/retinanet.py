@@ -70,7 +70,7 @@ class RetinaNet(DenseDetector):
         config, loss = self.config, self.config.loss
         boxes, classes = jnp.asarray(boxes, jnp.float32), jnp.asarray(classes, jnp.int32)
         outputs = self(images, sizes)
-        shapes = [x.shape[1:3] for x in outputs.features.values()]
+        shapes = [(x.shape[1], x.shape[2]) for x in outputs.features.values()]
         labels, targets = self.targets(shapes, boxes, classes)
 
         foreground = (labels >= 0).astype(jnp.float32)

@@ -141,7 +141,8 @@ class DenseDetector(nnx.Module):
         config, loss = self.config, self.config.loss
         means = []
         for level, gamma in zip(config.query.levels, loss.query_gammas, strict=True):
-            targets = self.query_target(level, logits[level].shape[1:], boxes, classes)
+            _, height, width = logits[level].shape
+            targets = self.query_target(level, (height, width), boxes, classes)
             terms = focal_loss(logits[level], targets, alpha=loss.query_alpha, gamma=gamma)
             means.append(jnp.mean(terms))
         return jnp.stack(means)

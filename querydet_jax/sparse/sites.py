@@ -101,7 +101,7 @@ def select_sites(within: list[Array], capacity: int) -> Sites:
     Every active cell gets exactly one slot. If more than ``capacity`` cells are active the buffer
     lacks some, while ``counts`` still tells the truth: the caller chooses a larger one.
     """
-    shape = within[-1].shape
+    batch, height, width = within[-1].shape
     num_cells = within[-1].size
     rings = [within[0]] + [outer & ~inner for inner, outer in zip(within, within[1:], strict=False)]
     flat = jnp.concatenate([ring.reshape(-1) for ring in rings])
@@ -110,7 +110,7 @@ def select_sites(within: list[Array], capacity: int) -> Sites:
     cell = jnp.tile(jnp.arange(num_cells, dtype=jnp.int32), len(rings))
     index = jnp.full((capacity,), num_cells, jnp.int32).at[slot].set(cell, mode="drop")
     counts = totals[num_cells - 1 :: num_cells]
-    return Sites(index, jnp.arange(capacity) < counts[0], counts, shape)
+    return Sites(index, jnp.arange(capacity) < counts[0], counts, (batch, height, width))
 
 
 def whole_map(keys: Array) -> Sites:
@@ -118,9 +118,10 @@ def whole_map(keys: Array) -> Sites:
 
     Here alone the keys are not first.
     """
+    batch, height, width = keys.shape
     flat = keys.reshape(-1)
     index = jnp.arange(flat.size, dtype=jnp.int32)
-    return Sites(index, flat, jnp.full((1,), flat.size, jnp.int32), keys.shape)
+    return Sites(index, flat, jnp.full((1,), flat.size, jnp.int32), (batch, height, width))
 
 
 def neighbour_table(sites: Sites) -> Array:

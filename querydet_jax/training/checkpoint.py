@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
@@ -68,7 +69,13 @@ class Checkpoints:
                 "resume with the run's own config.json, or start a new run with train.init"
             )
         opt_state = jax.tree.unflatten(structure, [v.astype(x.dtype) for v, x in zip(values, leaves, strict=True)])
-        return TrainState(blank.params, blank.rest, opt_state, np.float32(saved["normalizer"]), np.int32(step))
+        return TrainState(
+            blank.params,
+            blank.rest,
+            opt_state,
+            jnp.asarray(saved["normalizer"], jnp.float32),
+            jnp.asarray(step, jnp.int32),
+        )
 
     def wait(self) -> None:
         self._manager.wait_until_finished()

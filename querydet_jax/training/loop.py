@@ -154,7 +154,7 @@ class _Progress:
         share = self.waited / elapsed
         values = {
             **values,
-            "lr": float(self.rate(step - 1)),
+            "lr": float(np.asarray(self.rate(step - 1))),
             "images_per_s": speed,
             "data_wait_share": share,
             "seconds": time.perf_counter() - self.begun,

@@ -47,7 +47,7 @@ def unreplicate(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda x: x[0], tree)
 
 
-def split_batch(batch: dict[str, np.ndarray]) -> Batch:
+def split_batch(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """``[B, ...]`` to ``[devices, B / devices, ...]``."""
     count = jax.local_device_count()
     return {name: value.reshape(count, -1, *value.shape[1:]) for name, value in batch.items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 import optax
 from jax import Array
+from jax.typing import ArrayLike
 
 from querydet_jax.config import TrainConfig
 
@@ -16,7 +17,7 @@ def learning_rate(config: TrainConfig) -> optax.Schedule:
     times ``decay_factor`` for every entry of ``decay_steps`` that t has reached.
     """
 
-    def schedule(step: Array | int) -> Array:
+    def schedule(step: ArrayLike) -> Array:
         t = jnp.asarray(step, jnp.float32)
         warmup = float(max(config.warmup_steps, 1))
         ramp = config.warmup_factor + (1.0 - config.warmup_factor) * jnp.minimum(t / warmup, 1.0)

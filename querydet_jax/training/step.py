@@ -7,12 +7,13 @@ one device's batch, H W image, G padded boxes.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax import Array, lax
@@ -20,7 +21,7 @@ from jax import Array, lax
 from querydet_jax.models.skeleton import DenseDetector
 
 PyTree = Any
-Batch = dict[str, Array]
+Batch = Mapping[str, Array | np.ndarray]
 Metrics = dict[str, Array]
 
 

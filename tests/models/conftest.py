@@ -38,7 +38,8 @@ SMALL = ModelConfig(
     max_level=6,
     backbone=BackboneConfig(name="resnet18", width=32),
     fpn=FPNConfig(channels=16),
-    head=HeadConfig(channels=16, num_convs=1),
+    # A high prior: at the usual .01 the sums would hardly feel which anchors are in them.
+    head=HeadConfig(channels=16, num_convs=1, prior=0.3),
     query=QueryConfig(channels=16, num_convs=1),
     loss=LossConfig(level_weights=(1.0, 1.5, 2.0, 4.0), query_weights=(10.0, 5.0), query_gammas=(1.2, 1.5)),
 )
