@@ -21,7 +21,6 @@ from querydet_jax.models import RetinaNet
 
 MODEL = ModelConfig(
     num_classes=3,
-    max_level=6,
     backbone=BackboneConfig(name="resnet18", flavor="torchvision", width=32),
     fpn=FPNConfig(channels=16),
     head=HeadConfig(channels=16, num_convs=1),
@@ -50,8 +49,9 @@ def randomize(model: RetinaNet, seed: int) -> RetinaNet:
 
     # The random backbone's features are that large.
     for name, scale in {"lateral2": 8, "lateral3": 8, "lateral4": 5, "lateral5": 2, "p6": 2}.items():
-        conv = getattr(model.fpn, name)
-        conv.kernel[...] = conv.kernel[...] / scale
+        if hasattr(model.fpn, name):
+            conv = getattr(model.fpn, name)
+            conv.kernel[...] = conv.kernel[...] / scale
     for conv in [*model.head.cls_tower, *model.head.box_tower, *model.query_head.tower]:
         draw(conv, 2.0)
     draw(model.head.cls_score, 0.8, -2.0)
@@ -61,8 +61,9 @@ def randomize(model: RetinaNet, seed: int) -> RetinaNet:
 
 
 @functools.cache
-def model() -> RetinaNet:
-    return randomize(build_model(MODEL, seed=0), seed=16)
+def model(min_level: int = 2, max_level: int = 6) -> RetinaNet:
+    config = dataclasses.replace(MODEL, min_level=min_level, max_level=max_level)
+    return randomize(build_model(config, seed=0), seed=16)
 
 
 def with_bias(conv_of: Callable[[RetinaNet], nnx.Module], value: float) -> RetinaNet:

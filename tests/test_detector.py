@@ -131,6 +131,17 @@ def test_start_levels(start_level, context):
         assert_matches(result, reference(model(), images, csq.config, context=100)[0])
 
 
+def test_start_at_p7():
+    """P6, too, is sparse then, and is not found a second time; P7 2x2, P6 3x3, P5 5x5."""
+    config = dataclasses.replace(BASE, start_level=7, threshold=0.42, capacities=(0.25,))
+    images = pictures(2, 160, 160, seed=1)
+    result = Detector(model(min_level=5, max_level=7), config)(images)
+    expected, expected_counts = reference(model(min_level=5, max_level=7), images, config)
+    assert counts(result) == expected_counts
+    assert 0 < expected_counts[6][1] < 4 * expected_counts[6][0] and 0 < expected_counts[5][0]
+    assert_matches(result, expected)
+
+
 # What must not matter --------------------------------------------------------------------------
 
 

@@ -101,7 +101,7 @@ def make_step(
         }
         if axis_name is not None:
             grads, metrics = lax.pmean((grads, metrics), axis_name)
-        metrics["grad_norm"] = optax.global_norm(grads)
+        metrics["grad_norm"] = optax.tree.norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         return TrainState(params, rest, opt_state, losses.normalizer, state.step + 1), metrics

@@ -29,6 +29,7 @@ SMALL = {
     "data.train_max": 96,
     "data.train_canvases": ((96, 96),),
     "data.test_canvases": ((96, 96),),
+    "model.backbone.name": "resnet10",
     "model.fpn.channels": 16,
     "model.head.channels": 16,
     "model.head.num_convs": 1,

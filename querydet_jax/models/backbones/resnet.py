@@ -134,12 +134,19 @@ class ResNet(nnx.Module):
             self.out_channels[stage] = channels
 
     def __call__(self, x: Array) -> dict[int, Array]:
-        x = self.stem(x)
+        frozen = self.frozen_parts()
         outputs = {}
-        for stage in (2, 3, 4, 5):
-            for block in getattr(self, f"res{stage}"):
-                x = block(x)
-            outputs[stage] = x
+        for part in ("stem", "res2", "res3", "res4", "res5"):
+            if part == "stem":
+                x = self.stem(x)
+            else:
+                for block in getattr(self, part):
+                    x = block(x)
+            if part in frozen:
+                # Whoever differentiates with respect to every parameter still finds these at zero.
+                x = lax.stop_gradient(x)
+            if part != "stem":
+                outputs[int(part[-1])] = x
         return outputs
 
     def frozen_parts(self) -> tuple[str, ...]:
