@@ -29,15 +29,15 @@ from querydet_jax.visualize import save_image
 @dataclass(frozen=True)
 class TrainArguments:
     run: str = ""
-    """Folder of the run: configuration, metrics, checkpoints (default: runs/NAME)."""
+    """Folder of the run: configuration, metrics, checkpoints (default: runs/NAME, or the run folder given)."""
     resume: bool = False
     """Go on from the run's newest checkpoint."""
 
 
 def train() -> None:
     """Train a detector."""
-    arguments, config, _ = parse(TrainArguments, "Train a detector on all local devices.")
-    run = Path(arguments.run or f"runs/{config.name}")
+    arguments, config, source = parse(TrainArguments, "Train a detector on all local devices.")
+    run = Path(arguments.run or (source if Path(source).is_dir() else f"runs/{config.name}"))
 
     def evaluate(model: DenseDetector, dataset: Dataset) -> dict[str, float]:
         count = config.train.eval_images

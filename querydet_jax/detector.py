@@ -114,7 +114,7 @@ class Detector:
         )
 
     def compilations(self) -> int:
-        """How many programs have been compiled: one a canvas."""
+        """How many programs have been compiled: one an input shape and dtype."""
         return self._run._cache_size()  # pyright: ignore[reportAttributeAccessIssue]
 
 
@@ -128,13 +128,11 @@ def _inputs(images: Array | np.ndarray, sizes: Array | np.ndarray | None) -> tup
 
 
 def _split_for_inference(model: DenseDetector) -> tuple[nnx.GraphDef, PyTree]:
-    was_training = any(getattr(module, "use_running_average", True) is False for _, module in nnx.iter_modules(model))
-    model.eval()
-    graph, state = nnx.split(model)
-    if was_training:
-        model.train()
-    # A copy: the training step donates and overwrites the model's own buffers.
-    return graph, jax.tree.map(jnp.copy, state)
+    # A copy, so that the caller's model keeps its mode, and its buffers may be donated by a training step.
+    copy = nnx.clone(model)
+    copy.eval()
+    graph, state = nnx.split(copy)
+    return graph, state
 
 
 def _detect(graph: nnx.GraphDef, config: InferenceConfig, state: PyTree, images: Array, sizes: Array) -> Detections:

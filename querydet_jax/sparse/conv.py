@@ -112,16 +112,22 @@ def run_stacks(rows: Array, table: Array, sites: Sites, stacks: Sequence[Stack],
     return outputs
 
 
-def dense_conv(x: Array, conv: Conv) -> Array:
-    """Dense 3x3 convolution, padding 1: ``[B, h, w, C]`` to ``[B, h, w, O]``."""
+def dense_conv(x: Array, conv: Conv, *, relu: bool = False, out_dtype: jnp.dtype | None = None) -> Array:
+    """Dense 3x3 convolution, padding 1: ``[B, h, w, C]`` to ``[B, h, w, O]``.
+
+    Accumulates and adds the bias in float32 like ``conv_rows``, so that in bfloat16, too, both ways to
+    run a level round at the same places.
+    """
     y = lax.conv_general_dilated(
         x,
         conv.kernel.astype(x.dtype),
         window_strides=(1, 1),
         padding=((1, 1), (1, 1)),
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        preferred_element_type=jnp.float32,
     )
-    return y + conv.bias.astype(y.dtype)[None, None, None]
+    y = y + conv.bias.astype(jnp.float32)[None, None, None]
+    return (jax.nn.relu(y) if relu else y).astype(out_dtype or x.dtype)
 
 
 def masked_dense_stacks(features: Array, mask: Array, stacks: Sequence[Stack]) -> list[Array]:
@@ -135,13 +141,14 @@ def masked_dense_stacks(features: Array, mask: Array, stacks: Sequence[Stack]) -
     Returns:
       One float32 ``[B, h, w, O]`` a stack.
     """
-    keep = mask[..., None].astype(features.dtype)
-    start = features * keep
+    inside = mask[..., None]
+    start = jnp.where(inside, features, 0)
     outputs = []
     for stack in stacks:
         x = start
         for layer, conv in enumerate(stack):
-            x = dense_conv(x, conv)
-            x = (jax.nn.relu(x) if layer < len(stack) - 1 else x) * keep
-        outputs.append(x.astype(jnp.float32))
+            last = layer == len(stack) - 1
+            x = dense_conv(x, conv, relu=not last, out_dtype=jnp.dtype(jnp.float32) if last else None)
+            x = jnp.where(inside, x, 0)
+        outputs.append(x)
     return outputs

@@ -34,6 +34,14 @@ from querydet_jax.training.schedule import make_optimizer
 from querydet_jax.training.step import init_state, make_step, merge_into
 
 
+@pytest.fixture(autouse=True)
+def quick_compile():
+    """These steps run once or twice: compiling them well would take longer than running them badly."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 def tiny(norm: str = "group", **changes) -> Config:
     config = Config(
         model=ModelConfig(
