@@ -19,9 +19,10 @@ from querydet_jax.detector import Detector
 from querydet_jax.errors import DataError
 from querydet_jax.evaluation import save_results
 from querydet_jax.evaluation.runner import Evaluation, comparison_table, evaluate_detectors
+from querydet_jax.files import write_json
 from querydet_jax.models import DenseDetector
 from querydet_jax.pictures import look, overview, pictures_of
-from querydet_jax.runs import check_classes, open_model, write_json
+from querydet_jax.runs import check_classes, open_model
 from querydet_jax.training import train as run_training
 from querydet_jax.visualize import save_image
 
@@ -96,7 +97,7 @@ def evaluate() -> None:
             print(f"\nobjects whose centre cell is a key on P{level} ({name}):\n{recall.table()}")
         save_results(out / f"detections_{name}.json", result.results)
     print(f"\n{comparison_table(runs)}\n\n{machine.one_line()}")
-    write_json(out / "report.json", _report(config, runs, indices))
+    write_json(out / "report.json", _report(config, runs, indices), indent=2)
     names = config.classes or dataset.classes
     drawn = _spread(len(dataset) if indices is None else len(indices), arguments.pictures)
     if drawn:
@@ -163,7 +164,9 @@ def predict() -> None:
             }
         )
         print(f"{file}: {int(kept.sum())} objects; {', '.join(sorted(drawn))} -> {out}/{stem}_*.jpg", flush=True)
-    write_json(out / "detections.json", {"images": entries, "model": config.name, "query": config.inference.query})
+    write_json(
+        out / "detections.json", {"images": entries, "model": config.name, "query": config.inference.query}, indent=2
+    )
 
 
 def _detectors(model: DenseDetector, config: Config, methods: tuple[str, ...]) -> dict[str, Detector]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -68,14 +66,3 @@ def check_classes(config: Config, dataset: Dataset) -> None:
             f"the data set's categories ({', '.join(dataset.classes)}) are not the configuration's classes "
             f"({', '.join(config.classes)}): correct `classes`, or leave it empty to take the data set's"
         )
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON so that the file appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        aside.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)

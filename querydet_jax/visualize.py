@@ -8,7 +8,6 @@ a few pixels, and a title or legend is added above or below, never over the pict
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -37,6 +36,7 @@ from querydet_jax.drawing import (
     title_strip,
 )
 from querydet_jax.errors import DataError
+from querydet_jax.files import written_aside
 
 _KEY: Colour = (255, 176, 0)
 _ACTIVE: Colour = (64, 156, 255)
@@ -258,13 +258,8 @@ def save_image(path: str | Path, image: ArrayLike) -> None:
         raise DataError(f"{path}: pictures are saved as .png or .jpg; change the suffix {path.suffix!r}")
     kind, options = formats[path.suffix.lower()]
     picture = Image.fromarray(_picture(image, str(path)))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with written_aside(path) as aside:
         picture.save(aside, format=kind, **options)
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def display_scale(height: int, width: int) -> int:

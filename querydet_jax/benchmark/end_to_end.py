@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import io
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,9 +16,9 @@ from querydet_jax.benchmark.timing import interleaved
 from querydet_jax.config import InferenceConfig, ModelConfig, override
 from querydet_jax.detector import Detector
 from querydet_jax.evaluation.metrics import text_table
+from querydet_jax.files import write_json, written_aside
 from querydet_jax.models import build_model
 from querydet_jax.ops.anchors import level_shape
-from querydet_jax.runs import write_json
 
 
 @dataclass(frozen=True)
@@ -92,6 +90,7 @@ def end_to_end(arguments: EndToEnd) -> None:
     write_json(
         out / "end_to_end.json",
         {"arguments": dataclasses.asdict(arguments), "machine": machine.describe(), "rows": rows},
+        indent=2,
     )
     _write_csv(out / "end_to_end.csv", rows)
     share = lambda x: "-" if x is None else f"{x:.1%}"  # noqa: E731
@@ -119,13 +118,7 @@ def end_to_end(arguments: EndToEnd) -> None:
 
 
 def _write_csv(path: Path, rows: list[dict[str, object]]) -> None:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]))
-    writer.writeheader()
-    writer.writerows(rows)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        aside.write_text(text.getvalue())
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+    with written_aside(path) as aside, aside.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +22,7 @@ from pycocotools.cocoeval import COCOeval
 from querydet_jax.errors import DataError
 from querydet_jax.evaluation.coco_input import annotations_of, choose, detections_of, entries, within
 from querydet_jax.evaluation.metrics import DEFAULT_BINS, CocoMetrics, SizeBin, as_bins
+from querydet_jax.files import write_json
 
 # COCO's own area ranges, both ends included. An object of exactly 32x32 is small and medium.
 _COCO_AREAS = {"all": (0.0, 1e10), "s": (0.0, 32.0**2), "m": (32.0**2, 96.0**2), "l": (96.0**2, 1e10)}
@@ -131,17 +130,10 @@ def save_results(path: str | Path, results: Sequence[dict[str, Any]]) -> None:
     Raises:
       DataError: a value that JSON cannot hold, such as nan or an array.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with aside.open("w") as file:
-            json.dump(results, file, allow_nan=False, default=_plain)
-        os.replace(aside, path)
+        write_json(path, results, default=_plain)
     except (TypeError, ValueError) as error:
         raise DataError(f"{path}: results not writable as JSON ({error}); see to_coco_results for the form") from None
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def evaluate(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 import struct
 import zipfile
@@ -14,6 +13,7 @@ import numpy as np
 from safetensors.numpy import save
 
 from querydet_jax.errors import WeightsError
+from querydet_jax.files import written_aside
 
 AUTHOR = "querydet_jax"
 
@@ -35,15 +35,12 @@ def write_tensors(tensors: dict[str, np.ndarray], path: str | Path) -> None:
         raise WeightsError(f"{path}: unknown kind of weight file; give one ending in {', '.join(_WRITERS)}")
     if not path.parent.is_dir():
         raise WeightsError(f"{path}: no folder {path.parent}; create it first")
-    aside = path.with_name(f".{path.name}.{os.getpid()}{path.suffix}")
     try:
-        write({name: np.asarray(array, np.float32, order="C") for name, array in tensors.items()}, aside)
-        os.replace(aside, path)
+        with written_aside(path) as aside:
+            write({name: np.asarray(array, np.float32, order="C") for name, array in tensors.items()}, aside)
     except OSError as error:
         reason = error.strerror or error
         raise WeightsError(f"{path}: cannot be written ({reason}); free space or choose another place") from None
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def _write_npz(tensors: dict[str, np.ndarray], path: Path) -> None:
