@@ -65,7 +65,7 @@ class EvalArguments:
     out: str = ""
     """Folder for report.json, detections and pictures (default: the run folder, or runs/NAME)."""
     methods: tuple[str, ...] = ()
-    """dense, csq (default: all that the model can do)."""
+    """Of dense, csq, cq, ccq (default: dense, and csq if the model has a query head)."""
     images: int = 0
     """Use the first so many images only (0: all)."""
     pictures: int = 6
@@ -173,7 +173,7 @@ def _detectors(model: DenseDetector, config: Config, methods: tuple[str, ...]) -
     """The dense detector first, so that speed-ups are over it."""
     if not methods:
         methods = ("dense", "csq") if model.query_head is not None else ("dense",)
-    known = ("dense", "csq")
+    known = ("dense", "csq", "cq", "ccq")
     for name in methods:
         if name not in known:
             raise DataError(f"--methods {name}: is not one of {', '.join(known)}")

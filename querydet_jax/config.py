@@ -189,13 +189,17 @@ class TrainConfig:
 class InferenceConfig:
     """Image to detections. Defaults are the published code's COCO QueryDet values."""
 
-    query: Literal["dense", "csq"] = "csq"
+    # dense: heads on every level everywhere. csq: cascade sparse query. cq: crops around the keys.
+    # ccq: complete convolution, read at the keys (paper Table 5).
+    query: Literal["dense", "csq", "cq", "ccq"] = "csq"
     start_level: int = 4  # the query head runs densely here; finer levels are sparse
     threshold: float = 0.12  # sigma: a cell with a query probability above it is a query
     context: int = 2  # c: radius around each key; 2 is the paper's 5x5
-    # Buffer sizes as fractions of a level's cells, pooled over the batch, smallest first. Above
-    # the largest, the level is computed densely: results never depend on these.
+    # Buffer sizes as fractions of a level's cells, pooled over the batch, smallest first.
     capacities: tuple[float, ...] = (0.05, 0.25)
+    # Above the largest: dense computes the level densely, so results never depend on the sizes; cap
+    # keeps the best-scoring queries that fit and reports the overflow.
+    overflow: Literal["dense", "cap"] = "dense"
     chunk: int = 256  # rows a step of the gather convolution
     score_threshold: float = 1e-4
     topk: int = 1000  # candidates a level
@@ -312,6 +316,8 @@ def check(config: Config) -> None:
         raise ConfigError(
             f"inference.capacities {inference.capacities}: must be increasing fractions of a level's cells in (0, 1]"
         )
+    if inference.overflow == "cap" and not inference.capacities:
+        raise ConfigError("inference.overflow cap needs a buffer: give inference.capacities at least one fraction")
     if inference.context < 0 or inference.chunk < 1 or inference.topk < 1 or inference.max_detections < 1:
         raise ConfigError(
             "inference.context must be at least 0, and inference.chunk, inference.topk and "

@@ -62,7 +62,8 @@ class Detector:
 
     ``config.query`` chooses how the fine levels are computed: ``dense`` runs the heads on every
     level everywhere (the query head not at all); ``csq`` runs them densely from
-    ``config.start_level`` up and, below it, only around queries (paper section 3.3).
+    ``config.start_level`` up and, below it, only around queries (paper section 3.3); ``cq`` and
+    ``ccq`` are the paper's other two ways to read the same keys (Table 5).
 
     Args:
       model: a detector of ``querydet_jax.models``. Its weights are read at construction and again
@@ -211,12 +212,14 @@ def _run_cascade(
         else CascadeLevel(level, pyramid[level], None)
         for level in range(config.start_level - 1, model.config.min_level - 1, -1)
     ]
+    method = config.query
+    assert method != "dense"
     results = cascade(
         start,
         levels,
         model.head_stacks(),
         query_head.stack(),
         partial(model.candidates, topk=config.topk),
-        SparseOptions(config.threshold, config.context, config.capacities, config.chunk),
+        SparseOptions(config.threshold, config.context, config.capacities, config.chunk, method, config.overflow),
     )
     return start, {level.level: result for level, result in zip(levels, results, strict=True)}

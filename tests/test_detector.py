@@ -330,3 +330,27 @@ def test_dense_inference_has_no_trace():
 def test_images_of_another_layout_are_refused(shape):
     with pytest.raises(ValueError, match=r"images must be \[B, H, W, 3\], got"):
         detector()(np.zeros(shape, np.uint8))
+
+
+def test_other_query_methods_read_the_same_keys():
+    """CCQ is CSQ with all the context a head sees; CQ differs from it only near the border."""
+    images = pictures(2, 128, 160)
+    sparse = jax.device_get(detector(context=REACH)(images))
+    complete = jax.device_get(detector(query="ccq")(images))
+    crops = jax.device_get(detector(query="cq")(images))
+    np.testing.assert_array_equal(complete.classes, sparse.classes)
+    np.testing.assert_allclose(complete.scores, sparse.scores, atol=1e-5, rtol=0)
+    np.testing.assert_allclose(complete.boxes, sparse.boxes, atol=1e-3, rtol=0)
+    for level, stats in complete.stats.items():
+        assert stats.keys == sparse.stats[level].keys
+    assert crops.stats[3].keys == sparse.stats[3].keys > 0 and crops.valid.any()
+
+
+def test_hard_cap_reports_the_overflow():
+    images = pictures(2, 128, 160)
+    free, capped = (
+        jax.device_get(detector(capacities=(0.05,), overflow=overflow)(images)) for overflow in ("dense", "cap")
+    )
+    assert free.stats[3].overflowed and capped.stats[3].overflowed
+    assert free.stats[3].queries == capped.stats[3].queries
+    assert 0 < capped.stats[3].active <= capped.stats[3].capacity < free.stats[3].active

@@ -3,9 +3,10 @@
 Nothing here knows anchors, classes or losses; `querydet_jax.models` brings those in as callables.
 """
 
-from querydet_jax.sparse.conv import Conv, Stack, conv_rows, masked_dense_stacks, run_stacks
+from querydet_jax.sparse.conv import Conv, Stack, conv_rows, crop_stacks, masked_dense_stacks, run_stacks
 from querydet_jax.sparse.ladder import ladder_capacities, run_ladder
-from querydet_jax.sparse.query import CascadeLevel, LevelResult, LevelStats, SparseOptions, cascade
+from querydet_jax.sparse.methods import CascadeLevel, SparseOptions
+from querydet_jax.sparse.query import LevelResult, LevelStats, cap_queries, cascade
 from querydet_jax.sparse.sites import Sites, children, dilate, grow, neighbour_table, select_sites, whole_map
 
 __all__ = [
@@ -16,9 +17,11 @@ __all__ = [
     "Sites",
     "SparseOptions",
     "Stack",
+    "cap_queries",
     "cascade",
     "children",
     "conv_rows",
+    "crop_stacks",
     "dilate",
     "grow",
     "ladder_capacities",

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.typing import DTypeLike
 
 from querydet_jax.sparse.sites import Sites
 
@@ -35,7 +36,7 @@ def conv_rows(
     *,
     relu: bool,
     chunk: int,
-    out_dtype: jnp.dtype | None = None,
+    out_dtype: DTypeLike | None = None,
 ) -> list[Array]:
     """Apply several 3x3 convolutions to the same input rows, gathering once.
 
@@ -112,8 +113,49 @@ def run_stacks(rows: Array, table: Array, sites: Sites, stacks: Sequence[Stack],
     return outputs
 
 
-def dense_conv(x: Array, conv: Conv, *, relu: bool = False, out_dtype: jnp.dtype | None = None) -> Array:
-    """Dense 3x3 convolution, padding 1: ``[B, h, w, C]`` to ``[B, h, w, O]``.
+def crop_stacks(features: Array, sites: Sites, stacks: Sequence[Stack], *, chunk: int) -> list[Array]:
+    """Run each stack on a crop around every key, without padding, down to one value.
+
+    A stack of d layers sees (2d + 1) x (2d + 1) cells; those outside the image are zeros.
+
+    Args:
+      features: ``[B, h, w, C]``.
+      sites: keys, first in the buffer.
+      chunk: crops a turn; must divide the capacity.
+
+    Returns:
+      One float32 ``[N, O]`` a stack, meaningful at the keys only.
+    """
+    _, height, width = sites.shape
+    flat = features.reshape(-1, features.shape[-1])
+
+    def crops(first: Array, depth: int) -> Array:
+        index = lax.dynamic_slice_in_dim(sites.index, first, chunk)[:, None, None]
+        step = jnp.arange(-depth, depth + 1, dtype=jnp.int32)
+        y = index // width % height + step[None, :, None]
+        x = index % width + step[None, None, :]
+        inside = (y >= 0) & (y < height) & (x >= 0) & (x < width) & (index < sites.num_cells)
+        cell = index + step[None, :, None] * width + step[None, None, :]
+        return flat.at[jnp.where(inside, cell, sites.num_cells)].get(mode="fill", fill_value=0)
+
+    def turn(i: Array, outputs: list[Array]) -> list[Array]:
+        updated = []
+        for stack, output in zip(stacks, outputs, strict=True):
+            x = crops(i * chunk, len(stack))
+            for layer, conv in enumerate(stack):
+                last = layer == len(stack) - 1
+                x = dense_conv(x, conv, relu=not last, out_dtype=jnp.float32 if last else None, padding=0)
+            updated.append(lax.dynamic_update_slice_in_dim(output, x[:, 0, 0], i * chunk, 0))
+        return updated
+
+    outputs = [jnp.zeros((sites.capacity, stack[-1].kernel.shape[-1])) for stack in stacks]
+    return lax.fori_loop(0, (sites.counts[0] + chunk - 1) // chunk, turn, outputs)
+
+
+def dense_conv(
+    x: Array, conv: Conv, *, relu: bool = False, out_dtype: DTypeLike | None = None, padding: int = 1
+) -> Array:
+    """Dense 3x3 convolution ``[B, h, w, C]`` to ``[B, h, w, O]`` (``padding`` 0: ``[B, h - 2, w - 2, O]``).
 
     Accumulates and adds the bias in float32 like ``conv_rows``, so that in bfloat16, too, both ways to
     run a level round at the same places.
@@ -122,7 +164,7 @@ def dense_conv(x: Array, conv: Conv, *, relu: bool = False, out_dtype: jnp.dtype
         x,
         conv.kernel.astype(x.dtype),
         window_strides=(1, 1),
-        padding=((1, 1), (1, 1)),
+        padding=[(padding, padding)] * 2,
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
         preferred_element_type=jnp.float32,
     )
@@ -148,7 +190,7 @@ def masked_dense_stacks(features: Array, mask: Array, stacks: Sequence[Stack]) -
         x = start
         for layer, conv in enumerate(stack):
             last = layer == len(stack) - 1
-            x = dense_conv(x, conv, relu=not last, out_dtype=jnp.dtype(jnp.float32) if last else None)
+            x = dense_conv(x, conv, relu=not last, out_dtype=jnp.float32 if last else None)
             x = jnp.where(inside, x, 0)
         outputs.append(x)
     return outputs

@@ -29,21 +29,23 @@ def run_ladder(
     count: Array,
     capacities: Sequence[int],
     sparse: Callable[[int], Callable[..., Result]],
-    dense: Callable[..., Result],
+    dense: Callable[..., Result] | None,
     *operands: object,
 ) -> tuple[Result, Array, Array]:
     """Run ``sparse(capacity)(*operands)`` for the smallest capacity that holds ``count`` sites.
 
     Above the largest, ``dense(*operands)`` computes the same function without a buffer: the result
-    never depends on the capacities. All callables return the same shapes. Never call this under
-    ``vmap``: a batched ``lax.switch`` runs every branch.
+    never depends on the capacities. Without ``dense`` the count must not exceed the largest. All
+    callables return the same shapes. Never call this under ``vmap``: a batched ``lax.switch`` runs
+    every branch.
 
     Returns:
       the result; the capacity that ran, int32 ``[]`` (0: dense); whether it overflowed, bool ``[]``.
     """
     limits = jnp.asarray(capacities, jnp.int32)
-    rung = jnp.sum(count > limits)
-    branches = [sparse(capacity) for capacity in capacities] + [dense]
+    over = jnp.sum(count > limits)
+    branches = [sparse(capacity) for capacity in capacities] + ([] if dense is None else [dense])
+    rung = jnp.minimum(over, len(branches) - 1)
     result = lax.switch(rung, branches, *operands)
     used = jnp.concatenate([limits, jnp.zeros((1,), jnp.int32)])[rung]
-    return result, used, rung == len(capacities)
+    return result, used, over == len(capacities)

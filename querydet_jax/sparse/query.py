@@ -10,38 +10,21 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
-from querydet_jax.sparse.conv import Conv, Stack, conv_rows, dense_conv, masked_dense_stacks, run_stacks
-from querydet_jax.sparse.ladder import ladder_capacities, run_ladder
-from querydet_jax.sparse.sites import Sites, cell_table, children, grow, neighbour_table, select_sites, whole_map
-
-
-class SparseOptions(NamedTuple):
-    threshold: float  # sigma: a query probability strictly above it fires
-    context: int  # c
-    capacities: tuple[float, ...]  # fractions of a level's cells
-    chunk: int
-
-
-class CascadeLevel(NamedTuple):
-    """A level that is computed only around keys.
-
-    ``features [B, h, w, C]`` is the input of the heads, or, where ``output`` is given, the input of
-    that convolution, which is then computed at the active sites only and feeds the heads: the
-    pyramid's own fine output map is never made.
-    """
-
-    level: int
-    features: Array
-    output: Conv | None
+from querydet_jax.sparse.conv import Stack
+from querydet_jax.sparse.methods import METHODS, CascadeLevel, SparseOptions, largest_capacity
+from querydet_jax.sparse.sites import Sites, children, grow
 
 
 class LevelStats(NamedTuple):
     """Counts over the whole batch, int32 ``[]`` each; ``overflowed`` bool ``[]``.
 
     ``queries`` fired on the level above; ``keys`` are their children, where heads are read;
-    ``active`` includes the context; ``capacity`` is the buffer that ran, 0 if the dense rung did.
+    ``active`` includes the context; ``capacity`` is the buffer that ran, 0 if the dense rung did;
+    ``overflowed`` tells that more was asked for than the largest buffer holds: the dense rung then
+    computed it, or, under ``overflow="cap"``, the lowest-scoring queries were left out (``queries``
+    still counts them).
     """
 
     queries: Array
@@ -88,7 +71,7 @@ def cascade(
     for position, level in enumerate(levels):
         last = position == len(levels) - 1
         fired = jax.nn.sigmoid(logits) > options.threshold
-        result = _run_level(fired, level, heads, None if last else query, reduce, options)
+        result = _run_level(logits, fired, level, heads, None if last else query, reduce, options)
         results.append(result)
         if result.query_logits is not None:
             logits = result.query_logits
@@ -96,6 +79,7 @@ def cascade(
 
 
 def _run_level(
+    logits: Array,
     fired: Array,
     level: CascadeLevel,
     heads: Sequence[Stack],
@@ -103,47 +87,66 @@ def _run_level(
     reduce: Reduce,
     options: SparseOptions,
 ) -> LevelResult:
-    stacks = list(heads) if query is None else [*heads, query]
     batch, height, width, _ = level.features.shape
-    keys = children(fired, (height, width))
-    within = grow(keys, options.context)
-    active = within[-1]
-    capacities, chunk = ladder_capacities(options.capacities, batch * height * width, options.chunk)
+    kept, over = fired, jnp.asarray(False)
+    if options.method == "csq" and options.overflow == "cap":
+        capacity = largest_capacity(options, batch * height * width)
+        kept, over = cap_queries(logits, fired, (height, width), options.context, capacity)
+    keys = children(kept, (height, width))
 
-    def on_sites(capacity: int) -> Callable[..., tuple[Any, Array | None]]:
-        def run(features: Array, within: list[Array]) -> tuple[Any, Array | None]:
-            sites = select_sites(within, capacity)
-            rows = _rows_at(features, level.output, sites, chunk)
-            outputs = run_stacks(rows, neighbour_table(sites), sites, stacks, chunk=chunk)
-            return _finish(level.level, outputs, sites, query is not None, reduce)
+    def finish(outputs: list[Array], sites: Sites) -> tuple[Any, Array | None]:
+        return _finish(level.level, outputs, sites, query is not None, reduce)
 
-        return run
-
-    def densely(features: Array, within: list[Array]) -> tuple[Any, Array | None]:
-        if level.output is not None:
-            features = dense_conv(features, level.output)
-        outputs = masked_dense_stacks(features, within[-1], stacks)
-        outputs = [x.reshape(-1, x.shape[-1]) for x in outputs]
-        return _finish(level.level, outputs, whole_map(within[0]), query is not None, reduce)
-
-    count = jnp.sum(active.astype(jnp.int32))
-    (reduced, logits), capacity, overflowed = run_ladder(count, capacities, on_sites, densely, level.features, within)
+    stacks = list(heads) if query is None else [*heads, query]
+    computed = METHODS[options.method](level, keys, stacks, finish, options)
+    reduced, next_logits = computed.result
     stats = LevelStats(
         queries=jnp.sum(fired.astype(jnp.int32)),
         keys=jnp.sum(keys.astype(jnp.int32)),
-        active=count,
-        capacity=capacity,
-        overflowed=overflowed,
+        active=computed.count,
+        capacity=computed.capacity,
+        overflowed=computed.overflowed | over,
     )
-    return LevelResult(reduced, stats, keys, active, logits)
+    return LevelResult(reduced, stats, keys, computed.active, next_logits)
 
 
-def _rows_at(features: Array, output: Conv | None, sites: Sites, chunk: int) -> Array:
-    """Head input ``[N, C]`` at the sites, from the dense map ``[B, h, w, C]``."""
-    dense_rows = features.reshape(-1, features.shape[-1])
-    if output is None:
-        return dense_rows.at[sites.index].get(mode="fill", fill_value=0)
-    return conv_rows(dense_rows, cell_table(sites), [output], sites.counts[-1], relu=False, chunk=chunk)[0]
+def cap_queries(
+    logits: Array, fired: Array, shape: tuple[int, int], context: int, capacity: int
+) -> tuple[Array, Array]:
+    """The best-scoring queries whose keys and context fit into ``capacity`` sites.
+
+    Queries are taken in order of their logits, equal ones together, as many as fit: found by
+    bisection over how many, since the squares around keys overlap.
+
+    Args:
+      logits, fired: ``[B, h, w]`` of the coarser level.
+      shape: (h, w) of the finer one.
+
+    Returns:
+      which queries to keep, bool ``[B, h, w]``; whether any was left out, bool ``[]``.
+    """
+
+    def active(mask: Array) -> Array:
+        return jnp.sum(grow(children(mask, shape), context)[-1].astype(jnp.int32))
+
+    def best(_: Array) -> Array:
+        ordered = jnp.sort(jnp.where(fired, logits, -jnp.inf).reshape(-1), descending=True)
+
+        def first(count: Array) -> Array:
+            return fired & (logits >= ordered[jnp.maximum(count, 1) - 1]) & (count > 0)
+
+        def halve(_: Array, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+            low, high = bounds  # `low` queries fit, `high` are too many
+            middle = (low + high) // 2
+            fits = active(first(middle)) <= capacity
+            return jnp.where(fits, middle, low), jnp.where(fits, high, middle)
+
+        start = (jnp.int32(0), jnp.sum(fired.astype(jnp.int32)))
+        low, _ = lax.fori_loop(0, logits.size.bit_length(), halve, start)
+        return first(low)
+
+    over = active(fired) > capacity
+    return lax.cond(over, best, lambda _: fired, jnp.int32(0)), over
 
 
 def _finish(
