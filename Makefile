@@ -16,13 +16,13 @@ demo: $(VENV)/.installed  ## Train on generated scenes, evaluate densely and wit
 test: $(VENV)/.installed-test  ## Style, types and the test suite
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(PY) -m pyright
+	$(PY) -m basedpyright --pythonpath $(PY)
 	$(PY) -m pytest
 
 lint: $(VENV)/.installed-test  ## Style and types only
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(PY) -m pyright
+	$(PY) -m basedpyright --pythonpath $(PY)
 
 benchmark: $(VENV)/.installed  ## Dense against CSQ, ResNet-50, 800x1344
 	$(PY) benchmark.py end-to-end
