@@ -27,16 +27,17 @@ lint: $(VENV)/.installed-test  ## Style and types only
 benchmark: $(VENV)/.installed  ## Dense against CSQ, ResNet-50, 800x1344
 	$(PY) benchmark.py end-to-end
 
-$(VENV)/.installed: requirements.txt pyproject.toml
+# The commands run from the checkout, so only what they need is installed, not the package itself.
+$(VENV)/.installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "error: $(PYTHON) is older than Python 3.11; run: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --upgrade pip
-	$(PY) -m pip install --quiet -e .
+	$(PY) -m pip install --quiet -r requirements.txt
 	touch $@
 
-$(VENV)/.installed-test: $(VENV)/.installed
-	$(PY) -m pip install --quiet -e '.[test]'
+$(VENV)/.installed-test: $(VENV)/.installed requirements-test.txt
+	$(PY) -m pip install --quiet -r requirements-test.txt
 	touch $@
 
 clean:

@@ -91,11 +91,12 @@ def pictures_of(
 
 def overview(seen: Seen, pictures: dict[str, np.ndarray]) -> np.ndarray:
     """One sheet: the picture and its detections on the left, each step of the cascade in a row beside them."""
-    picture = draw_detections(seen.image, np.zeros((0, 4)), np.zeros((0,), np.int64))
-    left = [picture, pictures["detections"]]
-    steps = [picture for title, picture in pictures.items() if title != "detections"]
+    steps = [("", picture) for title, picture in pictures.items() if title != "detections"]
+    left = [("picture", seen.image), ("detections", pictures["detections"])]
+    if not steps:
+        return contact_sheet(left, columns=2)
+    blank = ("", np.zeros_like(seen.image))
     rows = [steps[i : i + 2] for i in range(0, len(steps), 2)]
-    while len(left) < len(rows):
-        left.append(np.zeros_like(picture))
-    panels = [panel for first, row in zip(left, rows or [[], []], strict=False) for panel in (first, *row)]
-    return contact_sheet([("", panel) for panel in panels], columns=3 if rows else 2)
+    left += [blank] * (len(rows) - len(left))
+    rows += [[blank, blank]] * (len(left) - len(rows))
+    return contact_sheet([panel for first, row in zip(left, rows, strict=True) for panel in (first, *row)], columns=3)

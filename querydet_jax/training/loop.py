@@ -202,7 +202,7 @@ class _Paused:
 
 def _summary_writer(folder: Path):  # noqa: ANN202  (tensorboardX is optional)
     try:
-        from tensorboardX import SummaryWriter
+        from tensorboardX import SummaryWriter  # pyright: ignore[reportMissingImports]
     except ImportError:
         return None
     return SummaryWriter(str(folder / "tensorboard"), write_to_disk=True)
