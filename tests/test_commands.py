@@ -68,6 +68,8 @@ def test_predict_on_a_folder_of_either_orientation(run, tmp_path):
         assert {f"{stem}_{kind}.jpg" for kind in kinds} <= written
     content = json.loads((tmp_path / "seen" / "detections.json").read_text())
     assert {Path(entry["file"]).name for entry in content["images"]} == {"wide.jpg", "tall.png"}
+    saved = json.loads((run / "run" / "config.json").read_text())
+    assert saved["classes"] == ["car", "boat", "tank"]  # the data set's, for pictures without it
 
 
 @pytest.mark.parametrize(

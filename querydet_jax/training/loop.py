@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
 import logging
 import math
@@ -53,13 +55,19 @@ def train(config: Config, run: str | Path, *, resume: bool = False, evaluate: Ev
     Raises:
       QueryDetError: bad configuration, data or checkpoint, or a loss that is not finite.
     """
-    run = Path(run)
     check_batch_size(config.train.batch_size)
-    checkpoints = Checkpoints(run, keep=config.train.keep_checkpoints)
+    with contextlib.closing(Checkpoints(run, keep=config.train.keep_checkpoints)) as checkpoints:
+        return _train(config, Path(run), checkpoints, resume, evaluate)
+
+
+def _train(
+    config: Config, run: Path, checkpoints: Checkpoints, resume: bool, evaluate: Evaluate | None
+) -> DenseDetector:
     if checkpoints.latest() is not None and not resume:
         raise ConfigError(f"{run}: already holds checkpoints; add --resume to go on, or choose another --run")
     dataset = open_dataset(config.data, "train")
     check_classes(config, dataset)
+    config = dataclasses.replace(config, classes=dataset.classes)  # for who uses the model without the data
     validation = open_dataset(config.data, "val") if evaluate is not None and config.train.eval_every else None
 
     model = build_model(config.model, config.train.seed)
@@ -119,7 +127,6 @@ def train(config: Config, run: str | Path, *, resume: bool = False, evaluate: Ev
     finally:
         progress.close(batches.skipped)
         batches.close()
-        checkpoints.close()
     merge_into(model, unreplicate(state))
     return model
 

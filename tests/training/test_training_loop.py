@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 
@@ -83,7 +84,7 @@ def test_a_run_is_not_overwritten_and_resume_needs_one(root, tmp_path):
         train(config, tmp_path / "empty", resume=True)
     with pytest.raises(WeightsError, match="holds no checkpoint; give a run folder"):
         restore_model_state(tmp_path)
-    other = small(root, **{"train.steps": 1, "train.optimizer": "adamw"})
+    other = small(root, **{"train.steps": 1, "train.optimizer": "sgd"})
     with pytest.raises(WeightsError, match="optimiser state of another configuration"):
         train(other, tmp_path / "run", resume=True)
 
@@ -103,7 +104,8 @@ def test_loss_that_is_not_finite_stops_the_run_and_saves_nothing(root, tmp_path)
     )
     with pytest.raises(QueryDetError, match="the loss is .* lower train.learning_rate"):
         train(config, tmp_path / "run")
-    assert Checkpoints(tmp_path / "run").latest() is None
+    with contextlib.closing(Checkpoints(tmp_path / "run")) as checkpoints:
+        assert checkpoints.latest() is None
 
 
 def test_classes_must_agree(root, tmp_path):
