@@ -4,27 +4,11 @@ Reproduces: nothing of the paper; shows that everything works, in minutes on two
 Command: make demo    (python train.py configs/demo.py && python eval.py runs/demo)
 """
 
-from querydet_jax.config import (
-    BackboneConfig,
-    Config,
-    DataConfig,
-    FPNConfig,
-    HeadConfig,
-    InferenceConfig,
-    ModelConfig,
-    QueryConfig,
-    TrainConfig,
-)
+from querydet_jax.config import Config, DataConfig, InferenceConfig, TrainConfig, small_model
 
 config = Config(
     name="demo",
-    model=ModelConfig(
-        num_classes=3,
-        backbone=BackboneConfig(name="resnet18", flavor="torchvision", norm="batch", freeze_at=0, width=32),
-        fpn=FPNConfig(channels=64),
-        head=HeadConfig(channels=64, num_convs=2),
-        query=QueryConfig(channels=64, num_convs=2),
-    ),
+    model=small_model(3),
     data=DataConfig(
         source="scenes",
         scenes_train=800,

@@ -14,28 +14,12 @@ Queries reach the centre cell of 90 % of the objects under 16 px on P3, 89 % on 
 channels, two layers), so there is little to save: CSQ is 1.28 times as fast as dense.
 """
 
-from querydet_jax.config import (
-    BackboneConfig,
-    Config,
-    DataConfig,
-    FPNConfig,
-    HeadConfig,
-    InferenceConfig,
-    ModelConfig,
-    QueryConfig,
-    TrainConfig,
-)
+from querydet_jax.config import Config, DataConfig, InferenceConfig, TrainConfig, small_model
 
 config = Config(
     name="hituav_querydet",
     classes=("Person", "Car", "Bicycle", "OtherVehicle"),
-    model=ModelConfig(
-        num_classes=4,
-        backbone=BackboneConfig(name="resnet18", flavor="torchvision", norm="batch", freeze_at=0, width=32),
-        fpn=FPNConfig(channels=64),
-        head=HeadConfig(channels=64, num_convs=2),
-        query=QueryConfig(channels=64, num_convs=2),
-    ),
+    model=small_model(4),
     data=DataConfig(
         source="coco",
         root="hit_uav",

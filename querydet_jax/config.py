@@ -126,6 +126,17 @@ class ModelConfig:
         return tuple(range(self.min_level, self.max_level + 1))
 
 
+def small_model(num_classes: int) -> ModelConfig:
+    """QueryDet that trains from scratch on two CPU cores: half a ResNet-18 with live batch norm, 64-channel heads."""
+    return ModelConfig(
+        num_classes=num_classes,
+        backbone=BackboneConfig(name="resnet18", flavor="torchvision", norm="batch", freeze_at=0, width=32),
+        fpn=FPNConfig(channels=64),
+        head=HeadConfig(channels=64, num_convs=2),
+        query=QueryConfig(channels=64, num_convs=2),
+    )
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """Where images and boxes come from and how they become network input.
