@@ -49,7 +49,8 @@ def parse(kind: type[Arguments], description: str) -> tuple[Arguments, Config, s
 
 def run(main: Callable[[], None]) -> None:
     """Call a command; errors that bad input can cause become one line and exit status 2."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
+    # force: libraries imported by now have set up handlers of their own.
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr, force=True)
     logging.getLogger("querydet_jax").setLevel(logging.INFO)
     try:
         main()
