@@ -41,11 +41,9 @@ def train() -> None:
     run = Path(arguments.run or (source if Path(source).is_dir() else f"runs/{config.name}"))
 
     def evaluate(model: DenseDetector, dataset: Dataset) -> dict[str, float]:
-        count = config.train.eval_images
-        indices = list(range(min(count, len(dataset)))) if count else None
         runs = evaluate_detectors(
             _detectors(model, config, ()), dataset, config.data, batch_size=config.inference.batch_size,
-            indices=indices, size_bins=(),
+            indices=_first(dataset, config.train.eval_images), size_bins=(),
         )  # fmt: skip
         print(comparison_table(runs), flush=True)
         return {
@@ -82,7 +80,7 @@ def evaluate() -> None:
     check_classes(config, dataset)
     out = Path(arguments.out or (source if Path(source).is_dir() else f"runs/{config.name}"))
     detectors = _detectors(model, config, arguments.methods)
-    indices = list(range(min(arguments.images, len(dataset)))) if arguments.images else None
+    indices = _first(dataset, arguments.images)
     runs = evaluate_detectors(
         detectors,
         dataset,
@@ -135,9 +133,8 @@ def predict() -> None:
     canvases = dict.fromkeys([*config.data.test_canvases, *((w, h) for h, w in config.data.test_canvases)])
     data = dataclasses.replace(config.data, test_canvases=tuple(canvases))
     out = Path(arguments.out)
-    detector = list(_detectors(model, config, (config.inference.query,)).values())[0]
     entries, used = [], set()
-    for seen in look(detector, pictures, data):
+    for seen in look(Detector(model, config.inference), pictures, data):
         file = Path(pictures.file_name(seen.index))
         stem = file.stem
         while stem in used:  # pictures of one name from different folders
@@ -193,6 +190,11 @@ def _report(config: Config, runs: dict[str, Evaluation], indices: list[int] | No
         "speed_up": {name: first / run.ms_median for name, run in runs.items() if not np.isnan(run.ms_median)},
         "timing": f"median over batches of {config.inference.batch_size}, detectors in turn, {jax.default_backend()}",
     }
+
+
+def _first(dataset: Dataset, count: int) -> list[int] | None:
+    """The first ``count`` positions; None, which means all, for 0."""
+    return list(range(min(count, len(dataset)))) if count else None
 
 
 def _spread(total: int, count: int) -> list[int]:

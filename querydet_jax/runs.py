@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-from querydet_jax.config import Config, load_config
+from querydet_jax.config import Config
 from querydet_jax.data.dataset import Dataset
 from querydet_jax.errors import ConfigError, DataError
 from querydet_jax.models import DenseDetector, build_model
@@ -25,21 +24,13 @@ def config_path(source: str | Path) -> Path:
     return source
 
 
-def open_run(
-    source: str | Path, overrides: dict[str, Any] | None = None, weights: str | Path | None = None
-) -> tuple[Config, DenseDetector]:
-    """Configuration and model of a run folder, or of an experiment file with ``weights``.
+def open_model(config: Config, source: str | Path, weights: str | Path | None = None) -> DenseDetector:
+    """The model of ``config`` with the weights of the run folder ``source``, or with ``weights``.
 
     Raises:
-      ConfigError: no such run, or an experiment file without weights.
+      ConfigError: neither, or weights that lack a part of the model.
       WeightsError: the weights do not belong to this model.
     """
-    config = load_config(config_path(source), overrides)
-    return config, open_model(config, source, weights)
-
-
-def open_model(config: Config, source: str | Path, weights: str | Path | None = None) -> DenseDetector:
-    """The model of ``config`` with the weights of the run folder ``source``, or with ``weights``."""
     if weights is None:
         if not Path(source).is_dir():
             raise ConfigError(f"{source}: a configuration holds no weights; add --weights, or give a run folder")

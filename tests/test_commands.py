@@ -16,7 +16,7 @@ SHORT = (
     "--train.steps 4 --train.batch-size 2 --train.log-every 1 --data.scenes-train 4 --data.scenes-val 3 "
     "--data.scenes-size 96 96 --data.scenes-val-size 128 128 --data.train-short 96 --data.train-max 96 "
     "--data.train-canvases 96 96 --data.test-short 128 --data.test-max 128 --data.test-canvases 128 128 "
-    "--model.backbone.name resnet10"
+    "--model.backbone.name resnet10 --train.eval-every 2 --train.eval-images 2"
 )
 
 
@@ -35,6 +35,9 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
     trained = command("train.py", str(ROOT / "configs/demo.py"), "--run", "run", *SHORT.split(), cwd=folder)
     assert "step 4/4  loss" in trained.stdout and "data wait" in trained.stdout
+    # One evaluation on the way, of two images, logged with the losses.
+    lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "csq/AP50" in line and "dense/ms_per_image" in line] == [2]
     return folder
 
 

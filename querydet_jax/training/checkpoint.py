@@ -77,9 +77,6 @@ class Checkpoints:
             jnp.asarray(step, jnp.int32),
         )
 
-    def wait(self) -> None:
-        self._manager.wait_until_finished()
-
     def close(self) -> None:
         self._manager.close()
 

@@ -9,7 +9,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -157,7 +157,6 @@ class _Progress:
         steps = step - self.last_step
         speed = steps * self.config.train.batch_size / elapsed
         left = (self.config.train.steps - step) * elapsed / steps
-        # The first interval of a run is compilation, not waiting.
         share = self.waited / elapsed
         values = {
             **values,
@@ -183,8 +182,12 @@ class _Progress:
             for name, value in values.items():
                 self.board.add_scalar(name, value, step)
 
-    def paused(self) -> _Paused:
-        return _Paused(self)
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leaves an evaluation out of the speed and the time left."""
+        begun = time.perf_counter()
+        yield
+        self.last_time += time.perf_counter() - begun
 
     def close(self, skipped: int) -> None:
         if skipped:
@@ -192,19 +195,6 @@ class _Progress:
         self.file.close()
         if self.board is not None:
             self.board.close()
-
-
-class _Paused:
-    """Leaves an evaluation out of the speed and the time left."""
-
-    def __init__(self, progress: _Progress):
-        self.progress = progress
-
-    def __enter__(self) -> None:
-        self.begun = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self.progress.last_time += time.perf_counter() - self.begun
 
 
 def _summary_writer(folder: Path):  # noqa: ANN202  (tensorboardX is optional)
