@@ -211,7 +211,11 @@ class InferenceConfig:
     # Above the largest: dense computes the level densely, so results never depend on the sizes; cap
     # keeps the best-scoring queries that fit and reports the overflow.
     overflow: Literal["dense", "cap"] = "dense"
-    chunk: int = 256  # rows a step of the gather convolution
+    chunk: int = 256  # rows a turn of the convolution on sites
+    # gather: single cells, least work. tiles: aligned blocks of tile x tile cells, for accelerators.
+    # Both compute the same.
+    kernel: Literal["gather", "tiles"] = "gather"
+    tile: int = 8
     score_threshold: float = 1e-4
     topk: int = 1000  # candidates a level
     nms_iou: float = 0.5
@@ -329,11 +333,11 @@ def check(config: Config) -> None:
         )
     if inference.overflow == "cap" and not inference.capacities:
         raise ConfigError("inference.overflow cap needs a buffer: give inference.capacities at least one fraction")
-    if inference.context < 0 or inference.chunk < 1 or inference.topk < 1 or inference.max_detections < 1:
-        raise ConfigError(
-            "inference.context must be at least 0, and inference.chunk, inference.topk and "
-            "inference.max_detections at least 1"
-        )
+    if inference.context < 0:
+        raise ConfigError(f"inference.context {inference.context}: must be at least 0")
+    for name in ("chunk", "tile", "topk", "max_detections", "batch_size"):
+        if getattr(inference, name) < 1:
+            raise ConfigError(f"inference.{name} {getattr(inference, name)}: must be at least 1")
     for name in ("train_canvases", "test_canvases"):
         canvases = getattr(data, name)
         if not canvases or any(side % 32 or side < 32 for canvas in canvases for side in canvas):

@@ -159,7 +159,7 @@ def _detect(graph: nnx.GraphDef, config: InferenceConfig, state: PyTree, images:
 
 def _trace(graph: nnx.GraphDef, config: InferenceConfig, state: PyTree, images: Array, sizes: Array) -> QueryTrace:
     model = nnx.merge(graph, state)
-    start, results = _run_cascade(model, config, *_pyramid(model, config, images, sizes))
+    start, results = _run_cascade(model, config, _pyramid(model, config, images, sizes))
     probability = {config.start_level: jax.nn.sigmoid(start)}
     for level, result in results.items():
         if result.query_logits is not None:
@@ -171,27 +171,34 @@ def _trace(graph: nnx.GraphDef, config: InferenceConfig, state: PyTree, images: 
     )
 
 
-def _pyramid(
-    model: DenseDetector, config: InferenceConfig, images: Array, sizes: Array
-) -> tuple[dict[int, Array], dict[int, Array]]:
-    """Dense pyramid levels, and the merged maps below the start level."""
-    dense_from = model.config.min_level if config.query == "dense" else config.start_level
+class Pyramid(NamedTuple):
+    """The levels that are computed densely, and what the others are made from. By level."""
+
+    dense: dict[int, Array]  # P_l [B, h, w, C]
+    stages: dict[int, Array]  # C_l
+    merged: dict[int, Array]  # of the top-down path
+
+
+def _pyramid(model: DenseDetector, config: InferenceConfig, images: Array, sizes: Array) -> Pyramid:
+    finest = model.config.min_level
+    dense_from = finest if config.query == "dense" else config.start_level
     stages = model.backbone(model.normalize(images, sizes))
-    merged = model.fpn.merge(stages)
+    # A sparse finest level makes its part of the top-down path itself, at its sites.
+    merged = model.fpn.merge(stages, min(finest if config.query == "dense" else finest + 1, 5))
     # Levels above P5 are made from C5 or P5; as sparse levels they are taken as they come.
-    return model.fpn.outputs(stages, merged, dense_from if dense_from <= 5 else 6), merged
+    return Pyramid(model.fpn.outputs(stages, merged, dense_from if dense_from <= 5 else 6), stages, merged)
 
 
 def _candidates(
     model: DenseDetector, config: InferenceConfig, images: Array, sizes: Array
 ) -> tuple[list[Candidates], dict[int, LevelResult]]:
     """Candidates in the published order of levels: sparse ones coarse to fine, then dense fine to coarse."""
-    pyramid, merged = _pyramid(model, config, images, sizes)
+    pyramid = _pyramid(model, config, images, sizes)
     results: dict[int, LevelResult] = {}
     if config.query != "dense":
-        _, results = _run_cascade(model, config, pyramid, merged)
+        _, results = _run_cascade(model, config, pyramid)
     found = [result.reduced for result in results.values()]
-    for level, x in pyramid.items():
+    for level, x in pyramid.dense.items():
         if level in results:
             continue
         outputs = [y.reshape(-1, y.shape[-1]) for y in model.dense_heads(x)]
@@ -201,15 +208,15 @@ def _candidates(
 
 
 def _run_cascade(
-    model: DenseDetector, config: InferenceConfig, pyramid: dict[int, Array], merged: dict[int, Array]
+    model: DenseDetector, config: InferenceConfig, pyramid: Pyramid
 ) -> tuple[Array, dict[int, LevelResult]]:
     query_head = model.query_head
     assert query_head is not None, "Detector has checked that the model has a query head"
-    start = query_head(pyramid[config.start_level])
+    start = query_head(pyramid.dense[config.start_level])
     levels = [
-        CascadeLevel(level, merged[level], model.fpn.output(level).weights())
-        if level in merged
-        else CascadeLevel(level, pyramid[level], None)
+        model.fpn.sparse_level(level, pyramid.stages, pyramid.merged)
+        if level <= 5
+        else CascadeLevel(level, pyramid.dense[level])
         for level in range(config.start_level - 1, model.config.min_level - 1, -1)
     ]
     method = config.query
@@ -220,6 +227,15 @@ def _run_cascade(
         model.head_stacks(),
         query_head.stack(),
         partial(model.candidates, topk=config.topk),
-        SparseOptions(config.threshold, config.context, config.capacities, config.chunk, method, config.overflow),
+        SparseOptions(
+            config.threshold,
+            config.context,
+            config.capacities,
+            config.chunk,
+            method,
+            config.overflow,
+            config.kernel,
+            config.tile,
+        ),
     )
     return start, {level.level: result for level, result in zip(levels, results, strict=True)}

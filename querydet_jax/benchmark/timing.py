@@ -29,3 +29,8 @@ def interleaved(functions: dict[str, Callable[[], Any]], rounds: int) -> dict[st
             jax.block_until_ready(functions[name]())
             times[name].append((time.perf_counter() - begun) * 1e3)
     return {name: np.asarray(values) for name, values in times.items()}
+
+
+def percentiles(ms: np.ndarray) -> dict[str, float]:
+    """``ms_p50``, ``ms_p90`` and ``ms_p99`` of times ``[rounds]``."""
+    return {f"ms_p{p}": float(np.percentile(ms, p)) for p in (50, 90, 99)}

@@ -12,6 +12,7 @@ from jax import Array
 
 from querydet_jax.config import FPNConfig
 from querydet_jax.models.layers import Conv, fpn_init, zeros_bias
+from querydet_jax.sparse import CascadeLevel
 
 
 class FPN(nnx.Module):
@@ -20,8 +21,7 @@ class FPN(nnx.Module):
     merged_5 = lateral_5(C5); merged_l = lateral_l(C_l) + upsample(merged_{l+1}); P_l = output_l(merged_l).
     P6 = conv stride 2 of C5 (or P5), P7 = conv stride 2 of relu(P6).
 
-    The steps are separate methods since sparse inference needs the merged maps of the fine levels
-    but their outputs only at a few cells.
+    The steps are separate methods since sparse inference needs the outputs of the fine levels only at a few cells.
     """
 
     def __init__(
@@ -46,13 +46,21 @@ class FPN(nnx.Module):
         if max_level >= 7:
             self.p7 = Conv(channels, channels, 3, stride=2, **common)
 
-    def merge(self, features: dict[int, Array]) -> dict[int, Array]:
-        """Top-down path: ``{l: merged_l [B, h, w, C]}`` for l = min_level..5."""
+    def merge(self, features: dict[int, Array], down_to: int) -> dict[int, Array]:
+        """Top-down path: ``{l: merged_l [B, h, w, C]}`` for l = down_to..5."""
         merged = {5: self.lateral(5)(features[5])}
-        for level in range(4, self.min_level - 1, -1):
+        for level in range(4, down_to - 1, -1):
             above = jnp.repeat(jnp.repeat(merged[level + 1], 2, axis=1), 2, axis=2)
             merged[level] = self.lateral(level)(features[level]) + above
         return merged
+
+    def sparse_level(self, level: int, features: dict[int, Array], merged: dict[int, Array]) -> CascadeLevel:
+        """P_l for computation at a few cells: its output convolution, and on a level that ``merged``
+        does not hold (the finest, which nothing else reads) the lateral one too, left to be done there."""
+        output = self.output(level).weights()
+        if level in merged:
+            return CascadeLevel(level, merged[level], output)
+        return CascadeLevel(level, features[level], output, self.lateral(level).weights(), merged[level + 1])
 
     def outputs(self, features: dict[int, Array], merged: dict[int, Array], min_level: int) -> dict[int, Array]:
         """``{l: P_l}`` for l = min_level..max_level, finest first."""
@@ -70,7 +78,7 @@ class FPN(nnx.Module):
         return out
 
     def __call__(self, features: dict[int, Array]) -> dict[int, Array]:
-        return self.outputs(features, self.merge(features), self.min_level)
+        return self.outputs(features, self.merge(features, self.min_level), self.min_level)
 
     def lateral(self, level: int) -> Conv:
         return getattr(self, f"lateral{level}")

@@ -28,13 +28,12 @@ def ladder_capacities(fractions: Sequence[float], num_cells: int, chunk: int) ->
 def run_ladder(
     count: Array,
     capacities: Sequence[int],
-    sparse: Callable[[int], Callable[..., Result]],
-    dense: Callable[..., Result] | None,
-    *operands: object,
+    sparse: Callable[[int], Callable[[], Result]],
+    dense: Callable[[], Result] | None,
 ) -> tuple[Result, Array, Array]:
-    """Run ``sparse(capacity)(*operands)`` for the smallest capacity that holds ``count`` sites.
+    """Run ``sparse(capacity)()`` for the smallest capacity that holds ``count`` sites.
 
-    Above the largest, ``dense(*operands)`` computes the same function without a buffer: the result
+    Above the largest, ``dense()`` computes the same function without a buffer: the result
     never depends on the capacities. Without ``dense`` the count must not exceed the largest. All
     callables return the same shapes. Never call this under ``vmap``: a batched ``lax.switch`` runs
     every branch.
@@ -46,6 +45,6 @@ def run_ladder(
     over = jnp.sum(count > limits)
     branches = [sparse(capacity) for capacity in capacities] + ([] if dense is None else [dense])
     rung = jnp.minimum(over, len(branches) - 1)
-    result = lax.switch(rung, branches, *operands)
+    result = lax.switch(rung, branches)
     used = jnp.concatenate([limits, jnp.zeros((1,), jnp.int32)])[rung]
     return result, used, over == len(capacities)

@@ -11,17 +11,11 @@ from typing import Any, Literal, NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
-from querydet_jax.sparse.conv import (
-    Conv,
-    Stack,
-    conv_rows,
-    crop_stacks,
-    dense_conv,
-    masked_dense_stacks,
-    run_stacks,
-)
+from querydet_jax.sparse.conv import Stack, crop_stacks, masked_dense_stacks, run_stacks
 from querydet_jax.sparse.ladder import ladder_capacities, run_ladder
-from querydet_jax.sparse.sites import Sites, cell_table, grow, neighbour_table, select_sites, whole_map
+from querydet_jax.sparse.level import CascadeLevel, dense_input, input_at_sites
+from querydet_jax.sparse.sites import Sites, grow, select_sites, whole_map
+from querydet_jax.sparse.tiles import grid_shape, run_stacks_on_tiles, select_tiles, tile_count, tile_sites
 
 
 class SparseOptions(NamedTuple):
@@ -31,19 +25,8 @@ class SparseOptions(NamedTuple):
     chunk: int
     method: Literal["csq", "cq", "ccq"] = "csq"
     overflow: Literal["dense", "cap"] = "dense"
-
-
-class CascadeLevel(NamedTuple):
-    """A level that is computed only around keys.
-
-    ``features [B, h, w, C]`` is the input of the heads, or, where ``output`` is given, the input of
-    that convolution, which is then computed at the active sites only and feeds the heads: the
-    pyramid's own fine output map is never made.
-    """
-
-    level: int
-    features: Array
-    output: Conv | None
+    kernel: Literal["gather", "tiles"] = "gather"  # of CSQ
+    tile: int = 8  # side of a tile in cells
 
 
 class Computed(NamedTuple):
@@ -66,29 +49,39 @@ def cascade_sparse_query(
 ) -> Computed:
     """CSQ: heads on the keys and their context, inactive cells zero at every layer (section 3.3).
 
-    Where more cells are active than the largest buffer holds, the dense rung computes the same
-    function, the masked dense convolution. With ``overflow="cap"`` there is no such rung: the caller
-    has seen to it that the keys fit (``largest_capacity``).
+    Where more room is needed than the largest buffer has, the dense rung computes the same function,
+    the masked dense convolution. With ``overflow="cap"`` there is no such rung: the caller has seen
+    to it that the keys fit.
     """
-    within = grow(keys, options.context)
-    capacities, chunk = ladder_capacities(options.capacities, keys.size, options.chunk)
+    rings = grow(keys, options.context + level.margin)
+    active = rings[options.context]
+    capacities, chunk = buffer_sizes(options, keys.shape)
 
-    def on_sites(capacity: int) -> Callable[..., Any]:
-        def run(features: Array, within: list[Array]) -> Any:
-            sites = select_sites(within, capacity)
-            rows = _rows_at(features, level.output, sites, chunk)
-            return finish(run_stacks(rows, neighbour_table(sites), sites, stacks, chunk=chunk), sites)
+    def on_sites(capacity: int) -> Callable[[], Any]:
+        def run() -> Any:
+            rows, sites, table = input_at_sites(level, select_sites(rings, capacity), options.context, chunk)
+            return finish(run_stacks(rows, table, sites, stacks, chunk=chunk), sites)
 
         return run
 
-    def densely(features: Array, within: list[Array]) -> Any:
-        features = features if level.output is None else dense_conv(features, level.output)
-        return finish(_flat(masked_dense_stacks(features, within[-1], stacks)), whole_map(within[0]))
+    def on_tiles(capacity: int) -> Callable[[], Any]:
+        def run() -> Any:
+            tiles = select_tiles(active, capacity // options.tile**2, options.tile)
+            outputs = run_stacks_on_tiles(level, active, tiles, stacks, chunk=chunk)
+            return finish(outputs, tile_sites(tiles, keys))
 
-    count = _count(within[-1])
-    last = densely if options.overflow == "dense" else None
-    result, capacity, overflowed = run_ladder(count, capacities, on_sites, last, level.features, within)
-    return Computed(result, within[-1], count, capacity, overflowed)
+        return run
+
+    def densely() -> Any:
+        return finish(_flat(masked_dense_stacks(dense_input(level), active, stacks)), whole_map(keys))
+
+    result, capacity, overflowed = run_ladder(
+        room_needed(keys, level.margin, options),
+        capacities,
+        on_tiles if options.kernel == "tiles" else on_sites,
+        densely if options.overflow == "dense" else None,
+    )
+    return Computed(result, active, _count(active), capacity, overflowed)
 
 
 def crop_query(
@@ -100,17 +93,17 @@ def crop_query(
     Equals the dense heads but within a crop's radius of the border, where the dense heads see zeros
     at every layer and a crop only at the first. The ladder counts keys; its last rung has room for all.
     """
-    features = level.features if level.output is None else dense_conv(level.features, level.output)
+    features = dense_input(level)
     capacities, chunk = ladder_capacities((*options.capacities, 1.0), keys.size, max(8, options.chunk // 8))
 
-    def on_crops(capacity: int) -> Callable[..., Any]:
-        def run(features: Array, keys: Array) -> Any:
+    def on_crops(capacity: int) -> Callable[[], Any]:
+        def run() -> Any:
             sites = select_sites([keys], capacity)
             return finish(crop_stacks(features, sites, stacks, chunk=chunk), sites)
 
         return run
 
-    result, capacity, overflowed = run_ladder(_count(keys), capacities, on_crops, None, features, keys)
+    result, capacity, overflowed = run_ladder(_count(keys), capacities, on_crops, None)
     active = grow(keys, max(len(stack) for stack in stacks))[-1]
     return Computed(result, active, _count(active), capacity, overflowed)
 
@@ -119,26 +112,30 @@ def complete_convolution_query(
     level: CascadeLevel, keys: Array, stacks: Sequence[Stack], finish: Finish, options: SparseOptions
 ) -> Computed:
     """CCQ: heads everywhere, read at the keys."""
-    features = level.features if level.output is None else dense_conv(level.features, level.output)
     everywhere = jnp.ones(keys.shape, bool)
-    result = finish(_flat(masked_dense_stacks(features, everywhere, stacks)), whole_map(keys))
+    result = finish(_flat(masked_dense_stacks(dense_input(level), everywhere, stacks)), whole_map(keys))
     return Computed(result, everywhere, jnp.int32(keys.size), jnp.int32(0), jnp.asarray(False))
 
 
 METHODS = {"csq": cascade_sparse_query, "cq": crop_query, "ccq": complete_convolution_query}
 
 
-def largest_capacity(options: SparseOptions, num_cells: int) -> int:
-    """The most active cells that CSQ's buffers hold."""
-    return ladder_capacities(options.capacities, num_cells, options.chunk)[0][-1]
+def buffer_sizes(options: SparseOptions, shape: tuple[int, ...]) -> tuple[list[int], int]:
+    """CSQ's buffers for a map ``(B, h, w)``, in cells, and the rows (sites, or tiles) a turn."""
+    batch, height, width = shape
+    if options.kernel == "gather":
+        return ladder_capacities(options.capacities, batch * height * width, options.chunk)
+    cells = options.tile**2
+    batch, rows, columns = grid_shape((batch, height, width), options.tile)
+    tiles, chunk = ladder_capacities(options.capacities, batch * rows * columns, max(1, options.chunk // cells))
+    return [cells * capacity for capacity in tiles], chunk
 
 
-def _rows_at(features: Array, output: Conv | None, sites: Sites, chunk: int) -> Array:
-    """Head input ``[N, C]`` at the sites, from the dense map ``[B, h, w, C]``."""
-    dense_rows = features.reshape(-1, features.shape[-1])
-    if output is None:
-        return dense_rows.at[sites.index].get(mode="fill", fill_value=0)
-    return conv_rows(dense_rows, cell_table(sites), [output], sites.counts[-1], relu=False, chunk=chunk)[0]
+def room_needed(keys: Array, margin: int, options: SparseOptions) -> Array:
+    """Cells that CSQ's buffer must hold for ``keys`` bool ``[B, h, w]``, int32 ``[]``."""
+    if options.kernel == "gather":
+        return _count(grow(keys, options.context + margin)[-1])
+    return options.tile**2 * tile_count(grow(keys, options.context)[-1], options.tile)
 
 
 def _flat(outputs: list[Array]) -> list[Array]:

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from querydet_jax.sparse.conv import Stack
-from querydet_jax.sparse.methods import METHODS, CascadeLevel, SparseOptions, largest_capacity
-from querydet_jax.sparse.sites import Sites, children, grow
+from querydet_jax.sparse.level import CascadeLevel
+from querydet_jax.sparse.methods import METHODS, SparseOptions, buffer_sizes, room_needed
+from querydet_jax.sparse.sites import Sites, children
 
 
 class LevelStats(NamedTuple):
@@ -90,8 +91,13 @@ def _run_level(
     batch, height, width, _ = level.features.shape
     kept, over = fired, jnp.asarray(False)
     if options.method == "csq" and options.overflow == "cap":
-        capacity = largest_capacity(options, batch * height * width)
-        kept, over = cap_queries(logits, fired, (height, width), options.context, capacity)
+        capacities, _ = buffer_sizes(options, (batch, height, width))
+        kept, over = cap_queries(
+            logits,
+            fired,
+            lambda mask: room_needed(children(mask, (height, width)), level.margin, options),
+            capacities[-1],
+        )
     keys = children(kept, (height, width))
 
     def finish(outputs: list[Array], sites: Sites) -> tuple[Any, Array | None]:
@@ -110,24 +116,19 @@ def _run_level(
     return LevelResult(reduced, stats, keys, computed.active, next_logits)
 
 
-def cap_queries(
-    logits: Array, fired: Array, shape: tuple[int, int], context: int, capacity: int
-) -> tuple[Array, Array]:
-    """The best-scoring queries whose keys and context fit into ``capacity`` sites.
+def cap_queries(logits: Array, fired: Array, needed: Callable[[Array], Array], capacity: int) -> tuple[Array, Array]:
+    """The best-scoring queries that fit into ``capacity`` cells.
 
     Queries are taken in order of their logits, equal ones together, as many as fit: found by
     bisection over how many, since the squares around keys overlap.
 
     Args:
       logits, fired: ``[B, h, w]`` of the coarser level.
-      shape: (h, w) of the finer one.
+      needed: room int32 ``[]`` that the keys and context of some queries need; never less for more queries.
 
     Returns:
       which queries to keep, bool ``[B, h, w]``; whether any was left out, bool ``[]``.
     """
-
-    def active(mask: Array) -> Array:
-        return jnp.sum(grow(children(mask, shape), context)[-1].astype(jnp.int32))
 
     def best(_: Array) -> Array:
         ordered = jnp.sort(jnp.where(fired, logits, -jnp.inf).reshape(-1), descending=True)
@@ -138,14 +139,14 @@ def cap_queries(
         def halve(_: Array, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
             low, high = bounds  # `low` queries fit, `high` are too many
             middle = (low + high) // 2
-            fits = active(first(middle)) <= capacity
+            fits = needed(first(middle)) <= capacity
             return jnp.where(fits, middle, low), jnp.where(fits, high, middle)
 
         start = (jnp.int32(0), jnp.sum(fired.astype(jnp.int32)))
         low, _ = lax.fori_loop(0, logits.size.bit_length(), halve, start)
         return first(low)
 
-    over = active(fired) > capacity
+    over = needed(fired) > capacity
     return lax.cond(over, best, lambda _: fired, jnp.int32(0)), over
 
 

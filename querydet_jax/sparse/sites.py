@@ -135,6 +135,26 @@ def neighbour_table(sites: Sites) -> Array:
     return slot_of_cell.at[cell_table(sites)].get(mode="fill", fill_value=sites.capacity)
 
 
+def within(sites: Sites, table: Array, context: int) -> tuple[Sites, Array]:
+    """The sites up to ``context`` cells from a key, in the same buffer, and their neighbour table.
+
+    The rings further out keep their slots, but no entry of the table points at them any more.
+    """
+    counts = sites.counts[: context + 1]
+    narrowed = Sites(sites.index, sites.is_key, counts, sites.shape)
+    return narrowed, jnp.where(table < counts[-1], table, sites.capacity)
+
+
+def parent_cells(cells: Array, shape: tuple[int, int, int], above: tuple[int, int]) -> Array:
+    """Flat numbers of the parents, on a map of (h, w) ``above``, of flat ``cells`` of a map ``(B, h, w)``.
+
+    A cell ``B * h * w`` (none) has a parent beyond the coarser map's cells, which reads as zero.
+    """
+    _, height, width = shape
+    y, x = cells // width % height // 2, cells % width // 2
+    return (cells // (height * width) * above[0] + y) * above[1] + x
+
+
 def cell_table(sites: Sites) -> Array:
     """Flat cell numbers of the 3x3 neighbours of every site, int32 ``[N, 9]``.
 

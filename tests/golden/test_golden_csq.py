@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import querydet_jax as qd
-from querydet_jax.sparse import CascadeLevel, SparseOptions, cascade
+from querydet_jax.sparse import SparseOptions, cascade
 
 OPTIONS = SparseOptions(threshold=0.12, context=2, capacities=(0.1, 0.3, 1.0), chunk=64)
 
@@ -29,9 +29,9 @@ def levels(model, image_a):
     @jax.jit
     def run(image):
         stages = model.backbone(model.normalize(image))
-        merged = model.fpn.merge(stages)
+        merged = model.fpn.merge(stages, 3)
         start = model.query_head(model.fpn.output(4)(merged[4]))
-        fine = [CascadeLevel(level, merged[level], model.fpn.output(level).weights()) for level in (3, 2)]
+        fine = [model.fpn.sparse_level(level, stages, merged) for level in (3, 2)]
         return start, cascade(start, fine, model.head_stacks(), model.query_head.stack(), to_maps, OPTIONS)
 
     start, results = jax.device_get(run(image_a[None]))

@@ -87,8 +87,8 @@ def test_levels_are_those_asked_for(min_level: int, max_level: int) -> None:
 def test_coarse_levels_do_not_depend_on_where_the_outputs_start(top_source: str) -> None:
     # Sparse inference takes the merged maps of the fine levels, not their outputs.
     fpn, features = make_fpn(top_source=top_source), stages(2, 2)
-    merged = fpn.merge(features)
-    assert sorted(merged) == [2, 3, 4, 5]
+    merged = fpn.merge(features, 2)
+    assert sorted(merged) == [2, 3, 4, 5] and sorted(fpn.merge(features, 4)) == [4, 5]
     whole = fpn(features)
     for start in (4, 6, 7):
         part = fpn.outputs(features, merged, start)

@@ -39,18 +39,22 @@ CAPACITIES = (8, 16, 40)
 def make_ladder(ran: list[int]):
     """Branches that say that they ran; the result is the operand plus a number of the branch's own."""
 
-    def sparse(capacity: int):
-        def run(x):
-            jax.debug.callback(lambda: ran.append(capacity))
-            return {"sum": x.sum() + capacity}
+    @jax.jit
+    def ladder(count, x):
+        def sparse(capacity: int):
+            def run():
+                jax.debug.callback(lambda: ran.append(capacity))
+                return {"sum": x.sum() + capacity}
 
-        return run
+            return run
 
-    def dense(x):
-        jax.debug.callback(lambda: ran.append(0))
-        return {"sum": x.sum()}
+        def dense():
+            jax.debug.callback(lambda: ran.append(0))
+            return {"sum": x.sum()}
 
-    return jax.jit(lambda count, x: run_ladder(count, CAPACITIES, sparse, dense, x))
+        return run_ladder(count, CAPACITIES, sparse, dense)
+
+    return ladder
 
 
 def test_the_smallest_that_fits_runs_and_no_other():
@@ -72,7 +76,7 @@ def test_without_capacities_the_dense_branch_runs():
     def never(capacity: int):
         raise AssertionError("there is no capacity to run")
 
-    result, used, overflowed = run_ladder(jnp.int32(0), [], never, lambda x: 2 * x, jnp.float32(3))
+    result, used, overflowed = run_ladder(jnp.int32(0), [], never, lambda: jnp.float32(6))
     assert (float(result), int(used), bool(overflowed)) == (6.0, 0, True)
 
 

@@ -96,7 +96,11 @@ def test_cap_keeps_as_many_of_the_best_as_fit(seed, capacity):
     if seed % 2:
         logits = np.round(logits, 1)  # ties
     fired = logits > 0.8
-    kept, over = jax.jit(lambda x, f: cap_queries(x, f, shape, context, capacity))(logits, fired)
+
+    def needed(queries):
+        return jnp.sum(grow(children(queries, shape), context)[-1].astype(jnp.int32))
+
+    kept, over = jax.jit(lambda x, f: cap_queries(x, f, needed, capacity))(logits, fired)
     kept = np.asarray(kept)
     assert not np.any(kept & ~fired)
     assert bool(over) == (active_count(fired, shape, context) > capacity)

@@ -1,0 +1,160 @@
+"""Convolution on tiles: the second kernel for a sparse level, for accelerators that like blocks.
+
+The active cells are covered by aligned s x s tiles. Before every layer a tile takes one ring of cells
+from its neighbours, and after it the cells that are not active are zeroed again; so the result is
+the masked dense convolution itself, as on sites, at the price of the inactive cells in the tiles. A gather
+copies (s + 2)^2 cells a tile, 1.6 a cell at s = 8, where the gather of single sites copies nine.
+Shape letters: B batch, h w map, T tiles, s tile side, C channels, O output channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from querydet_jax.sparse.conv import Stack, dense_conv, in_chunks
+from querydet_jax.sparse.level import CascadeLevel, merged_at
+from querydet_jax.sparse.sites import Sites
+
+
+class Tiles(NamedTuple):
+    """Tiles with at least one active cell, in map order.
+
+    Attributes:
+      index: int32 ``[T]``, tile number ``(b * rows + i) * columns + j``; unused slots hold the number of tiles.
+      count: int32 ``[]``, tiles in use.
+      side: s.
+      shape: ``(B, h, w)`` of the map; tiles at its lower and right edge may stick out.
+    """
+
+    index: Array
+    count: Array
+    side: int
+    shape: tuple[int, int, int]
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """(B, rows, columns) of tiles."""
+        return grid_shape(self.shape, self.side)
+
+
+def grid_shape(shape: tuple[int, int, int], side: int) -> tuple[int, int, int]:
+    """(B, rows, columns) of the tiles that cover a map ``(B, h, w)``."""
+    batch, height, width = shape
+    return batch, -(-height // side), -(-width // side)
+
+
+def tile_count(mask: Array, side: int) -> Array:
+    """How many tiles have a true cell in ``mask [B, h, w]``, int32 ``[]``."""
+    return jnp.sum(_occupied(mask, side).astype(jnp.int32))
+
+
+def select_tiles(mask: Array, capacity: int, side: int) -> Tiles:
+    """The tiles that cover ``mask [B, h, w]``; ``count`` tells the truth if there are more than ``capacity``."""
+    batch, height, width = mask.shape
+    occupied = _occupied(mask, side).reshape(-1)
+    totals = jnp.cumsum(occupied.astype(jnp.int32))
+    slot = jnp.where(occupied, totals - 1, capacity)
+    numbers = jnp.arange(occupied.size, dtype=jnp.int32)
+    index = jnp.full((capacity,), occupied.size, jnp.int32).at[slot].set(numbers, mode="drop")
+    return Tiles(index, totals[-1], side, (batch, height, width))
+
+
+def tile_cells(tiles: Tiles, ring: int = 0) -> Array:
+    """Flat cell numbers ``[T, s + 2 ring, s + 2 ring]`` of the tiles and the cells around them; ``B * h * w``
+    for what lies outside the image and for unused slots."""
+    batch, height, width = tiles.shape
+    _, rows, columns = tiles.grid
+    step = jnp.arange(-ring, tiles.side + ring, dtype=jnp.int32)
+    y = (tiles.index // columns % rows * tiles.side)[:, None, None] + step[None, :, None]
+    x = (tiles.index % columns * tiles.side)[:, None, None] + step[None, None, :]
+    image = (tiles.index // (rows * columns))[:, None, None]
+    inside = (y >= 0) & (y < height) & (x >= 0) & (x < width) & (image < batch)
+    return jnp.where(inside, (image * height + y) * width + x, batch * height * width)
+
+
+def halo_table(tiles: Tiles) -> Array:
+    """Rows ``[T, s + 2, s + 2]`` of each tile's cells and the ring around them, in a buffer of the tiles'
+    cells ``[T * s * s, C]``; ``T * s * s``, which reads as zero, where no tile in the buffer has the cell."""
+    side, capacity = tiles.side, tiles.index.shape[0]
+    _, rows, columns = tiles.grid
+    number = tiles.grid[0] * rows * columns
+    slot_of_tile = jnp.full((number,), capacity, jnp.int32)
+    slot_of_tile = slot_of_tile.at[tiles.index].set(jnp.arange(capacity, dtype=jnp.int32), mode="drop")
+    step = jnp.arange(-1, side + 1, dtype=jnp.int32)
+    move, inner = step // side, step % side  # which neighbouring tile, and where in it
+    i = (tiles.index // columns % rows)[:, None, None] + move[None, :, None]
+    j = (tiles.index % columns)[:, None, None] + move[None, None, :]
+    inside = (i >= 0) & (i < rows) & (j >= 0) & (j < columns) & (tiles.index < number)[:, None, None]
+    neighbour = tiles.index[:, None, None] + move[None, :, None] * columns + move[None, None, :]
+    slot = slot_of_tile.at[jnp.where(inside, neighbour, number)].get(mode="fill", fill_value=capacity)
+    row = (slot * side + inner[None, :, None]) * side + inner[None, None, :]
+    return jnp.where(slot < capacity, row, capacity * side * side)
+
+
+def tile_sites(tiles: Tiles, keys: Array) -> Sites:
+    """Every cell of the tiles as a site, tile by tile; ``keys`` bool ``[B, h, w]``.
+
+    Like those of ``whole_map`` these sites do not have the keys first.
+    """
+    cells = tile_cells(tiles).reshape(-1)
+    is_key = keys.reshape(-1).at[cells].get(mode="fill", fill_value=False)
+    return Sites(cells, is_key, jnp.full((1,), cells.shape[0], jnp.int32), tiles.shape)
+
+
+def run_stacks_on_tiles(
+    level: CascadeLevel, active: Array, tiles: Tiles, stacks: Sequence[Stack], *, chunk: int
+) -> list[Array]:
+    """The masked dense stacks on tiles.
+
+    Args:
+      active: bool ``[B, h, w]``; what lies outside is zero at every layer.
+      chunk: tiles a turn; must divide T.
+
+    Returns:
+      One float32 ``[T * s * s, O]`` a stack, rows as in ``tile_sites``; meaningful at active cells.
+    """
+    side, capacity = tiles.side, tiles.index.shape[0]
+    cells = tile_cells(tiles)
+    inside = active.reshape(-1).at[cells].get(mode="fill", fill_value=False)[..., None]
+    table = halo_table(tiles)
+
+    def masked(first: Array, x: Array) -> Array:
+        return jnp.where(lax.dynamic_slice_in_dim(inside, first, chunk), x, 0)
+
+    def head_input(first: Array) -> list[Array]:
+        if level.output is None:
+            return [masked(first, merged_at(level, lax.dynamic_slice_in_dim(cells, first, chunk)))]
+        halo = tile_cells(tiles._replace(index=lax.dynamic_slice_in_dim(tiles.index, first, chunk)), ring=1)
+        return [masked(first, dense_conv(merged_at(level, halo), level.output, padding=0))]
+
+    def buffer(channels: int, like: Array | None) -> Array:
+        return jnp.zeros((capacity, side, side, channels), jnp.float32 if like is None else like.dtype)
+
+    channels = (level.features if level.output is None else level.output.kernel).shape[-1]
+    (start,) = in_chunks(tiles.count, chunk, [buffer(channels, level.features)], head_input)
+    outputs = []
+    for stack in stacks:
+        x = start
+        for layer, conv in enumerate(stack):
+            last = layer == len(stack) - 1
+            rows = x.reshape(-1, x.shape[-1])
+
+            def one_layer(first: Array, rows=rows, conv=conv, last=last) -> list[Array]:
+                around = lax.dynamic_slice_in_dim(table, first, chunk)
+                patch = rows.at[around].get(mode="fill", fill_value=0)
+                y = dense_conv(patch, conv, relu=not last, out_dtype=jnp.float32 if last else None, padding=0)
+                return [masked(first, y)]
+
+            (x,) = in_chunks(tiles.count, chunk, [buffer(conv.kernel.shape[-1], None if last else x)], one_layer)
+        outputs.append(x.reshape(-1, x.shape[-1]))
+    return outputs
+
+
+def _occupied(mask: Array, side: int) -> Array:
+    batch, height, width = mask.shape
+    padded = jnp.pad(mask, ((0, 0), (0, -height % side), (0, -width % side)))
+    return padded.reshape(batch, padded.shape[1] // side, side, padded.shape[2] // side, side).any(axis=(2, 4))
