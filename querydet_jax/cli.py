@@ -11,6 +11,7 @@ from typing import Annotated, Any, TypeVar
 
 import tyro
 
+from querydet_jax import machine
 from querydet_jax.config import Config, check, load_config
 from querydet_jax.errors import QueryDetError
 from querydet_jax.runs import config_path
@@ -49,6 +50,7 @@ def parse(kind: type[Arguments], description: str) -> tuple[Arguments, Config, s
 
 def run(main: Callable[[], None]) -> None:
     """Call a command; errors that bad input can cause become one line and exit status 2."""
+    machine.restart_with_huge_pages()
     # force: libraries imported by now have set up handlers of their own.
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr, force=True)
     logging.getLogger("querydet_jax").setLevel(logging.INFO)

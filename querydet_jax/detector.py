@@ -86,13 +86,13 @@ class Detector:
                     f"P{model.config.min_level}..P{model.config.max_level}; choose one above P{model.config.min_level}"
                 )
         self.config = config
-        self._graph, self._state = _split_for_inference(model)
+        self._graph, self._state = split_for_inference(model)
         self._run = jax.jit(partial(_detect, self._graph, config))
         self._trace = jax.jit(partial(_trace, self._graph, config))
 
     def update(self, model: DenseDetector) -> None:
         """Take the weights of ``model``, of the same configuration; nothing is compiled again."""
-        self._graph, self._state = _split_for_inference(model)
+        self._graph, self._state = split_for_inference(model)
 
     def __call__(self, images: Array | np.ndarray, sizes: Array | np.ndarray | None = None) -> Detections:
         """Detect in uint8 RGB ``images [B, H, W, 3]``; ``sizes`` int32 ``[B, 2]`` gives the valid
@@ -128,7 +128,7 @@ def _inputs(images: Array | np.ndarray, sizes: Array | np.ndarray | None) -> tup
     return images, jnp.asarray(sizes, jnp.int32)
 
 
-def _split_for_inference(model: DenseDetector) -> tuple[nnx.GraphDef, PyTree]:
+def split_for_inference(model: DenseDetector) -> tuple[nnx.GraphDef, PyTree]:
     # A copy, so that the caller's model keeps its mode, and its buffers may be donated by a training step.
     copy = nnx.clone(model)
     copy.eval()

@@ -1,13 +1,18 @@
-"""What a measurement was taken on, in words."""
+"""What a measurement was taken on, in words; and the one setting that a process must be started with."""
 
 from __future__ import annotations
 
 import os
 import platform
+import sys
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 
 import jax
+
+_HUGE_PAGES = "glibc.malloc.hugetlb"  # a tunable of glibc 2.35 and newer
+_HUGE_PAGES_SWITCH = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
 def describe() -> dict[str, str | int]:
@@ -17,6 +22,7 @@ def describe() -> dict[str, str | int]:
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         "devices": f"{jax.local_device_count()} x {jax.local_devices()[0].device_kind} ({jax.default_backend()})",
         "system": platform.platform(terse=True),
+        "huge_pages": huge_pages(),
         "python": platform.python_version(),
         **{name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "numpy")},
     }
@@ -25,9 +31,52 @@ def describe() -> dict[str, str | int]:
 def one_line() -> str:
     m = describe()
     return (
-        f"{m['processor']}, {m['cores']} cores; {m['devices']}; {m['system']}; Python {m['python']}, "
-        f"jax {m['jax']}, jaxlib {m['jaxlib']}, flax {m['flax']}"
+        f"{m['processor']}, {m['cores']} cores; {m['devices']}; huge pages {m['huge_pages']}; {m['system']}; "
+        f"Python {m['python']}, jax {m['jax']}, jaxlib {m['jaxlib']}, flax {m['flax']}"
     )
+
+
+def huge_pages() -> str:
+    """Whether large buffers come in 2 MB pages: on, off, or unknown (not Linux)."""
+    mode = _huge_page_mode()
+    if mode == "madvise":
+        return "on" if f"{_HUGE_PAGES}=1" in os.environ.get("GLIBC_TUNABLES", "") else "off"
+    return {"always": "on", "never": "off"}.get(mode, "unknown")
+
+
+def restart_with_huge_pages() -> None:
+    """Start this process again with huge pages, where they must be asked for.
+
+    XLA's CPU backend gets the memory of its buffers anew for every call, and the system hands it over page by
+    page: in pages of 4 kB that takes longer than what many layers do with it. Does nothing elsewhere than on
+    Linux with glibc 2.35 or newer, where the system gives huge pages anyway or never, where the tunable is
+    set already, and where the environment says ``QUERYDET_HUGE_PAGES=0``.
+    """
+    environment = huge_page_environment(os.environ, _huge_page_mode(), platform.libc_ver())
+    if environment is not None:
+        sys.stdout.flush()
+        os.execve(sys.executable, sys.orig_argv, environment)
+
+
+def huge_page_environment(environment: Mapping[str, str], mode: str, libc: tuple[str, str]) -> dict[str, str] | None:
+    """The environment to start again with; None where there is nothing to gain.
+
+    Args:
+      mode: the system's switch, "always", "madvise" or "never"; "" if it has none.
+      libc: name and version, as ``platform.libc_ver`` gives them.
+    """
+    tunables = environment.get("GLIBC_TUNABLES", "")
+    if mode != "madvise" or libc[0] != "glibc" or tuple(map(int, libc[1].split(".")[:2])) < (2, 35):
+        return None
+    if _HUGE_PAGES in tunables or environment.get("QUERYDET_HUGE_PAGES") == "0":
+        return None
+    return {**environment, "GLIBC_TUNABLES": ":".join(filter(None, [tunables, f"{_HUGE_PAGES}=1"]))}
+
+
+def _huge_page_mode() -> str:
+    if not _HUGE_PAGES_SWITCH.is_file():
+        return ""
+    return _HUGE_PAGES_SWITCH.read_text().partition("[")[2].partition("]")[0]
 
 
 def _processor() -> str:

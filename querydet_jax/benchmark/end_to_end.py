@@ -1,124 +1,140 @@
-"""Image to detections: dense high resolution, plain RetinaNet, CSQ at several densities of queries."""
+"""Image to detections: dense high resolution, plain RetinaNet, and the query methods at several densities."""
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 from dataclasses import dataclass
-from pathlib import Path
 
-import jax
-import numpy as np
-
-from querydet_jax import machine
-from querydet_jax.benchmark.queries import density, script_queries
-from querydet_jax.benchmark.timing import interleaved
-from querydet_jax.config import InferenceConfig, ModelConfig, override
+from querydet_jax.benchmark import plots
+from querydet_jax.benchmark.report import Column, Report, Row
+from querydet_jax.benchmark.subject import (
+    Subject,
+    accuracy_columns,
+    evaluation_rows,
+    laid_out_queries,
+    open_run,
+    random_image,
+    random_model,
+    scripted_detector,
+    speed_columns,
+    timed_rows,
+)
+from querydet_jax.config import InferenceConfig, override
 from querydet_jax.detector import Detector
-from querydet_jax.evaluation.metrics import text_table
-from querydet_jax.files import write_json, written_aside
-from querydet_jax.models import build_model
-from querydet_jax.ops.anchors import level_shape
+from querydet_jax.evaluation.runner import evaluate_detectors
+from querydet_jax.models import DenseDetector
+
+DENSE, PLAIN = "dense P2..P7", "RetinaNet P3..P7"
 
 
 @dataclass(frozen=True)
 class EndToEnd:
-    """Time image to detections with random weights: dense P2..P7, RetinaNet P3..P7, CSQ."""
+    """Image to detections: dense P2..P7, RetinaNet P3..P7, CSQ, CQ, CCQ."""
 
+    run: str = ""
+    """A run folder of train.py: its model on its validation images. Empty: random weights, speed only."""
+    plain_run: str = ""
+    """With --run: the run folder of a plain RetinaNet (P3..P7) on the same data."""
+    images: int = 100
+    """With --run: the first so many images (0: all)."""
     backbone: str = "resnet50"
-    """Name of the backbone."""
+    """Without --run: the backbone's name."""
     classes: int = 80
-    height: int = 800
-    width: int = 1344
+    """Without --run: number of classes."""
+    sizes: tuple[tuple[int, int], ...] = ((800, 1344),)
+    """Without --run: heights and widths of the image, multiples of 32."""
     active: tuple[float, ...] = (0.01, 0.03, 0.10)
-    """Shares of P2's cells to make active (context included)."""
+    """Without --run: shares of P2's cells to make active (context included) for CSQ."""
+    crops_at: float = 0.03
+    """Without --run: the share at which CQ and CCQ run, too; 0: leave them out."""
     rounds: int = 20
+    """Without --run: timed rounds."""
     dtype: str = "float32"
-    """float32 or bfloat16 convolutions."""
+    """Without --run: float32 or bfloat16 convolutions."""
+    kernel: str = "gather"
+    """Without --run: gather or tiles, the sparse convolution of CSQ."""
     out: str = "runs/benchmark"
-    """Folder for end_to_end.json and end_to_end.csv."""
+    """Folder for the json, csv and plot."""
 
 
 def end_to_end(arguments: EndToEnd) -> None:
-    config = override(
-        ModelConfig(),
-        {"backbone.name": arguments.backbone, "num_classes": arguments.classes, "dtype": arguments.dtype},
+    rows, title, not_run = _of_run(arguments) if arguments.run else _of_random_weights(arguments)
+    Report(
+        "end_to_end",
+        f"Image to detections: {title}",
+        [
+            Column("method", "method"),
+            *([Column("size", "size")] if not arguments.run else []),
+            *accuracy_columns(bool(arguments.run)),
+            *speed_columns(rows),
+        ],
+        rows,
+        notes=["speed-up is over the dense heads on P2..P7"],
+        not_run=not_run,
+        draw=lambda figure: plots.bars(
+            figure,
+            [f"{row['method']} {row.get('size', '')}".strip() for row in rows],
+            {"ms": [row["ms_p50"] for row in rows]},
+            x="ms an image (median)",
+            title="Image to detections",
+        ),
+    ).publish(arguments.out, arguments)
+
+
+def _of_run(arguments: EndToEnd) -> tuple[list[Row], str, list[str]]:
+    config, model, dataset = open_run(arguments.run)
+    names = {DENSE: "dense", "CSQ": "csq", "CQ": "cq", "CCQ": "ccq"}
+    detectors = {name: Detector(model, override(config.inference, {"query": query})) for name, query in names.items()}
+    not_run = []
+    if arguments.plain_run:
+        plain_config, plain, _ = open_run(arguments.plain_run)
+        detectors[PLAIN] = Detector(plain, override(plain_config.inference, {"query": "dense"}))
+    else:
+        not_run.append(f"{PLAIN}: needs --plain-run RUN, a plain RetinaNet trained on the same data")
+    indices = list(range(min(arguments.images, len(dataset)))) if arguments.images else None
+    runs = evaluate_detectors(detectors, dataset, config.data, batch_size=config.inference.batch_size, indices=indices)
+    about = Subject(run=arguments.run, images=arguments.images).about()
+    return evaluation_rows(runs), about, not_run
+
+
+def _of_random_weights(arguments: EndToEnd) -> tuple[list[Row], str, list[str]]:
+    subject = Subject(backbone=arguments.backbone, classes=arguments.classes, rounds=arguments.rounds)
+    model = random_model(subject, dtype=arguments.dtype)
+    plain = random_model(
+        subject,
+        **{
+            "dtype": arguments.dtype,
+            "min_level": 3,
+            "query.enabled": False,
+            "loss.level_weighting": "uniform",
+            "head.box_bias": "zero",
+        },
     )
+    rows: list[Row] = []
+    for height, width in arguments.sizes:
+        detectors = _detectors(arguments, model, plain, (height, width))
+        measured = timed_rows(detectors, random_image(height, width), arguments.rounds)
+        rows += [{"method": row.pop("method"), "size": f"{height}x{width}", **row} for row in measured]
+    title = (
+        f"random weights, {arguments.backbone}, {arguments.classes} classes, batch 1, {arguments.dtype}, "
+        f"medians of {arguments.rounds} interleaved rounds"
+    )
+    return rows, title, ["accuracy: needs --run RUN, a trained model and its data"]
+
+
+def _detectors(
+    arguments: EndToEnd, model: DenseDetector, plain: DenseDetector, shape: tuple[int, int]
+) -> dict[str, Detector]:
     # At a score threshold of 0 every level brings all its candidates to NMS, the worst case.
-    inference = InferenceConfig(score_threshold=0.0)
-    model = build_model(config)
-    plain = build_model(
-        override(
-            config,
-            {"min_level": 3, "query.enabled": False, "loss.level_weighting": "uniform", "head.box_bias": "zero"},
-        )
-    )
-    rng = np.random.default_rng(0)
-    image = jax.device_put(rng.integers(0, 256, (1, arguments.height, arguments.width, 3), dtype=np.uint8))
-    start = inference.start_level
-    shapes = [level_shape(arguments.height, arguments.width, level) for level in range(start - 1, 1, -1)]
-
-    dense = Detector(model, dataclasses.replace(inference, query="dense"))
-    retinanet = Detector(plain, dataclasses.replace(inference, query="dense"))
-    detectors = {"dense P2..P7": dense, "RetinaNet P3..P7": retinanet}
+    base = override(InferenceConfig(score_threshold=0.0), {"kernel": arguments.kernel})
+    dense = dataclasses.replace(base, query="dense")
+    found = {DENSE: Detector(model, dense), PLAIN: Detector(plain, dense)}
     for share in arguments.active:
-        fires = density(level_shape(arguments.height, arguments.width, start), shapes, inference.context, share)
-        script_queries(model, fires)
-        detectors[f"CSQ {share:.0%}"] = Detector(model, inference)
-    active = {}
-    for name, detector in detectors.items():
-        stats = jax.device_get(detector(image)).stats
-        active[name] = {
-            f"P{level}": float(s.active) / np.prod(level_shape(arguments.height, arguments.width, level))
-            for level, s in sorted(stats.items())
-        }
-    times = interleaved({name: (lambda d=d: d(image)) for name, d in detectors.items()}, arguments.rounds)
-
-    base = np.median(times["dense P2..P7"])
-    rows = [
-        {
-            "method": name,
-            "active_P3": active[name].get("P3"),
-            "active_P2": active[name].get("P2"),
-            "ms_p50": float(np.median(ms)),
-            "ms_p90": float(np.percentile(ms, 90)),
-            "speed_up": float(base / np.median(ms)),
-        }
-        for name, ms in times.items()
-    ]
-    out = Path(arguments.out)
-    write_json(
-        out / "end_to_end.json",
-        {"arguments": dataclasses.asdict(arguments), "machine": machine.describe(), "rows": rows},
-        indent=2,
-    )
-    _write_csv(out / "end_to_end.csv", rows)
-    share = lambda x: "-" if x is None else f"{x:.1%}"  # noqa: E731
-    print(
-        text_table(
-            ["method", "active P3", "active P2", "ms p50", "ms p90", "speed-up over dense"],
-            [
-                [
-                    row["method"],
-                    share(row["active_P3"]),
-                    share(row["active_P2"]),
-                    f"{row['ms_p50']:.0f}",
-                    f"{row['ms_p90']:.0f}",
-                    f"{row['speed_up']:.2f}x",
-                ]
-                for row in rows
-            ],
-        )
-    )
-    print(
-        f"\n{arguments.backbone}, {arguments.classes} classes, {arguments.height}x{arguments.width}, batch 1, "
-        f"{arguments.dtype}, medians of {arguments.rounds} interleaved rounds\n{machine.one_line()}\n"
-        f"wrote {out}/end_to_end.json and .csv"
-    )
-
-
-def _write_csv(path: Path, rows: list[dict[str, object]]) -> None:
-    with written_aside(path) as aside, aside.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+        queries = laid_out_queries(*shape, share)
+        found[f"CSQ {share:.0%}"] = scripted_detector(model, base, queries, shape)
+    if arguments.crops_at:
+        queries = laid_out_queries(*shape, arguments.crops_at)
+        for query in ("cq", "ccq"):
+            name = f"{query.upper()} {arguments.crops_at:.0%}"
+            found[name] = scripted_detector(model, override(base, {"query": query}), queries, shape)
+    return found

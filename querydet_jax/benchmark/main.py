@@ -1,19 +1,36 @@
-"""`benchmark.py`: a subcommand a benchmark."""
+"""Time QueryDet, part by part or image to detections: one subcommand a table or figure."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import tyro
 
 from querydet_jax.benchmark.end_to_end import EndToEnd, end_to_end
+from querydet_jax.benchmark.figure2 import Figure2, figure2
+from querydet_jax.benchmark.figure4 import Figure4, figure4
+from querydet_jax.benchmark.precision import Precision, precision
+from querydet_jax.benchmark.tables import Table4, Table5, Table6, table4, table5, table6
 
-_COMMANDS = {EndToEnd: end_to_end}
+COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
+    "end-to-end": (EndToEnd, end_to_end),
+    "figure2": (Figure2, figure2),
+    "figure4": (Figure4, figure4),
+    "precision": (Precision, precision),
+    "table4": (Table4, table4),
+    "table5": (Table5, table5),
+    "table6": (Table6, table6),
+}
 
 
 def main() -> None:
     """Run the benchmark that the command line names."""
-    subcommands: Any = tyro.extras.subcommand_type_from_defaults({"end-to-end": EndToEnd()})
+    subcommands: Any = tyro.extras.subcommand_type_from_defaults(
+        {name: kind() for name, (kind, _) in COMMANDS.items()},
+        {name: (kind.__doc__ or "") for name, (kind, _) in COMMANDS.items()},
+    )
     kind: Any = Annotated[subcommands, tyro.conf.ConsolidateSubcommandArgs]
     arguments = tyro.cli(kind, description=__doc__)
-    _COMMANDS[type(arguments)](arguments)
+    run = {kind: function for kind, function in COMMANDS.values()}[type(arguments)]
+    run(arguments)

@@ -63,6 +63,21 @@ def clustered(shape: tuple[int, int], objects: int, seed: int = 0) -> np.ndarray
     return fires
 
 
+def at_level(fires: np.ndarray, level: int, other: int, shape: tuple[int, int]) -> np.ndarray:
+    """The same queries on another level: all children on a finer one, the parents on a coarser one.
+
+    Args:
+      fires: bool ``[h, w]`` on ``level``.
+      shape: (h, w) of level ``other``.
+    """
+    for _ in range(level, other):
+        padded = np.pad(fires, ((0, fires.shape[0] % 2), (0, fires.shape[1] % 2)))
+        fires = padded[::2, ::2] | padded[1::2, ::2] | padded[::2, 1::2] | padded[1::2, 1::2]
+    for _ in range(other, level):
+        fires = fires.repeat(2, 0).repeat(2, 1)
+    return fires[: shape[0], : shape[1]]
+
+
 def active_shares(fires: np.ndarray, shapes: list[tuple[int, int]], context: int) -> list[float]:
     """Share of active cells on each finer level if every key fires again."""
     shares, mask = [], jnp.asarray(fires)[None]

@@ -126,7 +126,7 @@ def _write_csv(path: Path, rows: list[Row]) -> None:
 def _plot(draw: Draw, path: Path) -> bool:
     """Whether matplotlib is there and the plot was written."""
     try:
-        from matplotlib.figure import Figure
+        from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
     except ImportError:
         return False
     figure = Figure(figsize=(8.0, 4.8), dpi=130, layout="constrained")

@@ -80,7 +80,8 @@ def merged_at(level: CascadeLevel, cells: Array) -> Array:
     x = _flat(level.features).at[cells].get(mode="fill", fill_value=0)
     if level.lateral is None or level.above is None:
         return x
-    parents = parent_cells(cells, (batch, height, width), level.above.shape[1:3])
+    _, above_height, above_width, _ = level.above.shape
+    parents = parent_cells(cells, (batch, height, width), (above_height, above_width))
     y = pointwise(x, level.lateral) + _flat(level.above).at[parents].get(mode="fill", fill_value=0)
     return jnp.where((cells < batch * height * width)[..., None], y, 0)
 

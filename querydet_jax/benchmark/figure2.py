@@ -1,0 +1,210 @@
+"""Figure 2: where the work is, by module: RetinaNet, RetinaNet with P2, and QueryDet with CSQ.
+
+FLOPs come from XLA's own count of the compiled program. That counts a loop's body once; sparse levels are
+therefore compiled with a buffer as large as the sites need, in one turn, every layer on all of it:
+padding included, an upper bound of what runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from querydet_jax.benchmark import plots
+from querydet_jax.benchmark.report import Column, Report, Row, ms
+from querydet_jax.benchmark.subject import Subject, laid_out_queries, random_image, random_model
+from querydet_jax.benchmark.timing import interleaved
+from querydet_jax.config import InferenceConfig
+from querydet_jax.detector import split_for_inference
+from querydet_jax.models import DenseDetector
+from querydet_jax.sparse import Sites, SparseOptions, children, grow, neighbour_table, run_stacks
+from querydet_jax.sparse.level import CascadeLevel, input_at_sites
+from querydet_jax.sparse.methods import cascade_sparse_query, room_needed
+
+RETINANET, WITH_P2, CSQ = "RetinaNet", "RetinaNet + P2", "QueryDet, CSQ"
+MODULES = ("backbone", "FPN", "heads P4..P7", "heads P3", "heads P2", "query head P4")
+
+
+@dataclass(frozen=True)
+class Figure2:
+    """Figure 2: FLOPs and time by module, for RetinaNet, RetinaNet with P2, and CSQ."""
+
+    backbone: str = "resnet50"
+    """Name of the backbone."""
+    classes: int = 80
+    """Number of classes."""
+    height: int = 800
+    """Height of the image, a multiple of 32."""
+    width: int = 1344
+    """Width of the image, a multiple of 32."""
+    active: float = 0.03
+    """Share of P2's cells made active (context included)."""
+    rounds: int = 10
+    """Timed rounds."""
+    out: str = "runs/benchmark"
+    """Folder for the json, csv and plot."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A jitted piece of inference, its arguments, and its FLOPs."""
+
+    run: Any
+    arguments: tuple[Any, ...]
+    gflop: float
+
+    def __call__(self) -> Any:
+        return self.run(*self.arguments)
+
+
+def figure2(arguments: Figure2) -> None:
+    subject = Subject(backbone=arguments.backbone, classes=arguments.classes)
+    queries = laid_out_queries(arguments.height, arguments.width, arguments.active)
+    parts, shares = _parts(random_model(subject), random_image(arguments.height, arguments.width), queries)
+    measured = interleaved({name: part for name, part in parts.items()}, arguments.rounds)
+    times = {name: float(np.median(values)) for name, values in measured.items()}
+    systems = {
+        RETINANET: {"FPN": "FPN P3..P7", "heads P2": None, "query head P4": None},
+        WITH_P2: {"FPN": "FPN P2..P7", "query head P4": None},
+        CSQ: {"FPN": "FPN P4..P7", "heads P3": "CSQ P3", "heads P2": "CSQ P2"},
+    }
+    rows: list[Row] = []
+    for module in MODULES:
+        row: Row = {"module": module}
+        for system, names in systems.items():
+            part = names.get(module, module)
+            row[f"{system} GFLOP"] = None if part is None else parts[part].gflop
+            row[f"{system} ms"] = None if part is None else times[part]
+        rows.append(row)
+    keys = [key for key in rows[0] if key != "module"]
+    rows.append({"module": "sum", **{key: sum(row[key] or 0.0 for row in rows) for key in keys}})
+    dense = parts["heads P2"].gflop + parts["heads P3"].gflop
+    ratio = (parts["heads only CSQ P2"].gflop + parts["heads only CSQ P3"].gflop) / dense
+    Report(
+        "figure2",
+        f"Figure 2, work by module: {arguments.backbone}, {arguments.classes} classes, "
+        f"{arguments.height}x{arguments.width}, batch 1, float32, medians of {arguments.rounds} interleaved rounds",
+        [Column("module", "module"), *(Column(key, key, ms) for key in keys)],
+        rows,
+        notes=[
+            f"CSQ: {shares[3]:.1%} of P3 and {shares[2]:.1%} of P2 active; FPN makes P4..P7, the sparse levels make "
+            "their own input, counted with their heads",
+            f"heads of P2 and P3: {dense:.0f} GFLOP dense, CSQ at most {ratio:.2%} of that, padding included",
+            "each module is a program of its own here; compiled together they share passes over memory",
+        ],
+        results={"p2_p3_head_flop_share": ratio, "active": {f"P{level}": value for level, value in shares.items()}},
+        draw=lambda figure: plots.bars(
+            figure,
+            list(systems),
+            {module: [row[f"{system} GFLOP"] or 0.0 for system in systems] for module, row in _by_module(rows)},
+            x="GFLOP",
+            title="Work by module",
+        ),
+    ).publish(arguments.out, arguments)
+
+
+def _by_module(rows: list[Row]) -> list[tuple[str, Row]]:
+    return [(row["module"], row) for row in rows if row["module"] != "sum"]
+
+
+def _parts(model: DenseDetector, image: jax.Array, queries: np.ndarray) -> tuple[dict[str, Part], dict[int, float]]:
+    """The pieces by name, and the active share of the sparse levels."""
+    graph, state = split_for_inference(model)
+
+    def part(function: Callable[..., Any], *values: Any) -> Part:
+        run = jax.jit(lambda state, *values: function(nnx.merge(graph, state), *values))
+        return Part(run, (state, *values), _gflop(run, state, *values))
+
+    def fpn(finest: int, model: DenseDetector, stages: dict[int, jax.Array]) -> dict[int, jax.Array]:
+        return model.fpn.outputs(stages, model.fpn.merge(stages, max(finest, 2) if finest < 4 else 3), finest)
+
+    found = {
+        "backbone": part(lambda model, image: model.backbone(model.normalize(image)), image),
+    }
+    stages = found["backbone"]()
+    for finest in (2, 3, 4):
+        found[f"FPN P{finest}..P7"] = part(partial(fpn, finest), stages)
+    pyramid = found["FPN P2..P7"]()
+    coarse = {level: x for level, x in pyramid.items() if level >= 4}
+    found["heads P4..P7"] = part(lambda model, pyramid: [model.dense_heads(x) for x in pyramid.values()], coarse)
+    for level in (3, 2):
+        found[f"heads P{level}"] = part(lambda model, x: model.dense_heads(x), pyramid[level])
+    found["query head P4"] = part(lambda model, x: model.query_head(x), pyramid[4])
+
+    shares, fired = {}, jnp.asarray(queries)[None]
+    inference = InferenceConfig()
+    options = SparseOptions(inference.threshold, inference.context, inference.capacities, inference.chunk)
+    merged = jax.jit(lambda state, stages: nnx.merge(graph, state).fpn.merge(stages, 3))(state, stages)
+    for level in (3, 2):
+        keys = children(fired, pyramid[level].shape[1:3])
+        active = int(jnp.sum(grow(keys, options.context)[-1].astype(jnp.int32)))
+        shares[level] = active / keys.size
+        found[f"heads only CSQ P{level}"], found[f"CSQ P{level}"] = _sparse_parts(
+            graph, state, level, stages, merged, keys, active, options
+        )
+        fired = keys
+    return found, shares
+
+
+def _sparse_parts(
+    graph: nnx.GraphDef,
+    state: Any,
+    level: int,
+    stages: dict[int, jax.Array],
+    merged: dict[int, jax.Array],
+    keys: jax.Array,
+    active: int,
+    options: SparseOptions,
+) -> tuple[Part, Part]:
+    """The heads alone (their FLOPs only), and the whole level: input, heads and candidates."""
+    query = level == 3  # the finest level's queries would lead nowhere
+
+    def stacks(model: DenseDetector) -> list[Any]:
+        assert model.query_head is not None
+        return [*model.head_stacks(), *([model.query_head.stack()] if query else [])]
+
+    def whole(state: Any, stages: dict[int, jax.Array], merged: dict[int, jax.Array], keys: jax.Array) -> Any:
+        model = nnx.merge(graph, state)
+
+        def finish(outputs: list[jax.Array], sites: Sites) -> Any:
+            return model.candidates(level, outputs[:2], sites, topk=1000), outputs[2:]
+
+        keys_on = model.fpn.sparse_level(level, stages, merged)
+        return cascade_sparse_query(keys_on, keys, stacks(model), lambda o, s: finish(o, s)[0], options).result
+
+    run = jax.jit(whole)
+    margin = 1 if level == 2 else 0
+    room = -(-int(room_needed(keys, margin, options)) // options.chunk) * options.chunk
+    buffer = -(-active // options.chunk) * options.chunk
+
+    def sites(capacity: int, context: int) -> Sites:
+        shape: Any = jax.ShapeDtypeStruct
+        batch, height, width = keys.shape
+        counts = shape((context + 1,), jnp.int32)
+        return Sites(shape((capacity,), jnp.int32), shape((capacity,), bool), counts, (batch, height, width))
+
+    def heads(state: Any, rows: jax.Array, sites: Sites) -> Any:
+        every = stacks(nnx.merge(graph, state))
+        return run_stacks(rows, neighbour_table(sites), sites, every, chunk=buffer)
+
+    def level_input(state: Any, stages: dict[int, jax.Array], merged: dict[int, jax.Array], sites: Sites) -> Any:
+        sparse: CascadeLevel = nnx.merge(graph, state).fpn.sparse_level(level, stages, merged)
+        return input_at_sites(sparse, sites, options.context, room)
+
+    channels = merged[3].shape[-1]
+    rows = jax.ShapeDtypeStruct((buffer, channels), merged[3].dtype)
+    heads_gflop = _gflop(jax.jit(heads), state, rows, sites(buffer, options.context))
+    input_gflop = _gflop(jax.jit(level_input), state, stages, merged, sites(room, options.context + margin))
+    arguments = (state, stages, merged, keys)
+    return Part(run, arguments, heads_gflop), Part(run, arguments, heads_gflop + input_gflop)
+
+
+def _gflop(run: Any, *arguments: Any) -> float:
+    return run.lower(*arguments).compile().cost_analysis()["flops"] / 1e9
