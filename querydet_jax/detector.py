@@ -18,7 +18,7 @@ from jax import Array
 from querydet_jax.config import InferenceConfig
 from querydet_jax.errors import ConfigError
 from querydet_jax.models.skeleton import Candidates, DenseDetector
-from querydet_jax.ops.nms import class_wise_nms
+from querydet_jax.ops.nms import class_wise_nms, soft_nms
 from querydet_jax.sparse import CascadeLevel, LevelResult, LevelStats, SparseOptions, cascade, whole_map
 
 PyTree = Any
@@ -143,12 +143,17 @@ def _detect(graph: nnx.GraphDef, config: InferenceConfig, state: PyTree, images:
     scores = jnp.where(joined.scores > config.score_threshold, joined.scores, -jnp.inf)
 
     def finish(boxes: Array, scores: Array, classes: Array) -> tuple[Array, Array, Array, Array]:
-        keep, valid = class_wise_nms(
-            boxes, scores, classes, iou_threshold=config.nms_iou, max_detections=config.max_detections
-        )
+        common: dict[str, Any] = dict(iou_threshold=config.nms_iou, max_detections=config.max_detections)
+        if config.nms == "hard":
+            keep, valid = class_wise_nms(boxes, scores, classes, **common)
+            kept_scores = scores[keep]
+        else:
+            keep, valid, kept_scores = soft_nms(
+                boxes, scores, classes, method=config.nms, sigma=config.soft_sigma, prune=config.soft_prune, **common
+            )
         return (
             jnp.where(valid[:, None], boxes[keep], 0.0),
-            jnp.where(valid, scores[keep], 0.0),
+            jnp.where(valid, kept_scores, 0.0),
             jnp.where(valid, classes[keep], -1),
             valid,
         )

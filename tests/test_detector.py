@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 from collections.abc import Iterator
 
 import cascade_oracle
@@ -169,13 +170,28 @@ def test_a_batch_equals_its_images_one_by_one(csq):
         assert apart[0] == [0, 0, 0] and len({queries for queries, _, _ in apart}) > 2  # unequal crowding
 
 
+def test_a_batch_of_eight_with_one_crowded_picture(csq):
+    """The crowd fills a larger buffer, or runs densely, for all; what the others get stays the same."""
+    quiet = pictures(8, 64, 96, seed=1)[3]
+    batch = np.stack([np.roll(quiet, 6 * i, axis=1) for i in range(8)])  # no two alike
+    batch[5] = pictures(8, 64, 96, seed=3)[6]
+    together = csq(batch)
+    singles = [csq(batch[i : i + 1]) for i in range(8)]
+    assert_same(
+        _without_stats(together),
+        jax.tree.map(lambda *parts: jnp.concatenate(parts), *[_without_stats(single) for single in singles]),
+    )
+    crowd = counts(singles[5])[2][2]
+    assert crowd > 1.5 * max(counts(single)[2][2] for i, single in enumerate(singles) if i != 5) > 0
+
+
 def _without_stats(result: Detections) -> Detections:
     return dataclasses.replace(result, stats={})
 
 
 def test_the_same_picture_gives_the_same_bits(csq):
     first = jax.tree.map(np.asarray, csq(FOUR))
-    for _ in range(20):
+    for _ in range(100):
         jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, csq(FOUR)), first)
 
 
@@ -223,6 +239,20 @@ def test_nothing_above_the_score_threshold(csq):
         result = csq(FOUR)
     assert not result.valid.any() and not result.scores.any() and not result.boxes.any()
     assert (result.classes == -1).all()
+
+
+@pytest.mark.parametrize("method", ["linear", "gaussian"])
+def test_soft_nms_reports_decayed_scores(csq, method):
+    hard, soft = csq(FOUR), detector(nms=method, soft_prune=BASE.score_threshold, max_detections=500)(FOUR)
+    for b in range(4):
+        before, after = np.asarray(hard.valid[b]).sum(), np.asarray(soft.valid[b]).sum()
+        scores = np.asarray(soft.scores[b])
+        assert after >= before or before == 50  # what hard suppression drops lives on with less
+        assert (np.diff(scores) <= 0).all() and (scores[:after] > BASE.score_threshold).all()
+        if before:  # the best box meets no better one
+            np.testing.assert_allclose(scores[0], hard.scores[b, 0], rtol=1e-6)
+            np.testing.assert_allclose(soft.boxes[b, 0], hard.boxes[b, 0], rtol=1e-6)
+    assert np.asarray(hard.valid).any()
 
 
 # The contract ----------------------------------------------------------------------------------
@@ -297,6 +327,58 @@ def test_trace_shows_what_the_stats_count(csq):
         assert (children.sum(), np.asarray(trace.active[level]).sum()) == (keys, active)
     assert not np.asarray(trace.probability[3])[~np.asarray(trace.keys[3])].any()
     assert (np.asarray(trace.probability[3])[np.asarray(trace.keys[3])] > 0).all()
+
+
+def test_a_thousand_pictures_of_two_canvases_compile_two_programs(csq):
+    """Whatever the crowding: every rung, the dense one too, is part of the first program."""
+    rng = np.random.default_rng(0)
+    canvases = [(64, 96), (96, 64)]
+    jax.config.update("jax_disable_most_optimizations", False)  # a thousand runs are worth it
+    for canvas in canvases:
+        csq(np.zeros((1, *canvas, 3), np.uint8))
+    jax.config.update("jax_disable_most_optimizations", True)
+    compiled: list[str] = []
+    count = csq.compilations()
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, _, **__: compiled.append(event) if "backend_compile" in event else None
+    )
+    rungs = set()
+    for i in range(1000):
+        height, width = canvases[i % 2]
+        rows = int(height * rng.random() ** 2)
+        picture = np.full((1, height, width, 3), 118, np.uint8)
+        picture[0, :rows] = rng.integers(0, 256, (-(-rows // 4), width // 4, 3)).repeat(4, 0).repeat(4, 1)[:rows]
+        stats = csq(picture, np.asarray([[height, width]], np.int32)).stats
+        rungs |= {(level, int(stat.capacity)) for level, stat in stats.items()}
+    assert csq.compilations() == count and not compiled
+    assert len(rungs) >= 5  # of 2 x 3 on each canvas
+
+
+def test_no_map_of_the_finest_level_is_made():
+    """Without the dense rung no array has the cells of P2 and the pyramid's or the heads' channels."""
+    cells = {(1, 16, 24, 16), (384, 16), (1, 384, 16)}
+
+    def shapes(**changes) -> set[tuple[int, ...]]:
+        text = detector(**changes).lower((1, 64, 96)).compile().as_text()
+        return {tuple(map(int, dims.split(","))) for dims in re.findall(r"f32\[([\d,]+)\]", text)}
+
+    assert not cells & shapes(overflow="cap")
+    assert cells & shapes(query="dense") and cells & shapes()  # they would be seen
+
+
+@pytest.mark.parametrize(
+    "changes", [{"capacities": (0.3, 0.6)}, {"capacities": (1.0,)}, {"capacities": (0.3,), "overflow": "cap"}]
+)
+def test_tiles_find_what_single_cells_find(changes):
+    tiled = detector(kernel="tiles", tile=4, chunk=64, **changes)(FOUR)
+    plain = detector(**changes)(FOUR)
+    if not changes.get("overflow"):
+        assert_same(_without_stats(tiled), _without_stats(plain))
+        assert counts(tiled) == counts(plain)
+    else:  # tiles need more room, so fewer queries may fit
+        for level, stats in tiled.stats.items():
+            assert int(stats.active) <= int(stats.capacity) and int(stats.active) <= int(plain.stats[level].active)
+    assert any(int(stats.capacity) > 0 and int(stats.capacity) % 16 == 0 for stats in tiled.stats.values())
 
 
 def test_rungs_compile_to_branches(csq):

@@ -19,7 +19,7 @@ from flax import nnx
 
 from querydet_jax.benchmark import plots
 from querydet_jax.benchmark.report import Column, Report, Row, ms
-from querydet_jax.benchmark.subject import Subject, laid_out_queries, random_image, random_model
+from querydet_jax.benchmark.subject import laid_out_queries, random_image, random_model
 from querydet_jax.benchmark.timing import interleaved
 from querydet_jax.config import InferenceConfig
 from querydet_jax.detector import split_for_inference
@@ -40,6 +40,8 @@ class Figure2:
     """Name of the backbone."""
     classes: int = 80
     """Number of classes."""
+    channels: int = 256
+    """Channels of the pyramid and the heads."""
     height: int = 800
     """Height of the image, a multiple of 32."""
     width: int = 1344
@@ -65,9 +67,9 @@ class Part:
 
 
 def figure2(arguments: Figure2) -> None:
-    subject = Subject(backbone=arguments.backbone, classes=arguments.classes)
+    model = random_model(arguments.backbone, arguments.classes, arguments.channels)
     queries = laid_out_queries(arguments.height, arguments.width, arguments.active)
-    parts, shares = _parts(random_model(subject), random_image(arguments.height, arguments.width), queries)
+    parts, shares = _parts(model, random_image(arguments.height, arguments.width), queries)
     measured = interleaved({name: part for name, part in parts.items()}, arguments.rounds)
     times = {name: float(np.median(values)) for name, values in measured.items()}
     systems = {

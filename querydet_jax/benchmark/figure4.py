@@ -7,11 +7,10 @@ from dataclasses import dataclass
 
 from querydet_jax.benchmark import plots
 from querydet_jax.benchmark.report import Column, Report, Row, decimals
-from querydet_jax.benchmark.subject import accuracy_columns, evaluation_rows, open_run, speed_columns
+from querydet_jax.benchmark.subject import accuracy_columns, evaluate, evaluation_rows, open_run, speed_columns
 from querydet_jax.config import DataConfig, override
 from querydet_jax.detector import Detector
 from querydet_jax.errors import ConfigError
-from querydet_jax.evaluation.runner import evaluate_detectors
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,6 @@ def figure4(arguments: Figure4) -> None:
     if not arguments.run:
         raise ConfigError("--run: figure4 needs a trained model; name a run folder of train.py")
     config, model, dataset = open_run(arguments.run)
-    indices = list(range(min(arguments.images, len(dataset)))) if arguments.images else None
     detectors = {
         "dense": Detector(model, override(config.inference, {"query": "dense"})),
         **{
@@ -44,10 +42,9 @@ def figure4(arguments: Figure4) -> None:
     }
     rows: list[Row] = []
     for scale in arguments.scales:
-        data = at_scale(config.data, scale)
-        runs = evaluate_detectors(detectors, dataset, data, batch_size=config.inference.batch_size, indices=indices)
-        for row in evaluation_rows(runs):
-            rows.append({"short side": data.test_short, "threshold": row.pop("method"), **row})
+        scaled = dataclasses.replace(config, data=at_scale(config.data, scale))
+        for row in evaluation_rows(evaluate(detectors, dataset, scaled, arguments.images)):
+            rows.append({"short side": scaled.data.test_short, "threshold": row.pop("method"), **row})
     series = {}
     for key in ("AP", "AR100"):
         for size in dict.fromkeys(row["short side"] for row in rows):

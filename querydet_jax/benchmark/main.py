@@ -10,6 +10,7 @@ import tyro
 from querydet_jax.benchmark.end_to_end import EndToEnd, end_to_end
 from querydet_jax.benchmark.figure2 import Figure2, figure2
 from querydet_jax.benchmark.figure4 import Figure4, figure4
+from querydet_jax.benchmark.nms import Nms, nms
 from querydet_jax.benchmark.precision import Precision, precision
 from querydet_jax.benchmark.tables import Table4, Table5, Table6, table4, table5, table6
 
@@ -17,6 +18,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "end-to-end": (EndToEnd, end_to_end),
     "figure2": (Figure2, figure2),
     "figure4": (Figure4, figure4),
+    "nms": (Nms, nms),
     "precision": (Precision, precision),
     "table4": (Table4, table4),
     "table5": (Table5, table5),

@@ -16,6 +16,7 @@ from querydet_jax.benchmark.report import Column, Report, Row, decimals, share
 from querydet_jax.benchmark.subject import (
     Subject,
     accuracy_columns,
+    evaluate,
     evaluation_rows,
     laid_out_queries,
     open_run,
@@ -27,7 +28,6 @@ from querydet_jax.benchmark.subject import (
 )
 from querydet_jax.config import InferenceConfig, override
 from querydet_jax.detector import Detector
-from querydet_jax.evaluation.runner import evaluate_detectors
 from querydet_jax.models import DenseDetector, build_model
 
 
@@ -89,7 +89,7 @@ def in_bfloat16(model: DenseDetector) -> DenseDetector:
 
 def _of_random_weights(arguments: Precision) -> list[Row]:
     shape = (arguments.height, arguments.width)
-    model = random_model(arguments)
+    model = random_model(arguments.backbone, arguments.classes, arguments.channels)
     queries = laid_out_queries(*shape, arguments.active)
     base = InferenceConfig(score_threshold=0.0)
     detectors = {
@@ -107,8 +107,7 @@ def _of_run(arguments: Precision) -> list[Row]:
         for dtype, subject in (("float32", model), ("bfloat16", in_bfloat16(model)))
         for query in ("dense", "csq")
     }
-    indices = list(range(min(arguments.images, len(dataset)))) if arguments.images else None
-    runs = evaluate_detectors(detectors, dataset, config.data, batch_size=config.inference.batch_size, indices=indices)
+    runs = evaluate(detectors, dataset, config, arguments.images)
     rows = evaluation_rows(runs)
     for row in rows:
         query, dtype = row["method"].split()

@@ -28,8 +28,8 @@ LAYOUT_LEVEL = 4  # queries are laid out on P4, where the paper's cascade starts
 
 
 @dataclass(frozen=True)
-class Subject:
-    """What is measured, and how often."""
+class Source:
+    """A trained run, or random weights; and how often they are timed."""
 
     run: str = ""
     """A run folder of train.py: its model on its validation images. Empty: random weights, speed only."""
@@ -39,12 +39,8 @@ class Subject:
     """Without --run: the backbone's name."""
     classes: int = 80
     """Without --run: number of classes."""
-    height: int = 800
-    """Without --run: height of the image."""
-    width: int = 1344
-    """Without --run: width of the image."""
-    active: float = 0.03
-    """Without --run: share of P2's cells made active (context 2 included) by the cascade from P4."""
+    channels: int = 256
+    """Without --run: channels of the pyramid and the heads."""
     rounds: int = 20
     """Without --run: timed rounds."""
     out: str = "runs/benchmark"
@@ -53,10 +49,27 @@ class Subject:
     def about(self) -> str:
         if self.run:
             return f"{self.run}, {self.images or 'all'} validation images, methods in turn, medians"
+        heads = "" if self.channels == 256 else f"{self.channels} channels, "
         return (
-            f"random weights, {self.backbone}, {self.classes} classes, {self.height}x{self.width}, batch 1, float32, "
+            f"random weights, {self.backbone}, {heads}{self.classes} classes, batch 1, "
             f"medians of {self.rounds} interleaved rounds"
         )
+
+
+@dataclass(frozen=True)
+class Subject(Source):
+    """What is measured at one input size and density of queries."""
+
+    height: int = 800
+    """Without --run: height of the image."""
+    width: int = 1344
+    """Without --run: width of the image."""
+    active: float = 0.03
+    """Without --run: share of P2's cells made active (context 2 included) by the cascade from P4."""
+
+    def about(self) -> str:
+        size = "" if self.run else f"{self.height}x{self.width}, "
+        return size + super().about()
 
 
 def open_run(run: str) -> tuple[Config, DenseDetector, Dataset]:
@@ -68,11 +81,17 @@ def open_run(run: str) -> tuple[Config, DenseDetector, Dataset]:
     return config, model, dataset
 
 
-def random_model(subject: Subject, **changes: Any) -> DenseDetector:
+def random_model(backbone: str, classes: int, channels: int = 256, **changes: Any) -> DenseDetector:
     """QueryDet with random weights; ``changes`` by dotted field of ``ModelConfig``."""
+    widths = {f"{part}.channels": channels for part in ("fpn", "head", "query")}
     return build_model(
-        override(ModelConfig(), {"backbone.name": subject.backbone, "num_classes": subject.classes, **changes})
+        override(ModelConfig(), {"backbone.name": backbone, "num_classes": classes, **widths, **changes})
     )
+
+
+def first_images(dataset: Dataset, count: int) -> list[int] | None:
+    """Positions of the first ``count`` images; None, which means all, for 0."""
+    return list(range(min(count, len(dataset)))) if count else None
 
 
 def random_image(height: int, width: int) -> jax.Array:
@@ -105,9 +124,18 @@ def measure(subject: Subject, variants: Variants) -> list[Row]:
 def _measure_run(subject: Subject, variants: Variants) -> list[Row]:
     config, model, dataset = open_run(subject.run)
     detectors = {name: Detector(model, override(config.inference, changes)) for name, changes in variants.items()}
-    indices = list(range(min(subject.images, len(dataset)))) if subject.images else None
-    runs = evaluate_detectors(detectors, dataset, config.data, batch_size=config.inference.batch_size, indices=indices)
-    return evaluation_rows(runs)
+    return evaluation_rows(evaluate(detectors, dataset, config, subject.images))
+
+
+def evaluate(detectors: dict[str, Detector], dataset: Dataset, config: Config, images: int) -> dict[str, Evaluation]:
+    """Accuracy and times of detectors side by side on the first ``images`` (0: all) of a run's data."""
+    return evaluate_detectors(
+        detectors,
+        dataset,
+        config.data,
+        batch_size=config.inference.batch_size,
+        indices=first_images(dataset, images),
+    )
 
 
 def evaluation_rows(runs: dict[str, Evaluation]) -> list[Row]:
@@ -132,7 +160,8 @@ def evaluation_rows(runs: dict[str, Evaluation]) -> list[Row]:
 
 def _measure_random(subject: Subject, variants: Variants) -> list[Row]:
     shape = (subject.height, subject.width)
-    model, image = random_model(subject), random_image(*shape)
+    model = random_model(subject.backbone, subject.classes, subject.channels)
+    image = random_image(*shape)
     queries = laid_out_queries(*shape, subject.active)
     # At a score threshold of 0 every level brings all its candidates to NMS, the worst case.
     base = InferenceConfig(score_threshold=0.0)

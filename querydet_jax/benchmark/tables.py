@@ -32,7 +32,8 @@ class Table6(Subject):
 
 def table4(arguments: Table4) -> None:
     variants = {f"P{level}": {"query": "csq", "start_level": level} for level in arguments.start_levels}
-    _table("table4", "Table 4, start layer of the query", arguments, variants, paper.START_LAYER)
+    note = "a query head finds nothing on levels that it was not trained on (model.query.levels)"
+    _table("table4", "Table 4, start layer of the query", arguments, variants, paper.START_LAYER, note)
 
 
 def table5(arguments: Table5) -> None:
@@ -45,7 +46,7 @@ def table6(arguments: Table6) -> None:
     _table("table6", "Table 6, context around a key", arguments, variants, paper.CONTEXT)
 
 
-def _table(name: str, title: str, arguments: Subject, variants: Variants, published: paper.Rows) -> None:
+def _table(name: str, title: str, arguments: Subject, variants: Variants, published: paper.Rows, *notes: str) -> None:
     rows = measure(arguments, {paper.DENSE: {"query": "dense"}, **variants})
     for row in rows:
         row |= paper.columns(published, row["method"])
@@ -57,11 +58,11 @@ def _table(name: str, title: str, arguments: Subject, variants: Variants, publis
             *accuracy_columns(bool(arguments.run)),
             *speed_columns(rows),
             Column("paper_AP", "paper AP", decimals(2)),
-            Column("paper_APs", "APs", decimals(2)),
-            Column("paper_speed_up", "speed-up", times),
+            Column("paper_APs", "paper APs", decimals(2)),
+            Column("paper_speed_up", "paper speed-up", times),
         ],
         rows,
-        notes=["paper: COCO val2017, ResNet-50, RTX 2080Ti; dense is its row without query"],
+        notes=["paper: COCO val2017, ResNet-50, RTX 2080Ti; dense is its row without query", *notes],
         not_run=[] if arguments.run else ["accuracy: needs --run RUN, a trained model and its data"],
         draw=lambda figure: plots.bars(
             figure,

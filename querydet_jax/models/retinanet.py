@@ -157,7 +157,7 @@ class RetinaNet(DenseDetector):
 
         def of_image(image: Array) -> Candidates:
             mine = sites.is_key & (sites.batch == image)
-            logits, row, column = top_scores(cls, jnp.where(mine, row_best, -jnp.inf), k)
+            logits, row, column = top_scores(cls, jnp.where(mine, row_best, -jnp.inf), k, sites.index)
             anchor, class_id = column // num_classes, column % num_classes
             deltas = box.reshape(-1, num_anchors, 4)[row, anchor]
             anchors = anchors_at(cells, sites.y[row], sites.x[row], 2**level)[jnp.arange(len(row)), anchor]
