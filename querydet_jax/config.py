@@ -24,17 +24,17 @@ Group = TypeVar("Group")
 
 @dataclass(frozen=True)
 class BackboneConfig:
-    """A residual network (He et al. 2016), outputs C2..C5 at strides 4..32."""
+    """A residual network (He et al. 2016) or EfficientNet-Lite0, outputs C2..C5 at strides 4..32."""
 
-    name: Literal["resnet10", "resnet18", "resnet34", "resnet50", "resnet101"] = "resnet50"
+    name: Literal["resnet10", "resnet18", "resnet34", "resnet50", "resnet101", "efficientnet_lite0"] = "resnet50"
     # msra: detectron2's conversion, stride in the 1x1, BGR minus mean. torchvision: stride in the
-    # 3x3, RGB, mean and std.
-    flavor: Literal["msra", "torchvision"] = "msra"
+    # 3x3, RGB, mean and std. efficientnet_lite: that network's, RGB, (x - 127) / 128.
+    flavor: Literal["msra", "torchvision", "efficientnet_lite"] = "msra"
     # frozen: fixed affine transform, as the paper trains. batch: live statistics, averaged over
     # devices. group: GroupNorm(32), independent of the batch.
     norm: Literal["frozen", "batch", "group"] = "frozen"
     freeze_at: int = 2  # 0: train all; 1: freeze the stem; 2: stem and res2; ... 5: everything
-    width: int = 64  # channels of the stem; 64 is the published network
+    width: int = 64  # channels of a residual network's stem; 64 is the published network
 
 
 @dataclass(frozen=True)
@@ -299,6 +299,17 @@ def check(config: Config) -> None:
         raise ConfigError(f"model.num_classes {model.num_classes}: must be at least 1")
     if not 0 <= model.backbone.freeze_at <= 5:
         raise ConfigError(f"model.backbone.freeze_at {model.backbone.freeze_at}: must be 0 (train all) to 5 (none)")
+    backbone = model.backbone
+    if (backbone.name == "efficientnet_lite0") != (backbone.flavor == "efficientnet_lite"):
+        raise ConfigError(
+            f"model.backbone.name {backbone.name}, model.backbone.flavor {backbone.flavor}: set the flavor to "
+            + ("efficientnet_lite" if backbone.name == "efficientnet_lite0" else "msra or torchvision")
+        )
+    if backbone.name == "efficientnet_lite0" and (backbone.norm == "group" or backbone.width != 64):
+        raise ConfigError(
+            f"model.backbone.norm {backbone.norm}, model.backbone.width {backbone.width}: efficientnet_lite0 has one "
+            "width and no group norm; use norm frozen or batch and leave width at 64"
+        )
     if not 0 < model.head.prior < 1:
         raise ConfigError(f"model.head.prior {model.head.prior}: must be a probability between 0 and 1")
     loss = model.loss

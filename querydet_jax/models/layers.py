@@ -6,7 +6,8 @@ Kernels are HWIO. Padding is always explicit: "SAME" pads a strided convolution 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,9 @@ from jax import Array, lax
 
 from querydet_jax.sparse import Conv as ConvWeights
 from querydet_jax.sparse import pointwise
+
+Padding = Sequence[tuple[int, int]]
+"""Zeros before and after, for rows and for columns."""
 
 Initializer = Callable[[np.random.Generator, tuple[int, ...]], np.ndarray]
 """``init(rng, kernel_shape)``. NumPy draws: compiling a random number generator for each of a
@@ -27,34 +31,39 @@ class Frozen(nnx.Variable):
 
 
 class FrozenNorm(nnx.Module):
-    """Batch norm with fixed statistics and affine: (x - mean) * scale / sqrt(var + 1e-5) + bias."""
+    """Batch norm with fixed statistics and affine: (x - mean) * scale / sqrt(var + epsilon) + bias."""
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, epsilon: float = 1e-5):
+        self.epsilon = epsilon
         self.scale = Frozen(jnp.ones((channels,)))
         self.bias = Frozen(jnp.zeros((channels,)))
         self.mean = Frozen(jnp.zeros((channels,)))
-        self.var = Frozen(jnp.full((channels,), 1.0 - 1e-5))
+        self.var = Frozen(jnp.full((channels,), 1.0 - epsilon))
 
     def __call__(self, x: Array) -> Array:
-        scale = self.scale[...] * lax.rsqrt(self.var[...] + 1e-5)
+        scale = self.scale[...] * lax.rsqrt(self.var[...] + self.epsilon)
         shift = self.bias[...] - self.mean[...] * scale
         return x * scale.astype(x.dtype)[None, None, None] + shift.astype(x.dtype)[None, None, None]
 
 
-def make_norm(kind: str, channels: int, dtype: jnp.dtype) -> nnx.Module:
+def make_norm(kind: str, channels: int, dtype: jnp.dtype, epsilon: float = 1e-5) -> nnx.Module:
     """A norm of ``channels``: frozen, batch (live; synchronised when given an axis name) or group."""
     if kind == "frozen":
-        return FrozenNorm(channels)
+        return FrozenNorm(channels, epsilon)
     rngs = nnx.Rngs(0)  # scale starts at one and bias at zero: nothing random is drawn
     if kind == "batch":
-        return nnx.BatchNorm(channels, momentum=0.9, epsilon=1e-5, dtype=dtype, use_running_average=True, rngs=rngs)
+        return nnx.BatchNorm(channels, momentum=0.9, epsilon=epsilon, dtype=dtype, use_running_average=True, rngs=rngs)
     if kind == "group":
-        return nnx.GroupNorm(channels, num_groups=32, epsilon=1e-5, dtype=dtype, rngs=rngs)
+        return nnx.GroupNorm(channels, num_groups=32, epsilon=epsilon, dtype=dtype, rngs=rngs)
     raise ValueError(f"norm {kind!r} is not one of frozen, batch, group")
 
 
 class Conv(nnx.Module):
-    """2-D convolution ``[B, H, W, C]`` to ``[B, H', W', O]`` with symmetric zero padding."""
+    """2-D convolution ``[B, H, W, C]`` to ``[B, H', W', O]``.
+
+    Zero padding is symmetric (torch), or "same": TensorFlow's, which a strided convolution has more of at the
+    bottom and right. A depthwise one has a kernel ``[k, k, 1, C]`` and as many outputs as inputs.
+    """
 
     def __init__(
         self,
@@ -66,15 +75,20 @@ class Conv(nnx.Module):
         init: Initializer,
         bias: Initializer | None = None,
         norm: str | None = None,
+        epsilon: float = 1e-5,
+        depthwise: bool = False,
+        padding: Literal["symmetric", "same"] = "symmetric",
         dtype: jnp.dtype = jnp.float32,
         rng: np.random.Generator,
     ):
-        shape = (size, size, in_channels, out_channels)
+        shape = (size, size, 1 if depthwise else in_channels, out_channels)
         self.kernel = nnx.Param(jnp.asarray(init(rng, shape)))
         self.bias = nnx.Param(jnp.asarray(bias(rng, shape))) if bias is not None else None
-        self.norm = make_norm(norm, out_channels, dtype) if norm is not None else None
+        self.norm = make_norm(norm, out_channels, dtype, epsilon) if norm is not None else None
         self.stride = stride
         self.size = size
+        self.depthwise = depthwise
+        self.padding = padding
         self.dtype = dtype
 
     def __call__(self, x: Array) -> Array:
@@ -85,23 +99,67 @@ class Conv(nnx.Module):
                 return pointwise(x, self.weights())  # as on sites
             # A matrix product, see `pointwise`. Accumulated in float32, which XLA's CPU backend does at twice the rate.
             x = jnp.dot(x, kernel[0, 0], preferred_element_type=jnp.float32).astype(self.dtype)
+        elif self.depthwise:
+            x = depthwise_conv(x, kernel, self.stride, self._padding(x))
         else:
             x = lax.conv_general_dilated(
                 x,
                 kernel,
                 window_strides=(self.stride, self.stride),
-                padding=[(self.size // 2, self.size // 2)] * 2,
+                padding=self._padding(x),
                 dimension_numbers=("NHWC", "HWIO", "NHWC"),
             )
         if self.bias is not None:
             x = x + self.bias[...].astype(self.dtype)[None, None, None]
         return x if self.norm is None else self.norm(x)
 
+    def _padding(self, x: Array) -> Padding:
+        if self.padding == "symmetric":
+            return [(self.size // 2, self.size // 2)] * 2
+        found = []
+        for side in x.shape[1:3]:
+            total = max((-(-side // self.stride) - 1) * self.stride + self.size - side, 0)
+            found.append((total // 2, total - total // 2))
+        return found
+
     def weights(self) -> ConvWeights:
         """Kernel and bias for the convolution on sites."""
-        if self.bias is None or self.norm is not None:
+        if self.bias is None or self.norm is not None or self.depthwise:
             raise ValueError("only a convolution with a bias and without a norm can run on sites")
         return ConvWeights(self.kernel[...], self.bias[...])
+
+
+def depthwise_conv(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
+    """Each channel by its own filter: ``[B, H, W, C]`` and ``[k, k, 1, C]`` to ``[B, H', W', C]``.
+
+    On CPU as k x k shifted multiply-adds: forward 10 to 40 times, backward 4 to 16 times as fast as XLA's grouped
+    convolution there (jaxlib 0.10.2, 2 cores, layers of EfficientNet-Lite0 at 256 px).
+    """
+
+    def shifted(x: Array, kernel: Array) -> Array:
+        x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+        batch, height, width, channels = x.shape
+        size = kernel.shape[0]
+        rows, columns = (height - size) // stride, (width - size) // stride
+        y = jnp.zeros((batch, rows + 1, columns + 1, channels), x.dtype)
+        for i in range(size):
+            for j in range(size):
+                end = (batch, i + rows * stride + 1, j + columns * stride + 1, channels)
+                part = lax.slice(x, (0, i, j, 0), end, (1, stride, stride, 1))
+                y = y + part * kernel[i, j, 0][None, None, None]
+        return y
+
+    def grouped(x: Array, kernel: Array) -> Array:
+        return lax.conv_general_dilated(
+            x,
+            kernel,
+            window_strides=(stride, stride),
+            padding=padding,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=x.shape[-1],
+        )
+
+    return lax.platform_dependent(x, kernel, cpu=shifted, default=grouped)
 
 
 def run_tower(tower: nnx.List, x: Array) -> Array:

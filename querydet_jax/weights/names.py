@@ -2,7 +2,8 @@
 
 The *official* names are those of the published QueryDet and of detectron2's RetinaNet, which
 differ in the detection head only (``det_head.cls_layer_1`` against ``head.cls_subnet.2``).
-``official_name`` also understands torchvision's and the Caffe2 (MSRA) names of a ResNet.
+``official_name`` also understands torchvision's and the Caffe2 (MSRA) names of a ResNet, and those of
+the PyTorch port of EfficientNet-Lite0.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ from typing import Any, Literal
 import numpy as np
 
 from querydet_jax.errors import WeightsError
+from querydet_jax.models.backbones.efficientnet_lite import NUM_BLOCKS, block_of
 
 ModelPath = tuple[Any, ...]  # attribute names and list indices from the root of the model to a variable
-Style = Literal["detectron2", "torchvision", "caffe2"]
+Style = Literal["detectron2", "torchvision", "caffe2", "efficientnet"]
 
 _BACKBONE = "backbone.bottom_up."
 _LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
@@ -25,7 +27,7 @@ _LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "runni
 # of an ImageNet network, Caffe2's optimiser state.
 _IGNORED = re.compile(
     r"(^|\.)(query_)?anchor_generator\.|(^|\.)num_batches_tracked$|^(backbone\.)?(bottom_up\.)?(stem\.)?fc\.|"
-    r"^(fc1000|pred)_[wb]$|_momentum$|^(lr|model_iter)$"
+    r"^(fc1000|pred)_[wb]$|_momentum$|^(lr|model_iter)$|^(_conv_head|_bn1|_fc)\."
 )
 _CAFFE2_STEM = re.compile(r"^(?:conv1_w|(?:res_)?conv1_bn_(?P<bn>\w+))$")
 _CAFFE2_BLOCK = re.compile(r"^res([2-5])_(\d+)_branch(1|2a|2b|2c)_(?:w|bn_(?P<bn>\w+))$")
@@ -36,6 +38,12 @@ _CAFFE2_NORMS = {
 }  # fmt: skip
 _TORCHVISION_STEM = re.compile(r"^(conv|bn)1\.(\w+)$")
 _TORCHVISION_BLOCK = re.compile(r"^layer([1-4])\.(\d+)\.(conv|bn|downsample\.)(\d)\.(\w+)$")
+_EFFICIENTNET_STEM = re.compile(r"^_(conv_stem|bn0)\.(\w+)$")
+_EFFICIENTNET_BLOCK = re.compile(r"^_blocks\.(\d+)\._(expand_conv|depthwise_conv|project_conv|bn[012])\.(\w+)$")
+_EFFICIENTNET_CONVS = {
+    "expand_conv": "expand", "depthwise_conv": "depthwise", "project_conv": "project",
+    "bn0": "expand.norm", "bn1": "depthwise.norm", "bn2": "project.norm",
+}  # fmt: skip
 _BARE_BACKBONE = re.compile(r"^(?:backbone\.)?(?:bottom_up\.)?((?:stem|res[2-5])\..+)$")
 _TOWER = re.compile(r"^(?:det_head\.(cls|bbox)_layer_|head\.(cls|bbox)_subnet\.)(\d+)\.(\w+)$")
 _OUTPUT = re.compile(r"^(?:det_head|head)\.((?:cls_score|bbox_pred)\.\w+)$")
@@ -94,7 +102,7 @@ def official_name(name: str, query: bool) -> str | None:
         name = name.partition(".")[2]
     if _IGNORED.search(name):
         return None
-    backbone = _caffe2(name) or _torchvision(name)
+    backbone = _caffe2(name) or _torchvision(name) or _efficientnet(name)
     if backbone is not None:
         return _BACKBONE + backbone
     if bare := _BARE_BACKBONE.match(name):
@@ -135,8 +143,18 @@ def _torchvision(name: str) -> str | None:
     return f"res{stage}.{number}.{conv}.{'norm.' if norm else ''}{leaf}"
 
 
+def _efficientnet(name: str) -> str | None:
+    if stem := _EFFICIENTNET_STEM.match(name):
+        return f"stem.{stem[2]}" if stem[1] == "conv_stem" else f"stem.norm.{stem[2]}"
+    block = _EFFICIENTNET_BLOCK.match(name)
+    if block is None or int(block[1]) >= NUM_BLOCKS:
+        return None
+    level, number = block_of(int(block[1]))
+    return f"level{level}.{number}.{_EFFICIENTNET_CONVS[block[2]]}.{block[3]}"
+
+
 def naming_style(names: Iterable[str]) -> Style:
-    """Whose names these are. Torchvision's and Caffe2's name a backbone only, and fix its flavour."""
+    """Whose names these are. All but detectron2's name a backbone only, and fix its flavour."""
     for name in names:
         while name.startswith(("module.", "model.")):
             name = name.partition(".")[2]
@@ -144,6 +162,8 @@ def naming_style(names: Iterable[str]) -> Style:
             return "caffe2"
         if _torchvision(name):
             return "torchvision"
+        if _efficientnet(name):
+            return "efficientnet"
     return "detectron2"
 
 

@@ -157,7 +157,9 @@ def _match(
     # Every detectron2 model has pixel statistics: with nothing else in common it is another model.
     if not named or (unexpected and not set(named) - set(_PIXELS)):
         seen = f" (it has {unexpected[0]})" if unexpected else ""
-        raise WeightsError(f"{where}: no tensor of this model{seen}; give weights of a QueryDet, RetinaNet or ResNet")
+        raise WeightsError(
+            f"{where}: no tensor of this model{seen}; give weights of a QueryDet, RetinaNet or its backbone"
+        )
     return named, unexpected
 
 
@@ -202,7 +204,8 @@ def _check_style(model: nnx.Module, tensors: dict[str, Any], unexpected: list[st
     """What names betray of the network: its flavour, and whether it has batch norm."""
     backbone = model.config.backbone  # pyright: ignore[reportAttributeAccessIssue]
     style = naming_style(tensors)
-    flavor = {"caffe2": "msra", "torchvision": "torchvision"}.get(style, backbone.flavor)
+    flavors = {"caffe2": "msra", "torchvision": "torchvision", "efficientnet": "efficientnet_lite"}
+    flavor = flavors.get(style, backbone.flavor)
     if backbone.flavor != flavor:
         raise WeightsError(
             f"{where}: {style} names, weights of the {flavor} flavour (its stride and its colours); "
@@ -216,13 +219,15 @@ def _check_style(model: nnx.Module, tensors: dict[str, Any], unexpected: list[st
 def _check_pixels(model: nnx.Module, arrays: dict[str, np.ndarray], where: str) -> None:
     """Official names do not tell the flavour, but the order of the mean does."""
     flavor = model.config.backbone.flavor  # pyright: ignore[reportAttributeAccessIssue]
-    other = {"msra": "torchvision", "torchvision": "msra"}[flavor]
-    mean = _BGR_MEAN if other == "msra" else _BGR_MEAN[::-1]
-    if "pixel_mean" in arrays and np.allclose(arrays["pixel_mean"].ravel(), mean, atol=1.0):
-        raise WeightsError(
-            f"{where}: pixel_mean is that of the {other} flavour, the model is {flavor}; "
-            f"set model.backbone.flavor to {other}"
-        )
+    means = {"msra": _BGR_MEAN, "torchvision": _BGR_MEAN[::-1], "efficientnet_lite": (127.0,) * 3}
+    for other, mean in means.items():
+        if other == flavor or "pixel_mean" not in arrays:
+            continue
+        if np.allclose(arrays["pixel_mean"].ravel(), mean, atol=1.0):
+            raise WeightsError(
+                f"{where}: pixel_mean is that of the {other} flavour, the model is {flavor}; "
+                f"set model.backbone.flavor to {other}"
+            )
 
 
 def _add_statistics(arrays: dict[str, np.ndarray], variables: dict[str, tuple[ModelPath, nnx.Variable[Any]]]) -> None:

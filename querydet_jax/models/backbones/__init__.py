@@ -6,13 +6,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from querydet_jax.config import BackboneConfig
+from querydet_jax.models.backbones.efficientnet_lite import EfficientNetLite
 from querydet_jax.models.backbones.resnet import ResNet
 
-_BACKBONES = {name: ResNet for name in ("resnet10", "resnet18", "resnet34", "resnet50", "resnet101")}
+Backbone = ResNet | EfficientNetLite
+
+_BACKBONES: dict[str, type[Backbone]] = {
+    **{name: ResNet for name in ("resnet10", "resnet18", "resnet34", "resnet50", "resnet101")},
+    "efficientnet_lite0": EfficientNetLite,
+}
 
 
-def build_backbone(config: BackboneConfig, dtype: jnp.dtype, rng: np.random.Generator) -> ResNet:
+def build_backbone(config: BackboneConfig, dtype: jnp.dtype, rng: np.random.Generator) -> Backbone:
     return _BACKBONES[config.name](config, dtype, rng)
 
 
-__all__ = ["ResNet", "build_backbone"]
+__all__ = ["Backbone", "EfficientNetLite", "ResNet", "build_backbone"]

