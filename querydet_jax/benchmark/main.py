@@ -12,6 +12,7 @@ from querydet_jax.benchmark.figure2 import Figure2, figure2
 from querydet_jax.benchmark.figure4 import Figure4, figure4
 from querydet_jax.benchmark.nms import Nms, nms
 from querydet_jax.benchmark.precision import Precision, precision
+from querydet_jax.benchmark.static_vs_dynamic import StaticVsDynamic, static_vs_dynamic
 from querydet_jax.benchmark.tables import Table4, Table5, Table6, table4, table5, table6
 
 COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
@@ -20,6 +21,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "figure4": (Figure4, figure4),
     "nms": (Nms, nms),
     "precision": (Precision, precision),
+    "static-vs-dynamic": (StaticVsDynamic, static_vs_dynamic),
     "table4": (Table4, table4),
     "table5": (Table5, table5),
     "table6": (Table6, table6),

@@ -1,0 +1,114 @@
+"""All ways agree before they are timed, and a way that does not is caught."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from querydet_jax.benchmark import static_vs_dynamic as module
+from querydet_jax.benchmark.static_vs_dynamic import (
+    CROPS,
+    DENSE,
+    GATHER,
+    KEYS,
+    TILES,
+    Masks,
+    Programs,
+    Spconv,
+    StaticVsDynamic,
+    lay_out,
+    static_vs_dynamic,
+)
+from querydet_jax.errors import QueryDetError
+
+SMALL = dict(channels=8, classes=2, height=24, width=40, active=(0.1, 0.6), threads=0, rounds=2, chunk=32, tile=4)
+
+
+@pytest.mark.parametrize(("subject", "ways"), [("head", [DENSE, GATHER, KEYS, TILES, CROPS]), ("layer", None)])
+def test_every_way_is_measured(tmp_path, capsys, subject, ways):
+    ways = ways or [DENSE, GATHER, TILES, CROPS]
+    static_vs_dynamic(StaticVsDynamic(subject=subject, out=str(tmp_path), **SMALL))
+    name = "static_vs_dynamic" + ("_layer" if subject == "layer" else "")
+    found = json.loads((tmp_path / f"{name}.json").read_text())
+    assert [row["way"] for row in found["rows"]] == 2 * ways
+    for row in found["rows"]:
+        assert row["ms_p50"] > 0 and row["gflop_s"] > 0 and row["speed_up"] > 0 and row["compile_s"] > 0
+        assert row["compilations"] >= 1 and row["temp_mib"] >= 0
+        if row["way"] in (GATHER, TILES):
+            assert row["capacity"] >= row["sites"]
+    few, many = found["rows"][0], found["rows"][-1]
+    assert few["active"] < many["active"] <= 1
+    assert "spconv: needs" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("target", [0.03, 0.2, 0.6])
+def test_masks_have_about_the_share_asked_for(target):
+    masks = lay_out(200, 336, target)
+    assert masks.share == pytest.approx(target, rel=0.25)
+    assert not np.any(masks.keys & ~masks.active) and 0 < masks.keys.sum() < masks.active.sum()
+
+
+def prepared(subject: str = "head"):
+    arguments = StaticVsDynamic(subject=subject, **SMALL)
+    rng = np.random.default_rng(0)
+    stacks = module._stacks(arguments, rng)
+    features = jnp.asarray(rng.normal(size=(1, 24, 40, 8)), jnp.float32)
+    return arguments, stacks, features, lay_out(24, 40, 0.3)
+
+
+def test_a_way_that_is_wrong_is_not_timed():
+    arguments, stacks, features, masks = prepared()
+    programs = Programs(arguments, stacks)
+    calls = {way: programs.get(way, programs.capacity(way, masks), features, masks)[0] for way in (DENSE, GATHER)}
+    module._check(calls, stacks, features, masks, None)
+    outputs, sites = calls[GATHER]()
+    calls[GATHER] = lambda: ([outputs[0].at[3, 1].add(0.01), outputs[1]], sites)
+    with pytest.raises(QueryDetError, match="gather: differs by 0.01"):
+        module._check(calls, stacks, features, masks, None)
+
+
+def test_one_program_a_buffer_size():
+    arguments, stacks, features, masks = prepared("layer")
+    programs = Programs(arguments, stacks)
+    capacity = programs.capacity(GATHER, masks)
+    _, first = programs.get(GATHER, capacity, features, masks)
+    empty = Masks(np.zeros_like(masks.keys), np.zeros_like(masks.active))
+    _, again = programs.get(GATHER, capacity, features, empty)
+    _, other = programs.get(GATHER, programs.capacity(GATHER, empty), features, empty)
+    assert first == again and other["compilations"] == 2
+
+
+def test_threads_are_restricted_before_anything_starts(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(module.os, "sched_setaffinity", lambda pid, cores: chosen.append((pid, list(cores))))
+    monkeypatch.setenv("OMP_NUM_THREADS", "9")
+    assert module._use_threads(1) == ["every way on 1 core(s)"]
+    ((pid, cores),) = chosen
+    assert pid == 0 and len(cores) == 1 and os.environ["OMP_NUM_THREADS"] == "1"
+    assert module._use_threads(0) == [] and len(chosen) == 1
+    monkeypatch.delattr(module.os, "sched_setaffinity")
+    assert "no effect" in module._use_threads(1)[0]
+
+
+def test_spconv_is_not_run_with_more_threads():
+    found, reasons = module._spconv(StaticVsDynamic(threads=2), [])
+    assert found is None and "needs --threads 1" in reasons[0]
+
+
+@pytest.mark.parametrize("subject", ["head", "layer"])
+def test_spconv_computes_the_same(subject):
+    pytest.importorskip("torch")
+    pytest.importorskip("spconv")
+    _, stacks, features, masks = prepared(subject)
+    dynamic = Spconv(stacks)
+    dynamic.set(np.asarray(features), masks.active)
+    expected = module.masked_dense_stacks(features, jnp.asarray(masks.active), stacks)
+    cells = np.flatnonzero(masks.active)
+    for outputs in (dynamic.cold(), dynamic.warm(), dynamic.warm()):
+        for y, on_map in zip(outputs, expected, strict=True):
+            reference = np.asarray(on_map).reshape(-1, on_map.shape[-1])[cells]
+            np.testing.assert_allclose(y.numpy(), reference, rtol=0, atol=1e-4)
