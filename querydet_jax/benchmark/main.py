@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from querydet_jax.benchmark.capacities import Capacities, capacities
 from querydet_jax.benchmark.end_to_end import EndToEnd, end_to_end
 from querydet_jax.benchmark.figure2 import Figure2, figure2
 from querydet_jax.benchmark.figure4 import Figure4, figure4
@@ -16,6 +17,7 @@ from querydet_jax.benchmark.static_vs_dynamic import StaticVsDynamic, static_vs_
 from querydet_jax.benchmark.tables import Table4, Table5, Table6, table4, table5, table6
 
 COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
+    "capacities": (Capacities, capacities),
     "end-to-end": (EndToEnd, end_to_end),
     "figure2": (Figure2, figure2),
     "figure4": (Figure4, figure4),

@@ -25,7 +25,18 @@ from querydet_jax.benchmark.static_vs_dynamic import (
 )
 from querydet_jax.errors import QueryDetError
 
-SMALL = dict(channels=8, classes=2, height=24, width=40, active=(0.1, 0.6), threads=0, rounds=2, chunk=32, tile=4)
+SMALL = dict(
+    channels=8,
+    classes=2,
+    height=24,
+    width=40,
+    active=(0.1, 0.6),
+    threads=0,
+    rounds=2,
+    chunk=32,
+    tile=4,
+    crops_up_to=1.0,
+)
 
 
 @pytest.mark.parametrize(("subject", "ways"), [("head", [DENSE, GATHER, KEYS, TILES, CROPS]), ("layer", None)])
@@ -43,6 +54,11 @@ def test_every_way_is_measured(tmp_path, capsys, subject, ways):
     few, many = found["rows"][0], found["rows"][-1]
     assert few["active"] < many["active"] <= 1
     assert "spconv: needs" in capsys.readouterr().out
+
+
+def test_crops_are_left_out_where_they_would_take_forever(tmp_path, capsys):
+    static_vs_dynamic(StaticVsDynamic(subject="layer", out=str(tmp_path), **{**SMALL, "crops_up_to": 0.01}))
+    assert "not run: crops above 1% active: need --crops-up-to" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("target", [0.03, 0.2, 0.6])
