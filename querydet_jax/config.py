@@ -141,17 +141,24 @@ def small_model(num_classes: int) -> ModelConfig:
 class DataConfig:
     """Where images and boxes come from and how they become network input.
 
-    Paths of ``train_*`` and ``val_*`` are relative to ``root``. An image is resized so that its
-    short side is one of ``train_short`` (or ``test_short``) and its long side at most ``*_max``,
-    then padded bottom and right to a fixed canvas (height, width), multiples of 32.
+    An image is resized so that its short side is one of ``train_short`` (or ``test_short``) and its
+    long side at most ``*_max``, then padded bottom and right to a fixed canvas (height, width),
+    multiples of 32.
     """
 
-    source: Literal["coco", "scenes"] = "scenes"
+    # coco: json and images. visdrone: the official folders, text files. yolo: text files, data.yaml.
+    # scenes: generated.
+    source: Literal["coco", "visdrone", "yolo", "scenes"] = "scenes"
     root: str = ""
-    train_annotations: str = "annotations/instances_train2017.json"
-    train_images: str = "train2017"
-    val_annotations: str = "annotations/instances_val2017.json"
-    val_images: str = "val2017"
+    # Relative to root. Annotations: a json (coco) or the folder of labels (yolo; visdrone has its
+    # own). Images: their folder (coco, yolo) or the split's (visdrone). Empty: as the data set is
+    # distributed, annotations/instances_train2017.json, train2017 (coco), VisDrone2019-DET-train
+    # (visdrone), images/train and the labels/ beside (yolo), and the same for val.
+    train_annotations: str = ""
+    train_images: str = ""
+    val_annotations: str = ""
+    val_images: str = ""
+    patches: bool = False  # visdrone: train on the four quarters of every image
     train_short: tuple[int, ...] = (640, 672, 704, 736, 768, 800)
     train_max: int = 1333
     test_short: int = 800
@@ -360,6 +367,13 @@ def check(config: Config) -> None:
         canvases = getattr(data, name)
         if not canvases or any(side % 32 or side < 32 for canvas in canvases for side in canvas):
             raise ConfigError(f"data.{name} {canvases}: give (height, width) pairs, each a multiple of 32")
+    if data.patches and data.source != "visdrone":
+        raise ConfigError(f"data.patches: needs data.source visdrone, which is {data.source}; leave it out")
+    if data.source == "visdrone" and (data.train_annotations or data.val_annotations):
+        raise ConfigError(
+            f"data.train_annotations {data.train_annotations!r}, val_annotations {data.val_annotations!r}: source "
+            "visdrone reads the annotations/ beside its images/; leave them empty"
+        )
     if config.classes and len(config.classes) != model.num_classes:
         raise ConfigError(
             f"classes has {len(config.classes)} names, model.num_classes is {model.num_classes}: make them agree"

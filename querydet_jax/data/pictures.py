@@ -8,10 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from querydet_jax.data.dataset import Annotation, Dataset
+from querydet_jax.data.folders import SUFFIXES
 from querydet_jax.data.images import read_image
 from querydet_jax.errors import DataError
-
-_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 
 
 class Pictures(Dataset):
@@ -27,9 +26,9 @@ class Pictures(Dataset):
         self._files: list[Path] = []
         for path in map(Path, paths):
             if path.is_dir():
-                inside = sorted(p for p in path.iterdir() if p.suffix.lower() in _SUFFIXES)
+                inside = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES)
                 if not inside:
-                    raise DataError(f"{path}: no pictures in this folder ({', '.join(sorted(_SUFFIXES))})")
+                    raise DataError(f"{path}: no pictures in this folder ({', '.join(sorted(SUFFIXES))})")
                 self._files += inside
             elif path.is_file():
                 self._files.append(path)

@@ -8,27 +8,39 @@ from typing import Literal
 from querydet_jax.config import DataConfig
 from querydet_jax.data.coco import CocoDataset
 from querydet_jax.data.dataset import Dataset
+from querydet_jax.data.visdrone import VisDroneDataset
+from querydet_jax.data.yolo import YoloDataset, labels_beside, read_names
+
+# Where data sets as they are distributed have their images, by split.
+_IMAGES = {"coco": "{}2017", "visdrone": "VisDrone2019-DET-{}", "yolo": "images/{}"}
 
 
 def open_dataset(data: DataConfig, split: Literal["train", "val"]) -> Dataset:
     """Open the data set that ``data`` names.
 
     Args:
-      data: ``source`` "coco" reads the split's annotation file and image folder under ``root`` (""
-        is the current directory); "scenes" reads generated pictures under ``root`` ("" is
+      data: ``source`` "coco", "visdrone" and "yolo" read the split's folders under ``root`` ("" is
+        the current directory); "scenes" reads generated pictures under ``root`` ("" is
         ``datasets``), drawing them first if they are not there.
       split: which half.
 
     Raises:
-      ConfigError, DataError: see ``CocoDataset`` and ``ScenesDataset``.
+      ConfigError, DataError: see ``CocoDataset``, ``VisDroneDataset``, ``YoloDataset``, ``read_names``
+        and ``ScenesDataset``.
     """
-    if data.source == "coco":
-        root = Path(data.root)
-        if split == "train":
-            return CocoDataset(root / data.train_annotations, root / data.train_images)
-        return CocoDataset(root / data.val_annotations, root / data.val_images)
-    from querydet_jax.data.scenes_builder import ScenesDataset, scene_config  # slow to import, and rarely needed
+    if data.source == "scenes":
+        from querydet_jax.data.scenes_builder import ScenesDataset, scene_config  # slow to import, and rarely needed
 
-    val_size = data.scenes_val_size if any(data.scenes_val_size) else data.scenes_size
-    config = scene_config(data.scenes_train, data.scenes_val, data.scenes_size, val_size, data.scenes_seed)
-    return ScenesDataset(data.root or "datasets", split, config)
+        val_size = data.scenes_val_size if any(data.scenes_val_size) else data.scenes_size
+        config = scene_config(data.scenes_train, data.scenes_val, data.scenes_size, val_size, data.scenes_seed)
+        return ScenesDataset(data.root or "datasets", split, config)
+    root = Path(data.root)
+    images, annotations = (
+        (data.train_images, data.train_annotations) if split == "train" else (data.val_images, data.val_annotations)
+    )
+    images = root / (images or _IMAGES[data.source].format(split))
+    if data.source == "coco":
+        return CocoDataset(root / (annotations or f"annotations/instances_{split}2017.json"), images)
+    if data.source == "visdrone":
+        return VisDroneDataset(images, patches=data.patches and split == "train")
+    return YoloDataset(images, root / annotations if annotations else labels_beside(images), read_names(root))
