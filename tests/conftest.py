@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import tempfile
+from collections.abc import Iterator
 
 # Before jax starts.
 os.environ["XLA_FLAGS"] = (os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2").strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
@@ -18,3 +21,12 @@ jax.config.update("jax_default_matmul_precision", "highest")
 _CACHE = tempfile.TemporaryDirectory(prefix="querydet_jax_test_cache_")
 jax.config.update("jax_compilation_cache_dir", _CACHE.name)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 2.0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _free_compiled_programs() -> Iterator[None]:
+    """Every program on CPU takes several memory mappings, of which Linux allows a process 65,530: kept to the end of
+    the suite they are too many, and the process is aborted."""
+    yield
+    jax.clear_caches()
+    gc.collect()

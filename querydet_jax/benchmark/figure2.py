@@ -125,7 +125,7 @@ def _parts(model: DenseDetector, image: jax.Array, queries: np.ndarray) -> tuple
         return Part(run, (state, *values), _gflop(run, state, *values))
 
     def fpn(finest: int, model: DenseDetector, stages: dict[int, jax.Array]) -> dict[int, jax.Array]:
-        return model.fpn.outputs(stages, model.fpn.merge(stages, max(finest, 2) if finest < 4 else 3), finest)
+        return model.fpn.outputs(stages, model.fpn.merge(stages, min(finest, 3)), finest)
 
     found = {
         "backbone": part(lambda model, image: model.backbone(model.normalize(image)), image),
@@ -176,10 +176,11 @@ def _sparse_parts(
         model = nnx.merge(graph, state)
 
         def finish(outputs: list[jax.Array], sites: Sites) -> Any:
-            return model.candidates(level, outputs[:2], sites, topk=1000), outputs[2:]
+            *heads, last = outputs if query else [*outputs, None]
+            return model.candidates(level, heads, sites, topk=1000), None if last is None else jnp.max(last)
 
-        keys_on = model.fpn.sparse_level(level, stages, merged)
-        return cascade_sparse_query(keys_on, keys, stacks(model), lambda o, s: finish(o, s)[0], options).result
+        sparse = model.fpn.sparse_level(level, stages, merged)
+        return cascade_sparse_query(sparse, keys, stacks(model), finish, options).result
 
     run = jax.jit(whole)
     margin = 1 if level == 2 else 0

@@ -133,7 +133,7 @@ def test_fit_finds_the_cost_and_no_negative_one():
     assert cost.per_slot == 0.0 and cost.fixed > 0.9 and 0 < error < 0.05
 
 
-SMALL = Capacities(images=0, chunks=(8, 16), rounds=1, timed_batches=2)
+SMALL = Capacities(images=0, chunks=(8,), rounds=1, timed_batches=2)
 
 
 def test_proposes_a_ladder_for_a_run(monkeypatch, capsys, tmp_path, run_folder):
