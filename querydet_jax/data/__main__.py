@@ -21,7 +21,10 @@ def main() -> None:
 
 
 def _prepare_visdrone(
-    folder: Annotated[str, tyro.conf.Positional], out: str, patches: bool = False, overwrite: bool = False
+    folder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SPLIT_FOLDER")],
+    out: Annotated[str, tyro.conf.arg(metavar="FOLDER")],
+    patches: bool = False,
+    overwrite: bool = False,
 ) -> None:
     """Write a split of VisDrone once for training: images, instances.json (COCO) and annotations.
 
