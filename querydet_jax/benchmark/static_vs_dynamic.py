@@ -14,6 +14,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax._src import xla_bridge
 
 from querydet_jax.benchmark import plots
 from querydet_jax.benchmark.queries import clustered
@@ -27,6 +28,7 @@ from querydet_jax.sparse import (
     Stack,
     buffer_sizes,
     children,
+    conv_rows,
     crop_stacks,
     grow,
     ladder_capacities,
@@ -128,7 +130,7 @@ def static_vs_dynamic(arguments: StaticVsDynamic) -> None:
             *([spconv.versions] if spconv is not None else []),
             "every way but dense starts from the dense map and the mask: building its index is part of its time; "
             "spconv warm alone has its index and features ready",
-            "GFLOP/s: work of a dense layer at the active cells (at the keys for crops), over the time",
+            "GFLOP/s: work of the dense convolutions at the active cells (crops, keys only: the keys), over the time",
             "all ways were found to agree before anything was timed",
         ],
         not_run=[*not_run, *_without_crops(arguments, rows)],
@@ -157,21 +159,38 @@ def _without_crops(arguments: StaticVsDynamic, rows: list[Row]) -> list[str]:
 
 
 def lay_out(height: int, width: int, target: float) -> Masks:
-    """Keys in clusters, and their context, for about ``target`` of the cells."""
+    """Keys in clusters, and their context, for ``target`` of the cells.
+
+    The fewest objects that make enough cells active; then, since one large object can be a third of a small share,
+    as many of their keys in map order as are needed.
+    """
     shape = (-(-height // 4), -(-width // 4))
 
-    def masks(objects: int) -> Masks:
-        coarse = jnp.asarray(clustered(shape, objects))[None]
-        keys = children(
-            children(coarse, (2 * shape[0], 2 * shape[1]))[:, : -(-height // 2), : -(-width // 2)], (height, width)
-        )
-        return Masks(np.asarray(keys), np.asarray(grow(keys, CONTEXT)[-1]))
+    def masks(keys: Any) -> Masks:
+        return Masks(np.asarray(keys), np.asarray(grow(jnp.asarray(keys), CONTEXT)[-1]))
 
-    low, high = 1, 4096
+    def of_objects(objects: int) -> Masks:
+        coarse = jnp.asarray(clustered(shape, objects))[None]
+        middle = children(coarse, (2 * shape[0], 2 * shape[1]))[:, : -(-height // 2), : -(-width // 2)]
+        return masks(children(middle, (height, width)))
+
+    found = of_objects(_fewest(4096, lambda objects: of_objects(objects).share >= target))
+    flat = found.keys.reshape(-1)
+    order = np.cumsum(flat)
+
+    def first(number: int) -> Masks:
+        return masks((flat & (order <= number)).reshape(found.keys.shape))
+
+    return first(_fewest(int(flat.sum()), lambda number: first(number).share >= target))
+
+
+def _fewest(most: int, enough: Callable[[int], bool]) -> int:
+    """The smallest number from 1 on that is ``enough``; ``most`` if none below it is."""
+    low, high = 1, most
     while low < high:
         middle = (low + high) // 2
-        low, high = (middle + 1, high) if masks(middle).share < target else (low, middle)
-    return min((masks(n) for n in (max(1, low - 1), low)), key=lambda found: abs(found.share - target))
+        low, high = (low, middle) if enough(middle) else (middle + 1, high)
+    return low
 
 
 def _stacks(arguments: StaticVsDynamic, rng: np.random.Generator) -> list[Stack]:
@@ -214,7 +233,7 @@ class Programs:
         return lambda: program(*values), {"compile_s": seconds, "compilations": count, "temp_mib": mib}
 
     def _dense(self, capacity: int, stacks: Any, features: jax.Array, active: jax.Array, keys: jax.Array) -> Any:
-        return masked_dense_stacks(features, jnp.ones_like(active), stacks)
+        return self._finished(masked_dense_stacks(features, jnp.ones_like(active), stacks))
 
     def _gather(self, capacity: int, stacks: Any, features: jax.Array, active: jax.Array, keys: jax.Array) -> Any:
         return self._on_sites([active], capacity, stacks, features)
@@ -225,18 +244,27 @@ class Programs:
     def _on_sites(self, rings: list[jax.Array], capacity: int, stacks: Any, features: jax.Array) -> Any:
         sites = select_sites(rings, capacity)
         rows = features.reshape(-1, features.shape[-1]).at[sites.index].get(mode="fill", fill_value=0)
-        return run_stacks(rows, neighbour_table(sites), sites, stacks, chunk=self._chunk()), sites
+        table = neighbour_table(sites)
+        if self._arguments.subject == "head":
+            return run_stacks(rows, table, sites, stacks, chunk=self._chunk()), sites
+        # With the ReLU inside the loop over chunks, not as a pass of its own over the whole buffer.
+        layer = [conv for stack in stacks for conv in stack]
+        return conv_rows(rows, table, layer, sites.counts[-1], relu=True, chunk=self._chunk()), sites
 
     def _tiles(self, capacity: int, stacks: Any, features: jax.Array, active: jax.Array, keys: jax.Array) -> Any:
         side = self._arguments.tile
         tiles = select_tiles(active, capacity // side**2, side)
         _, chunk = buffer_sizes(self.options("tiles"), active.shape)
         outputs = run_stacks_on_tiles(CascadeLevel(2, features), active, tiles, stacks, chunk=chunk)
-        return outputs, tile_sites(tiles, active)
+        return self._finished(outputs), tile_sites(tiles, active)
 
     def _crops(self, capacity: int, stacks: Any, features: jax.Array, active: jax.Array, keys: jax.Array) -> Any:
         sites = select_sites([keys], capacity)
-        return crop_stacks(features, sites, stacks, chunk=self._chunk(8)), sites
+        return self._finished(crop_stacks(features, sites, stacks, chunk=self._chunk(8))), sites
+
+    def _finished(self, outputs: list[jax.Array]) -> list[jax.Array]:
+        """A stack has no ReLU after its last layer; the single layer has one."""
+        return [jax.nn.relu(y) for y in outputs] if self._arguments.subject == "layer" else outputs
 
     def _chunk(self, divisor: int = 1) -> int:
         cells = self._arguments.height * self._arguments.width
@@ -283,7 +311,7 @@ def _measure(
     if spconv is not None:
         spconv.set(np.asarray(features), masks.active)
         calls |= {COLD: spconv.cold, WARM: spconv.warm}
-    _check(calls, stacks, features, masks, spconv)
+    _check(arguments, calls, stacks, features, masks)
     measured = interleaved(calls, arguments.rounds)
     work = {way: int((masks.keys if way in (KEYS, CROPS) else masks.active).sum()) for way in calls}
     work[DENSE] = masks.active.size
@@ -302,34 +330,38 @@ def _measure(
 
 
 def _check(
+    arguments: StaticVsDynamic,
     calls: dict[str, Callable[[], Any]],
     stacks: Sequence[Stack],
     features: jax.Array,
     masks: Masks,
-    spconv: Spconv | None,
 ) -> None:
-    """Raise unless all ways agree where they are defined: with the masked dense convolution at the sites, and in
-    crops with the dense one away from the border."""
+    """Raise unless every way gives each of its cells once and all agree: with the masked dense convolution at the
+    sites, and in crops with the dense one away from the border."""
     masked = jax.jit(masked_dense_stacks)(features, jnp.asarray(masks.active), stacks)
+    if arguments.subject == "layer":
+        masked = [jax.nn.relu(y) for y in masked]
     flat = [np.asarray(y).reshape(-1, y.shape[-1]) for y in masked]
     dense = [np.asarray(y).reshape(-1, y.shape[-1]) for y in calls[DENSE]()]
     depth = max(len(stack) for stack in stacks)
     inner = np.zeros(masks.keys.shape, bool)
     inner[:, depth:-depth, depth:-depth] = True
     for way, call in calls.items():
-        if way in (DENSE, COLD, WARM):
+        if way == DENSE:
             continue
-        outputs, sites = call()
-        wanted = np.asarray(sites.is_key)
-        if way == CROPS:
-            index = np.asarray(sites.index)
-            wanted = wanted & (index < inner.size) & inner.reshape(-1)[np.minimum(index, inner.size - 1)]
-        cells = np.asarray(sites.index)[wanted]
-        _compare(way, [np.asarray(y)[wanted] for y in outputs], [y[cells] for y in (dense if way == CROPS else flat)])
-    if spconv is not None:
-        cells = np.flatnonzero(masks.active)
-        for way in (COLD, WARM):
-            _compare(way, [y.numpy() for y in calls[way]()], [y[cells] for y in flat])
+        wanted = np.flatnonzero(masks.keys if way in (KEYS, CROPS) else masks.active)
+        if way in (COLD, WARM):
+            outputs, cells = [y.numpy() for y in call()], wanted  # rows in map order, as `nonzero` finds the sites
+        else:
+            outputs, sites = call()
+            used = np.flatnonzero(sites.is_key)
+            cells = np.asarray(sites.index)[used]
+            outputs = [np.asarray(y)[used] for y in outputs]
+        if not np.array_equal(np.sort(cells), wanted) or any(len(y) != len(cells) for y in outputs):
+            raise QueryDetError(f"{way}: computed other cells than the {len(wanted)} asked for; nothing was timed")
+        compared = inner.reshape(-1)[cells] if way == CROPS else np.ones(len(cells), bool)
+        expected = dense if way == CROPS else flat
+        _compare(way, [y[compared] for y in outputs], [y[cells[compared]] for y in expected])
 
 
 def _compare(way: str, outputs: Sequence[np.ndarray], expected: Sequence[np.ndarray]) -> None:
@@ -343,14 +375,16 @@ class Spconv:
     """The stacks as spconv's submanifold convolutions, on one thread.
 
     Kernels there are [out, kh, kw, in], coordinates int32 ``[N, 3]`` (image, y, x), which must be contiguous: others
-    are read as garbage without complaint.
+    are read as garbage without complaint. A layer leaves its input's dictionary of indices alone and gives the filled
+    one to its output: unless that is carried over, every tower, and every call, builds the index anew.
     """
 
-    def __init__(self, stacks: Sequence[Stack]):
+    def __init__(self, stacks: Sequence[Stack], *, relu_last: bool = False):
         self._torch: Any = importlib.import_module("torch")
         self._spconv: Any = importlib.import_module("spconv.pytorch")
         self._torch.set_num_threads(1)
         self.versions = f"torch {self._torch.__version__}, spconv {importlib.metadata.version('spconv')}"
+        self._relu_last = relu_last
         self._layers = [[self._layer(conv) for conv in stack] for stack in stacks]
 
     def _layer(self, conv: Conv) -> Any:
@@ -388,8 +422,9 @@ class Spconv:
                 x = sites
                 for number, (layer, bias) in enumerate(stack):
                     x = layer(x)
+                    sites.indice_dict = x.indice_dict
                     y = x.features.add_(bias)
-                    x = x.replace_feature(y.relu_() if number < len(stack) - 1 else y)
+                    x = x.replace_feature(y.relu_() if number < len(stack) - 1 or self._relu_last else y)
                 outputs.append(x.features)
         return outputs
 
@@ -400,17 +435,26 @@ def _spconv(arguments: StaticVsDynamic, stacks: Sequence[Stack]) -> tuple[Spconv
         return None, ["spconv: needs --threads 1, its CPU kernels give wrong results with more"]
     if importlib.util.find_spec("torch") is None or importlib.util.find_spec("spconv") is None:
         return None, ["spconv: needs torch and spconv (pip install -r requirements-spconv.txt)"]
-    return Spconv(stacks), []
+    if jax.default_backend() != "cpu":
+        return None, [f"spconv: runs on the CPU here, jax on {jax.default_backend()}; needs JAX_PLATFORMS=cpu"]
+    return Spconv(stacks, relu_last=arguments.subject == "layer"), []
 
 
 def _use_threads(threads: int) -> list[str]:
-    """Confine this process to so many cores (0: all), before anything starts its threads; what a reader must know."""
-    os.environ["OMP_NUM_THREADS"] = str(
-        threads or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
-    )
+    """Confine this process to so many cores (0: all), before anything starts its threads; what a reader must know.
+
+    XLA's CPU client makes its pool as large as the set of cores that it may use when it starts; OpenMP reads its
+    variable when it is loaded.
+    """
     if not threads:
         return []
+    os.environ["OMP_NUM_THREADS"] = str(threads)
     if not hasattr(os, "sched_setaffinity"):
-        return ["--threads had no effect: this system does not let a process choose its cores"]
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
+        return ["--threads had no effect on jax: this system does not let a process choose its cores"]
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < threads:
+        return [f"--threads {threads}: there are only {len(cores)} core(s)"]
+    if len(cores) > threads and xla_bridge.backends_are_initialized():
+        return [f"--threads {threads} had no effect on jax, which had started before: it used {len(cores)} cores"]
+    os.sched_setaffinity(0, cores[:threads])
     return [f"every way on {threads} core(s)"]
