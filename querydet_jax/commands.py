@@ -18,7 +18,7 @@ from querydet_jax.data.pictures import Pictures
 from querydet_jax.detector import Detector
 from querydet_jax.errors import DataError
 from querydet_jax.evaluation import save_results
-from querydet_jax.evaluation.runner import Evaluation, comparison_table, evaluate_detectors
+from querydet_jax.evaluation.runner import Evaluation, comparison_table, evaluate_detectors, first_images
 from querydet_jax.files import write_json
 from querydet_jax.models import DenseDetector
 from querydet_jax.pictures import look, overview, pictures_of
@@ -43,7 +43,7 @@ def train() -> None:
     def evaluate(model: DenseDetector, dataset: Dataset) -> dict[str, float]:
         runs = evaluate_detectors(
             _detectors(model, config, ()), dataset, config.data, batch_size=config.inference.batch_size,
-            indices=_first(dataset, config.train.eval_images), size_bins=(),
+            indices=first_images(dataset, config.train.eval_images), size_bins=(),
         )  # fmt: skip
         print(comparison_table(runs), flush=True)
         return {
@@ -80,7 +80,7 @@ def evaluate() -> None:
     check_classes(config, dataset)
     out = Path(arguments.out or (source if Path(source).is_dir() else f"runs/{config.name}"))
     detectors = _detectors(model, config, arguments.methods)
-    indices = _first(dataset, arguments.images)
+    indices = first_images(dataset, arguments.images)
     runs = evaluate_detectors(
         detectors,
         dataset,
@@ -190,11 +190,6 @@ def _report(config: Config, runs: dict[str, Evaluation], indices: list[int] | No
         "speed_up": {name: first / run.ms_median for name, run in runs.items() if not np.isnan(run.ms_median)},
         "timing": f"median over batches of {config.inference.batch_size}, detectors in turn, {jax.default_backend()}",
     }
-
-
-def _first(dataset: Dataset, count: int) -> list[int] | None:
-    """The first ``count`` positions; None, which means all, for 0."""
-    return list(range(min(count, len(dataset)))) if count else None
 
 
 def _spread(total: int, count: int) -> list[int]:

@@ -24,7 +24,7 @@ from querydet_jax.benchmark.ladder_cost import (
 )
 from querydet_jax.benchmark.level_cost import Demand, calibrate, observe
 from querydet_jax.benchmark.report import Column, Report, Row, decimals, ms, share, times
-from querydet_jax.benchmark.subject import first_images, open_run
+from querydet_jax.benchmark.subject import open_run
 from querydet_jax.benchmark.timing import interleaved
 from querydet_jax.config import InferenceConfig
 from querydet_jax.data import eval_batches
@@ -32,6 +32,7 @@ from querydet_jax.data.loader import EvalBatches
 from querydet_jax.detector import Detector
 from querydet_jax.errors import ConfigError
 from querydet_jax.evaluation.metrics import text_table
+from querydet_jax.evaluation.runner import first_images
 from querydet_jax.models import DenseDetector
 
 CONFIGURED, PROPOSED, SINGLE, DENSE = "configured", "proposed", "best single capacity", "always dense"

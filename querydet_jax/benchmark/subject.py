@@ -16,7 +16,7 @@ from querydet_jax.config import Config, InferenceConfig, ModelConfig, load_confi
 from querydet_jax.data import Dataset, open_dataset
 from querydet_jax.detector import Detector
 from querydet_jax.errors import ConfigError
-from querydet_jax.evaluation.runner import Evaluation, evaluate_detectors
+from querydet_jax.evaluation.runner import Evaluation, evaluate_detectors, first_images
 from querydet_jax.models import DenseDetector, build_model
 from querydet_jax.ops.anchors import level_shape
 from querydet_jax.runs import check_classes, config_path, open_model
@@ -87,11 +87,6 @@ def random_model(backbone: str, classes: int, channels: int = 256, **changes: An
     return build_model(
         override(ModelConfig(), {"backbone.name": backbone, "num_classes": classes, **widths, **changes})
     )
-
-
-def first_images(dataset: Dataset, count: int) -> list[int] | None:
-    """Positions of the first ``count`` images; None, which means all, for 0."""
-    return list(range(min(count, len(dataset)))) if count else None
 
 
 def random_image(height: int, width: int) -> jax.Array:

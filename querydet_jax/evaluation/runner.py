@@ -132,6 +132,11 @@ def evaluate_detectors(
     return runs
 
 
+def first_images(dataset: Dataset, count: int) -> list[int] | None:
+    """Positions of the first ``count`` images; None, which means all, for 0."""
+    return list(range(min(count, len(dataset)))) if count else None
+
+
 def comparison_table(runs: dict[str, Evaluation]) -> str:
     """One row a detector: accuracy, time, speed-up over the first, share of active cells."""
     header = ["method", "AP", "AP50", "AP75", "APs", "AP<16", "AR100", "ms/image", "FPS", "speed-up", "active cells"]
