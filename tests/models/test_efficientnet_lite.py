@@ -34,8 +34,9 @@ from querydet_jax.config import (
     override,
 )
 from querydet_jax.errors import ConfigError, WeightsError
+from querydet_jax.models import depthwise
 from querydet_jax.models.backbones import build_backbone
-from querydet_jax.models.layers import Conv, depthwise_conv, msra_init
+from querydet_jax.models.layers import Conv, msra_init
 
 HERE = Path(__file__).parent
 FLOAT32 = jnp.dtype("float32")
@@ -104,37 +105,51 @@ def test_same_padding_is_tensorflows(size, stride, shape):
     """XLA's own "SAME" is that of TensorFlow."""
     x = np.random.default_rng(0).normal(size=(1, *shape, 4)).astype(np.float32)
     common = dict(stride=stride, padding="same", init=msra_init, rng=np.random.default_rng(1))
-    for depthwise in (False, True):
-        conv = Conv(4, 4, size, depthwise=depthwise, **common)
+    for channelwise in (False, True):
+        conv = Conv(4, 4, size, depthwise=channelwise, **common)
         expected = jax.lax.conv_general_dilated(
             x,
             conv.kernel[...],
             (stride, stride),
             "SAME",
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            feature_group_count=4 if depthwise else 1,
+            feature_group_count=4 if channelwise else 1,
         )
         np.testing.assert_allclose(conv(jnp.asarray(x)), expected, rtol=0, atol=1e-5)
 
 
-def test_depthwise_gradients():
-    """The shifted form differentiates to the same as the grouped convolution."""
+@pytest.mark.parametrize(
+    ("size", "stride", "padding"),
+    [
+        (3, 1, [(1, 1), (1, 1)]),
+        (3, 2, [(0, 1), (1, 1)]),
+        (5, 2, [(2, 2), (1, 2)]),
+        (3, 1, [(0, 0), (2, 0)]),
+        (2, 3, [(0, 0), (1, 0)]),
+    ],
+)
+def test_depthwise_gradients(size, stride, padding, monkeypatch):
+    """The shifted form differentiates to the same as the grouped convolution, whatever the block of rows."""
+    monkeypatch.setattr(depthwise, "_BLOCK", 30)  # two rows of the small map a turn
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(2, 9, 8, 3)), jnp.float32)
-    kernel = jnp.asarray(rng.normal(size=(5, 5, 1, 3)), jnp.float32)
-    padding = [(2, 2), (1, 2)]
+    kernel = jnp.asarray(rng.normal(size=(size, size, 1, 3)), jnp.float32)
 
     def grouped(x, kernel):
         return jax.lax.conv_general_dilated(
-            x, kernel, (2, 2), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=3
+            x,
+            kernel,
+            (stride, stride),
+            padding,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=3,
         )
 
     def loss(function):
         return jax.jit(jax.grad(lambda x, k: jnp.sum(jnp.sin(function(x, k))), (0, 1)))
 
-    for a, b in zip(
-        loss(lambda x, k: depthwise_conv(x, k, 2, padding))(x, kernel), loss(grouped)(x, kernel), strict=True
-    ):
+    found = loss(lambda x, k: depthwise.depthwise_conv(x, k, stride, padding))(x, kernel)
+    for a, b in zip(found, loss(grouped)(x, kernel), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-4)
 
 
