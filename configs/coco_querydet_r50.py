@@ -2,7 +2,8 @@
 
 Reproduces: AP 38.53 dense at 4.85 FPS, 38.36 with CSQ at 14.88 FPS (paper, one RTX 2080Ti).
 Command: python train.py configs/coco_querydet_r50.py --data.root COCO --train.init R-50.pkl
-  COCO: a folder with annotations/instances_{train,val}2017.json, train2017/, val2017/.
+  COCO: a folder with annotations/instances_{train,val}2017.json, train2017/, val2017/; or, with --data.source tfds,
+  the data directory of a copy in ArrayRecord (python -m querydet_jax.data prepare-coco).
   R-50.pkl: detectron2's ImageNetPretrained/MSRA/R-50.pkl.
 Learning rate and schedule are for 16 images a step, over any number of devices.
 Measured here: not measured; needs COCO and an accelerator.

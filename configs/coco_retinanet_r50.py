@@ -5,27 +5,20 @@ Command: python train.py configs/coco_retinanet_r50.py --data.root COCO --train.
 Measured here: not measured; needs COCO and an accelerator.
 """
 
-from querydet_jax.config import (
-    Config,
-    DataConfig,
-    HeadConfig,
-    InferenceConfig,
-    LossConfig,
-    ModelConfig,
-    QueryConfig,
-    TrainConfig,
-)
+from pathlib import Path
 
-config = Config(
-    name="coco_retinanet_r50",
-    model=ModelConfig(
-        num_classes=80,
-        min_level=3,
-        head=HeadConfig(box_bias="zero"),
-        query=QueryConfig(enabled=False),
-        loss=LossConfig(matcher="standard", level_weighting="uniform"),
-    ),
-    data=DataConfig(source="coco", root="coco"),
-    train=TrainConfig(batch_size=16, steps=90_000, learning_rate=0.01, decay_steps=(60_000, 80_000)),
-    inference=InferenceConfig(query="dense", score_threshold=0.05, max_detections=200),
+from querydet_jax.config import load_config
+
+config = load_config(
+    Path(__file__).with_name("coco_querydet_r50.py"),
+    {
+        "name": "coco_retinanet_r50",
+        "model.min_level": 3,
+        "model.head.box_bias": "zero",
+        "model.query.enabled": False,
+        "model.loss.matcher": "standard",
+        "model.loss.level_weighting": "uniform",
+        "inference.query": "dense",
+        "inference.score_threshold": 0.05,
+    },
 )

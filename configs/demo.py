@@ -2,6 +2,7 @@
 
 Reproduces: nothing of the paper; shows that everything works, in minutes on two CPU cores.
 Command: make demo    (python train.py configs/demo.py && python eval.py runs/demo)
+Measured: README.md.
 """
 
 from querydet_jax.config import Config, DataConfig, InferenceConfig, TrainConfig, small_model

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -19,18 +19,21 @@ from querydet_jax.runs import config_path
 Arguments = TypeVar("Arguments")
 
 
-def parse(kind: type[Arguments], description: str) -> tuple[Arguments, Config, str]:
+def parse(
+    kind: type[Arguments], description: str, *, words: Sequence[str] | None = None, program: str = ""
+) -> tuple[Arguments, Config, str]:
     """The command's own arguments, the configuration with its overrides, and the source it came from.
 
     The first word of the command line names a configuration file or a run folder; every field of the
     configuration is a flag by its dotted name (``--train.steps 100``), whose default is the
-    configuration's own value. ``kind`` is a dataclass whose fields all have defaults.
+    configuration's own value. ``kind`` is a dataclass whose fields all have defaults. A command of a
+    group gives its own part of the command line, ``words``, and its ``program``, the words before.
     """
-    words = sys.argv[1:]
+    words, program = sys.argv[1:] if words is None else list(words), program or Path(sys.argv[0]).name
     source = words[0] if words and not words[0].startswith("-") else None
     if source is None and not any(word in ("-h", "--help") for word in words):
         raise QueryDetError(
-            f"{Path(sys.argv[0]).name}: name a configuration file (configs/...) or a run folder first; --help explains"
+            f"{program}: name a configuration file (configs/...) or a run folder first; --help explains"
         )
     default = load_config(config_path(source)) if source is not None else Config()
     # One flat set of flags: the command's own and the configuration's, without a prefix for either.
@@ -40,7 +43,7 @@ def parse(kind: type[Arguments], description: str) -> tuple[Arguments, Config, s
         both,
         args=words[1:] if source is not None else words,
         default=both(kind(), default),
-        prog=f"{Path(sys.argv[0]).name} {source or 'CONFIG_OR_RUN'}",
+        prog=f"{program} {source or 'CONFIG_OR_RUN'}",
         description=description,
     )
     arguments, config = parsed.command, parsed.config

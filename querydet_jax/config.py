@@ -147,9 +147,10 @@ class DataConfig:
     """
 
     # coco: json and images. visdrone: the official folders, text files. yolo: text files, data.yaml.
-    # scenes: generated.
-    source: Literal["coco", "visdrone", "yolo", "scenes"] = "scenes"
+    # tfds: a prepared copy of coco/2017 in ArrayRecord. scenes: generated.
+    source: Literal["coco", "visdrone", "yolo", "tfds", "scenes"] = "scenes"
     root: str = ""
+    tfds_name: str = "coco/2017"  # tfds: builder/configuration, its splits being train and validation
     # Relative to root. Annotations: a json (coco) or the folder of labels (yolo; visdrone has its
     # own). Images: their folder (coco, yolo) or the split's (visdrone). Empty: as the data set is
     # distributed, annotations/instances_train2017.json, train2017 (coco), VisDrone2019-DET-train
@@ -373,6 +374,13 @@ def check(config: Config) -> None:
         raise ConfigError(
             f"data.train_annotations {data.train_annotations!r}, val_annotations {data.val_annotations!r}: source "
             "visdrone reads the annotations/ beside its images/; leave them empty"
+        )
+    if data.source == "tfds" and (
+        data.train_annotations or data.train_images or data.val_annotations or data.val_images
+    ):
+        raise ConfigError(
+            "data.train_annotations, train_images, val_annotations, val_images: source tfds reads data.tfds_name under "
+            "data.root; leave them empty"
         )
     if config.classes and len(config.classes) != model.num_classes:
         raise ConfigError(

@@ -1,22 +1,29 @@
-"""Preparing data: `python -m querydet_jax.data --help`."""
+"""Preparing data and counting what is in it: `python -m querydet_jax.data --help`."""
 
 from __future__ import annotations
 
 import signal
+import sys
 from typing import Annotated
 
 import tyro
 
 from querydet_jax.cli import run
 from querydet_jax.data.prepare import prepare_visdrone
+from querydet_jax.report.command import report
 
 
 def main() -> None:
     """Do what the command line names."""
     # Being ended is to clean up as Ctrl-C does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if sys.argv[1:2] == ["report"]:  # takes a configuration with all its fields, as train.py does
+        report()
+        return
     tyro.extras.subcommand_cli_from_dict(
-        {"prepare-visdrone": _prepare_visdrone}, prog="python -m querydet_jax.data", description="Prepare data."
+        {"prepare-visdrone": _prepare_visdrone, "prepare-coco": _prepare_coco, "report": report},
+        prog="python -m querydet_jax.data",
+        description="Prepare data, or count what is in it.",
     )
 
 
@@ -35,6 +42,24 @@ def _prepare_visdrone(
       overwrite: Replace a folder that was prepared before.
     """
     print(prepare_visdrone(folder, out, patches=patches, overwrite=overwrite))
+
+
+def _prepare_coco(
+    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="COCO_FOLDER")],
+    out: Annotated[str, tyro.conf.arg(metavar="DATA_DIR")],
+    overwrite: bool = False,
+) -> None:
+    """Write COCO 2017 once in ArrayRecord, laid out as tensorflow_datasets' coco/2017, for --data.source tfds.
+
+    Args:
+      source: COCO as distributed (annotations/instances_train2017.json, train2017/, the same for val), or the
+        folder of a copy that tensorflow_datasets made in tfrecord (DATA_DIR/coco/2017/1.1.0).
+      out: The TFDS data directory to write coco/2017/1.1.0 in; it appears when it is complete.
+      overwrite: Replace a copy in ArrayRecord that is there.
+    """
+    from querydet_jax.data.tfds_prepare import prepare_coco  # slow to import, and rarely needed
+
+    print(prepare_coco(source, out, overwrite=overwrite))
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ class CocoDataset(Dataset):
         position = {identifier: i for i, identifier in enumerate(self._ids)}
         k_of = {identifier: k for k, identifier in enumerate(self.category_ids)}
         owner = np.array([position[e["image_id"]] for e in self._entries], np.int64)
-        order = np.argsort(owner, kind="stable")
+        self._order = order = np.argsort(owner, kind="stable")
         boxes = np.array([e["bbox"] for e in self._entries], np.float64).reshape(-1, 4)[order]
         boxes[:, 2:] += boxes[:, :2]
         h, w = np.array(self._sizes, np.float64)[owner[order]].T
@@ -79,8 +79,18 @@ class CocoDataset(Dataset):
         part = slice(self._starts[i], self._starts[i + 1])
         return Annotation(self._boxes[part], self._classes[part], self._crowd[part])
 
+    def entries(self, i: int) -> list[dict[str, Any]]:
+        """The file's own entries of the boxes of ``annotation(i)``: id, image_id, category_id, bbox, area, iscrowd.
+
+        The last two where the file has them; boxes as it has them, not clipped.
+        """
+        return [self._entries[n] for n in self._order[self._starts[i] : self._starts[i + 1]]]
+
+    def image_path(self, i: int) -> Path:
+        return self._folder / self._names[i]
+
     def load(self, i: int) -> np.ndarray:
-        path = self._folder / self._names[i]
+        path = self.image_path(i)
         return read_image(path, str(path), self._sizes[i])
 
     def coco_ground_truth(self) -> dict[str, Any]:
@@ -210,7 +220,7 @@ def _annotations(
             raise DataError(f"{where} has iscrowd {item['iscrowd']!r}; give 0 or 1")
         if "area" in item and not _is_finite(item["area"]):
             raise DataError(f"{where} has area {item['area']!r}; give a finite number or leave it out")
-        kept.append({k: item[k] for k in ("image_id", "category_id", "bbox", "area", "iscrowd") if k in item})
+        kept.append({k: item[k] for k in ("id", "image_id", "category_id", "bbox", "area", "iscrowd") if k in item})
     if empty:
         _log.warning("%s: left out %d of %d boxes, which have no width or no height", path, empty, len(items))
     return kept

@@ -64,6 +64,13 @@ class Dataset(abc.ABC):
           DataError: the image is missing, damaged or not of ``size(i)``.
         """
 
+    def official_truth(self, i: int) -> np.ndarray | None:
+        """The ground truth of image i for VisDrone's official evaluation, int32 [n, 8] as in its text files.
+
+        None in a data set that is not evaluated so.
+        """
+        return None
+
     def coco_ground_truth(self) -> dict[str, Any]:
         """The ground truth as the dictionary that a COCO ``instances_*.json`` holds.
 
@@ -74,19 +81,27 @@ class Dataset(abc.ABC):
             height, width = self.size(i)
             images.append({"id": self.image_id(i), "file_name": self.file_name(i), "height": height, "width": width})
             truth = self.annotation(i)
-            for box, k, crowd in zip(truth.boxes.tolist(), truth.classes.tolist(), truth.crowd.tolist(), strict=True):
-                x0, y0, x1, y1 = box
+            boxes, areas = self._truth_boxes(i)
+            for box, area, k, crowd in zip(
+                boxes.tolist(), areas.tolist(), truth.classes.tolist(), truth.crowd.tolist(), strict=True
+            ):
                 annotations.append(
                     {
                         "id": len(annotations) + 1,
                         "image_id": self.image_id(i),
                         "category_id": self.category_ids[k],
-                        "bbox": [x0, y0, x1 - x0, y1 - y0],
-                        "area": (x1 - x0) * (y1 - y0),
+                        "bbox": box,
+                        "area": area,
                         "iscrowd": int(crowd),
                     }
                 )
         return {"images": images, "annotations": annotations, "categories": self._coco_categories()}
+
+    def _truth_boxes(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        """Of the boxes of ``annotation(i)``, what the ground truth states: [n, 4] (x, y, width, height), areas [n]."""
+        boxes = self.annotation(i).boxes.astype(np.float64)
+        sides = boxes[:, 2:] - boxes[:, :2]
+        return np.concatenate([boxes[:, :2], sides], axis=1), np.prod(sides, axis=1)
 
     def _coco_categories(self) -> list[dict[str, Any]]:
         return [{"id": i, "name": name} for i, name in zip(self.category_ids, self.classes, strict=True)]

@@ -54,10 +54,27 @@ def read_image(source: Path | bytes, name: str, size: tuple[int, int] | None = N
     except DataError:
         raise
     except _BROKEN as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(
-            f"{name}: not readable as an image ({reason}); restore the file or remove its entry from the annotations"
-        ) from None
+        raise _unreadable(name, error) from None
+
+
+def stored_size(encoded: bytes, name: str) -> tuple[int, int]:
+    """(height, width) of an encoded image in pixels as stored, before any EXIF rotation, without decoding it.
+
+    Raises:
+      DataError: no image.
+    """
+    try:
+        with Image.open(io.BytesIO(encoded)) as image:
+            return image.height, image.width
+    except _BROKEN as error:
+        raise _unreadable(name, error) from None
+
+
+def _unreadable(name: str, error: BaseException) -> DataError:
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return DataError(
+        f"{name}: not readable as an image ({reason}); restore the file or remove its entry from the annotations"
+    )
 
 
 def _to_rgb(image: Image.Image, name: str) -> np.ndarray:

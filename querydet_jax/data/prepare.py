@@ -10,13 +10,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from querydet_jax.data.visdrone import PATCHES, VisDroneDataset
+from querydet_jax.data.visdrone import PATCHES, PREPARED, VisDroneDataset
 from querydet_jax.errors import DataError
-from querydet_jax.files import write_json
+from querydet_jax.files import folder_written_aside, write_json
 from querydet_jax.progress import progress
 
-JSON = "instances.json"
-_CONTENTS = {JSON, "images", "annotations"}
+_CONTENTS = {PREPARED, "images", "annotations"}
 _QUALITY = 95  # JPEG, OpenCV's default, with which the published code writes its patches
 
 
@@ -44,26 +43,18 @@ def prepare_visdrone(folder: str | Path, out: str | Path, *, patches: bool = Fal
     out, source = Path(out).resolve(), Path(folder).resolve()
     _refuse(out, source, overwrite)
     dataset = VisDroneDataset(folder, patches=patches)
-    aside, former = (out.with_name(f".{out.name}.{os.getpid()}{end}") for end in ("", ".old"))
     try:
-        for name in ("images", "annotations"):
-            (aside / name).mkdir(parents=True)
-        _write_images(dataset, aside)
-        truth = dataset.coco_ground_truth()
-        write_json(aside / JSON, truth)
-        if out.exists():
-            os.rename(out, former)
-        os.rename(aside, out)
+        with folder_written_aside(out) as aside:
+            for name in ("images", "annotations"):
+                (aside / name).mkdir()
+            _write_images(dataset, aside)
+            truth = dataset.coco_ground_truth()
+            write_json(aside / PREPARED, truth)
     except OSError as error:
         raise DataError(
             f"{out}: not prepared, nothing is left of it ({error}); make the images readable, and give --out a folder "
             "that can be written, with space for them"
         ) from None
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-        if former.exists() and not out.exists():  # it ended between the two renames
-            os.rename(former, out)
-        shutil.rmtree(former, ignore_errors=True)
     return f"wrote {len(dataset)} images with {len(truth['annotations'])} boxes to {out}"
 
 

@@ -1,15 +1,12 @@
 """Generated scenes as a TensorFlow Datasets builder, stored once in ArrayRecord and read at random.
 
-TensorFlow itself is not needed: images go in as PNG bytes and come out as PNG bytes. Only this file
-imports tensorflow_datasets.
+TensorFlow itself is not needed: images go in as PNG bytes and come out as PNG bytes.
 """
 
 from __future__ import annotations
 
-import contextlib
 import io
 import logging
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +14,11 @@ from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
-from absl import logging as absl_logging
 from PIL import Image
 
 from querydet_jax.data.dataset import Annotation, Dataset
 from querydet_jax.data.images import read_image
+from querydet_jax.data.records import Records, quiet
 from querydet_jax.data.scenes import CLASSES, draw_scene
 from querydet_jax.errors import ConfigError, DataError
 from querydet_jax.progress import progress
@@ -124,30 +121,13 @@ class ScenesDataset(Dataset):
         self._split, self._count = split, getattr(config, split)
         self._size = getattr(config, f"{split}_size")
         self._folder = prepare(Path(root), config)
-        self._lock = threading.Lock()
-        self._opened: Any = None
+        self._records = Records(self._folder, split)
         try:
-            self._annotations = [_annotation(record) for record in self._source()]
+            self._annotations = [_annotation(record) for record in self._records]
         except Exception as error:  # of several libraries, for files cut short or altered
             raise self._unreadable(error) from None
         if len(self._annotations) != self._count:
             raise self._unreadable(f"{len(self._annotations)} pictures instead of {self._count}")
-
-    def __getstate__(self) -> dict[str, Any]:  # open files stay in their process
-        return {**self.__dict__, "_opened": None, "_lock": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, _lock=threading.Lock())
-
-    def _source(self) -> Any:
-        with self._lock:
-            if self._opened is None:
-                with _quiet():
-                    builder: Any = tfds.builder_from_directory(self._folder)
-                    self._opened = builder.as_data_source(
-                        split=self._split, decoders={"image": tfds.decode.SkipDecoding()}
-                    )
-            return self._opened
 
     def _unreadable(self, reason: object) -> DataError:
         first = (str(reason).splitlines() or [type(reason).__name__])[0]
@@ -170,7 +150,7 @@ class ScenesDataset(Dataset):
 
     def load(self, i: int) -> np.ndarray:
         try:
-            encoded = self._source()[i]["image"]
+            encoded = self._records[i]["image"]
         except Exception as error:  # as above
             raise self._unreadable(error) from None
         return read_image(encoded, f"{self._folder} {self.file_name(i)}", self._size)
@@ -186,7 +166,7 @@ def prepare(root: Path, config: SceneConfig) -> Path:
       DataError: the folder cannot be written.
     """
     try:
-        with _quiet():
+        with quiet():
             builder = QuerydetScenes(config=config, data_dir=root)
             folder = Path(builder.data_dir)
             if folder.is_dir():
@@ -206,20 +186,6 @@ def prepare(root: Path, config: SceneConfig) -> Path:
             f"{root}: generated scenes cannot be written ({error.strerror or error}); set data.root to a folder "
             "that can be, with space for them"
         ) from None
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps tensorflow_datasets from reporting a download that is none, and what is as it should be."""
-    before = absl_logging.get_verbosity()
-    absl_logging.set_verbosity(absl_logging.ERROR)
-    tfds.disable_progress_bar()
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        tfds.enable_progress_bar()
-        absl_logging.set_verbosity(before)
 
 
 def _annotation(record: dict[str, Any]) -> Annotation:

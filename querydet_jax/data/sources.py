@@ -20,13 +20,14 @@ def open_dataset(data: DataConfig, split: Literal["train", "val"]) -> Dataset:
 
     Args:
       data: ``source`` "coco", "visdrone" and "yolo" read the split's folders under ``root`` ("" is
-        the current directory); "scenes" reads generated pictures under ``root`` ("" is
-        ``datasets``), drawing them first if they are not there.
+        the current directory); "tfds" reads ``tfds_name`` in the TFDS data directory ``root`` ("" is
+        TFDS's own); "scenes" reads generated pictures under ``root`` ("" is ``datasets``), drawing
+        them first if they are not there.
       split: which half.
 
     Raises:
-      ConfigError, DataError: see ``CocoDataset``, ``VisDroneDataset``, ``YoloDataset``, ``read_names``
-        and ``ScenesDataset``.
+      ConfigError, DataError: see ``CocoDataset``, ``VisDroneDataset``, ``YoloDataset``, ``read_names``,
+        ``TfdsCocoDataset`` and ``ScenesDataset``.
     """
     if data.source == "scenes":
         from querydet_jax.data.scenes_builder import ScenesDataset, scene_config  # slow to import, and rarely needed
@@ -34,6 +35,10 @@ def open_dataset(data: DataConfig, split: Literal["train", "val"]) -> Dataset:
         val_size = data.scenes_val_size if any(data.scenes_val_size) else data.scenes_size
         config = scene_config(data.scenes_train, data.scenes_val, data.scenes_size, val_size, data.scenes_seed)
         return ScenesDataset(data.root or "datasets", split, config)
+    if data.source == "tfds":
+        from querydet_jax.data.tfds_coco import TfdsCocoDataset  # as above
+
+        return TfdsCocoDataset(data.root, data.tfds_name, split)
     root = Path(data.root)
     images, annotations = (
         (data.train_images, data.train_annotations) if split == "train" else (data.val_images, data.val_annotations)

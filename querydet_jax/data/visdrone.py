@@ -27,6 +27,7 @@ CLASSES = (
 )  # fmt: skip
 OTHERS = 11  # category of objects of no class; 0 is that of ignored regions
 PATCHES = 4  # an image: top left, top right, bottom left, bottom right
+PREPARED = "instances.json"  # what a folder that prepare-visdrone wrote has beside images/ and annotations/
 
 _COLUMNS = "left,top,width,height,score,category,truncation,occlusion"
 _INTEGER = r"\s*(-?[0-9]{1,9})\s*"
@@ -53,7 +54,8 @@ class VisDroneDataset(Dataset):
 
     Raises:
       DataError: a folder missing or empty; an image without annotation file or the reverse; two
-        images of one name; a malformed line; a file that is no image.
+        images of one name; a malformed line; a file that is no image; patches of a folder that
+        ``prepare-visdrone`` filled with patches.
     """
 
     classes = CLASSES
@@ -68,6 +70,11 @@ class VisDroneDataset(Dataset):
                     "annotations (data.root, data.train_images or val_images)"
                 )
         self._names, self._texts = self._paired()
+        if patches and self._are_patches():
+            raise DataError(
+                f"{self.folder}: its images are patches already, which prepare-visdrone cut; do not cut them again: "
+                "leave out --patches, or set --data.no-patches"
+            )
         # Training asks for the boxes of all images before the first step, and patches need the sizes.
         self._sizes = image_sizes([self.folder / "images" / name for name in self._names], upright=False)
         if patches and min(map(min, self._sizes)) < 2:
@@ -106,6 +113,12 @@ class VisDroneDataset(Dataset):
                     "this image; restore it (an empty file says that nothing is there) or remove the image"
                 )
         return list(images.values()), [texts[stem] for stem in images]
+
+    def _are_patches(self) -> bool:
+        """Whether ``prepare-visdrone --patches`` wrote the folder: every image is one of four with ``_0`` to ``_3``."""
+        stems = {Path(name).with_suffix("").as_posix() for name in self._names}
+        fours = {f"{stem[:-2]}_{patch}" for stem in stems for patch in range(PATCHES)}
+        return stems == fours and (self.folder / PREPARED).is_file()
 
     def image_path(self, i: int) -> Path:
         """The file that holds image i, or the image that patch i is cut from."""

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from querydet_jax.config import ModelConfig
+from querydet_jax.config import AnchorConfig, ModelConfig
 from querydet_jax.models.heads import DetectionHead
 from querydet_jax.models.skeleton import Candidates, DenseDetector, Losses, Outputs, level_weights
 from querydet_jax.ops.anchors import anchors_at, cell_anchors, grid_anchors
@@ -180,5 +180,9 @@ class RetinaNet(DenseDetector):
         )
 
     def _cell_anchors(self, level: int) -> np.ndarray:
-        anchors = self.config.anchors
-        return cell_anchors(anchors.scale * 2**level, anchors.sizes_per_octave, anchors.ratios)
+        return level_anchors(self.config.anchors, level)
+
+
+def level_anchors(config: AnchorConfig, level: int) -> np.ndarray:
+    """Anchors ``[A, 4]`` of a cell of P_level around the cell's anchor centre, in px."""
+    return cell_anchors(config.scale * 2**level, config.sizes_per_octave, config.ratios)

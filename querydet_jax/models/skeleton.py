@@ -19,7 +19,7 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from querydet_jax.config import ModelConfig
+from querydet_jax.config import AnchorConfig, ModelConfig
 from querydet_jax.models.backbones import build_backbone
 from querydet_jax.models.backbones.resnet import is_bgr, pixel_statistics
 from querydet_jax.models.fpn import FPN
@@ -166,8 +166,8 @@ class DenseDetector(nnx.Module):
         return per_image(target, boxes, classes)
 
     def query_scale_range(self, level: int) -> tuple[float, float]:
-        """[0, s_l): objects of such a scale are small on P_l; s_l is the smallest anchor there."""
-        return 0.0, self.config.anchors.scale * 2**level
+        """See the function of this name."""
+        return query_scale_range(self.config.anchors, level)
 
     def trainable(self) -> nnx.filterlib.Filter:
         """Filter of the parameters an optimiser may change: all but what ``freeze_at`` freezes."""
@@ -177,6 +177,11 @@ class DenseDetector(nnx.Module):
             return path[0] == "backbone" and path[1] in frozen
 
         return nnx.All(nnx.Param, nnx.Not(is_frozen))
+
+
+def query_scale_range(anchors: AnchorConfig, level: int) -> tuple[float, float]:
+    """[0, s_l) in px: objects of such a scale are small on P_l; s_l is the smallest anchor there."""
+    return 0.0, anchors.scale * 2**level
 
 
 def level_weights(config: ModelConfig) -> tuple[float, ...]:

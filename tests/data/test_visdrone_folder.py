@@ -239,6 +239,22 @@ def test_prepared_patches_are_the_patches(split, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["VisDrone2019-DET-train", "prepared"]
 
 
+def test_patches_are_not_cut_again(split, tmp_path):
+    prepare_visdrone(split, tmp_path / "whole")
+    assert len(VisDroneDataset(tmp_path / "whole", patches=True)) == 8
+    out = tmp_path / "prepared"
+    prepare_visdrone(tmp_path / "whole", out, patches=True)
+    for cut in (VisDroneDataset, lambda folder, patches: prepare_visdrone(folder, split / "x", patches=patches)):
+        with pytest.raises(DataError) as error:
+            cut(out, patches=True)
+        assert str(error.value).startswith(f"{out}: its images are patches already")
+        assert "--data.no-patches" in str(error.value) and "\n" not in str(error.value)
+    # An odd number of pictures of the same form of name are pictures.
+    for kind, suffix in (("images", "jpg"), ("annotations", "txt")):
+        (out / kind / f"a_2.{suffix}").unlink()
+    assert len(VisDroneDataset(out, patches=True)) == 7 * 4
+
+
 def test_prepared_pixels_are_close(split, tmp_path):
     y, x = np.mgrid[:41, :61]
     smooth = np.stack([4 * x, 4 * y, 2 * (x + y)], axis=2).astype(np.uint8)

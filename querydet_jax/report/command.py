@@ -1,0 +1,48 @@
+"""`python -m querydet_jax.data report`."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from querydet_jax.cli import parse
+from querydet_jax.data import open_dataset
+from querydet_jax.errors import DataError
+from querydet_jax.files import write_csv, write_json
+from querydet_jax.plots import NEEDS, save_plot
+from querydet_jax.report import figure
+from querydet_jax.report.findings import image_rows, measure, results
+from querydet_jax.report.tables import text
+
+
+@dataclass(frozen=True)
+class ReportArguments:
+    split: Literal["train", "val"] = "train"
+    """Which half of the data set, under its own resize rule."""
+    out: str = ""
+    """Folder for report.json, images.csv and report.png (default: data-SPLIT in the run folder, or in runs/NAME)."""
+
+
+def report() -> None:
+    """Count what a data set asks of a configuration: sizes, anchors, queries, buffers. Takes CONFIG and its fields."""
+    arguments, config, source = parse(
+        ReportArguments,
+        "Count what a data set asks of a configuration, without reading an image.",
+        words=sys.argv[2:],
+        program="python -m querydet_jax.data report",
+    )
+    above = Path(source) if Path(source).is_dir() else Path("runs") / config.name
+    out = Path(arguments.out) if arguments.out else above / f"data-{arguments.split}"
+    found = measure(open_dataset(config.data, arguments.split), config, arguments.split)
+    counted: dict[str, Any] = results(found)
+    print(text(counted, config))
+    try:
+        write_json(out / "report.json", counted, indent=2)
+        write_csv(out / "images.csv", image_rows(found))
+        plotted = save_plot(partial(figure.draw, found=found, results=counted), out / "report.png", figure.SIZE)
+    except OSError as error:
+        raise DataError(f"{out}: not writable ({error}); give --out a folder that is") from None
+    print(f"wrote to {out}: report.json, images.csv, " + ("report.png" if plotted else f"no report.png, which {NEEDS}"))
