@@ -17,7 +17,7 @@ from querydet_jax.data import Dataset, open_dataset
 from querydet_jax.data.pictures import Pictures
 from querydet_jax.detector import Detector
 from querydet_jax.errors import DataError
-from querydet_jax.evaluation import save_results
+from querydet_jax.evaluation.output import write_scores
 from querydet_jax.evaluation.runner import Evaluation, comparison_table, evaluate_detectors, first_images
 from querydet_jax.files import write_json
 from querydet_jax.models import DenseDetector
@@ -49,7 +49,7 @@ def train() -> None:
         return {
             f"{name}/{key}": value
             for name, result in runs.items()
-            for key, value in {**result.metrics.metrics, "ms_per_image": result.ms_median}.items()
+            for key, value in {**result.scores.named(), "ms_per_image": result.ms_median}.items()
         }
 
     run_training(config, run, resume=arguments.resume, evaluate=evaluate)
@@ -61,7 +61,7 @@ class EvalArguments:
     weights: str = ""
     """Weight file (.pth .pkl .npz .safetensors) or run folder, where the source is a configuration file."""
     out: str = ""
-    """Folder for report.json, detections and pictures (default: the run folder, or runs/NAME)."""
+    """Folder for report.json, detections, curves and pictures (default: the run folder, or runs/NAME)."""
     methods: tuple[str, ...] = ()
     """Of dense, csq, cq, ccq (default: dense, and csq if the model has a query head)."""
     images: int = 0
@@ -69,7 +69,7 @@ class EvalArguments:
     pictures: int = 6
     """Images to draw."""
     query_recall: bool = True
-    """Also count which objects the queries reach (a second, untimed pass)."""
+    """Also count which objects the queries reach, at several thresholds (a second, untimed pass)."""
 
 
 def evaluate() -> None:
@@ -90,12 +90,15 @@ def evaluate() -> None:
         query_recall=arguments.query_recall,
     )
     for name, result in runs.items():
-        print(f"\n{name}: {result.metrics.table()}")
+        print(f"\n{name}: {result.scores.table()}")
         for level, recall in result.recall.items():
-            print(f"\nobjects whose centre cell is a key on P{level} ({name}):\n{recall.table()}")
-        save_results(out / f"detections_{name}.json", result.results)
+            print(
+                f"\nquery recall on P{level} ({name}): percent of the objects whose centre cell is a key, "
+                f"by query threshold (*: as configured)\n{recall.table()}"
+            )
     print(f"\n{comparison_table(runs)}\n\n{machine.one_line()}")
     write_json(out / "report.json", _report(config, runs, indices), indent=2)
+    written = write_scores(out, {name: result.scores for name, result in runs.items()})
     names = config.classes or dataset.classes
     drawn = _spread(len(dataset) if indices is None else len(indices), arguments.pictures)
     if drawn:
@@ -103,10 +106,8 @@ def evaluate() -> None:
             truth = dataset.annotation(seen.index).boxes
             sheet = overview(seen, pictures_of(seen, names, config.inference.threshold, truth=truth))
             save_image(out / "pictures" / f"{Path(dataset.file_name(seen.index)).stem}.jpg", sheet)
-    print(
-        f"wrote {out}/report.json, detections_*.json"
-        + (f" and {len(drawn)} pictures in {out}/pictures" if drawn else "")
-    )
+    pictures = [f"pictures/ ({len(drawn)})"] if drawn else []
+    print(f"wrote to {out}: {', '.join(['report.json', *written, *pictures])}")
 
 
 @dataclass(frozen=True)

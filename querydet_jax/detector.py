@@ -6,6 +6,7 @@ Shape letters: B batch, H W image, h w map, M candidates, D detections.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -88,6 +89,7 @@ class Detector:
         self.config = config
         self._graph, self._state = split_for_inference(model)
         self._run = jax.jit(partial(_detect, self._graph, config))
+        self._dense_part = jax.jit(partial(_dense_part, self._graph, config))
         self._trace = jax.jit(partial(_trace, self._graph, config))
 
     def update(self, model: DenseDetector) -> None:
@@ -101,9 +103,22 @@ class Detector:
 
     def trace(self, images: Array | np.ndarray, sizes: Array | np.ndarray | None = None) -> QueryTrace:
         """Query probabilities, keys and active cells by level, for pictures and statistics."""
+        (trace,) = self.traces(images, sizes, (self.config.threshold,))
+        return trace
+
+    def traces(
+        self, images: Array | np.ndarray, sizes: Array | np.ndarray | None, thresholds: Sequence[float]
+    ) -> Iterator[QueryTrace]:
+        """``trace`` at other query thresholds than the configured one, a trace a threshold.
+
+        At each the cascade itself runs, since a level's query probabilities exist only at the keys that the
+        level above leaves it, and depend on which cells are active around these. What lies before it is
+        computed once, and the threshold is an argument of the compiled program: all share one.
+        """
         if self.config.query == "dense":
             raise ConfigError("inference.query dense computes no queries; use inference.query csq")
-        return self._trace(self._state, *_inputs(images, sizes))
+        pyramid = self._dense_part(self._state, *_inputs(images, sizes))
+        return (self._trace(self._state, pyramid, jnp.float32(threshold)) for threshold in thresholds)
 
     def lower(self, shape: tuple[int, int, int]) -> jax.stages.Lowered:
         """The program for images ``[B, H, W, 3]``, for cost analysis or compilation ahead of time."""
@@ -162,9 +177,14 @@ def _detect(graph: nnx.GraphDef, config: InferenceConfig, state: PyTree, images:
     return Detections(*detections, stats={level: result.stats for level, result in results.items()})
 
 
-def _trace(graph: nnx.GraphDef, config: InferenceConfig, state: PyTree, images: Array, sizes: Array) -> QueryTrace:
-    model = nnx.merge(graph, state)
-    start, results = _run_cascade(model, config, _pyramid(model, config, images, sizes))
+def _dense_part(graph: nnx.GraphDef, config: InferenceConfig, state: PyTree, images: Array, sizes: Array) -> Pyramid:
+    return _pyramid(nnx.merge(graph, state), config, images, sizes)
+
+
+def _trace(
+    graph: nnx.GraphDef, config: InferenceConfig, state: PyTree, pyramid: Pyramid, threshold: Array
+) -> QueryTrace:
+    start, results = _run_cascade(nnx.merge(graph, state), config, pyramid, threshold)
     probability = {config.start_level: jax.nn.sigmoid(start)}
     for level, result in results.items():
         if result.query_logits is not None:
@@ -201,7 +221,7 @@ def _candidates(
     pyramid = _pyramid(model, config, images, sizes)
     results: dict[int, LevelResult] = {}
     if config.query != "dense":
-        _, results = _run_cascade(model, config, pyramid)
+        _, results = _run_cascade(model, config, pyramid, config.threshold)
     found = [result.reduced for result in results.values()]
     for level, x in pyramid.dense.items():
         if level in results:
@@ -213,7 +233,7 @@ def _candidates(
 
 
 def _run_cascade(
-    model: DenseDetector, config: InferenceConfig, pyramid: Pyramid
+    model: DenseDetector, config: InferenceConfig, pyramid: Pyramid, threshold: float | Array
 ) -> tuple[Array, dict[int, LevelResult]]:
     query_head = model.query_head
     assert query_head is not None, "Detector has checked that the model has a query head"
@@ -233,7 +253,7 @@ def _run_cascade(
         query_head.stack(),
         partial(model.candidates, topk=config.topk),
         SparseOptions(
-            config.threshold,
+            threshold,
             config.context,
             config.capacities,
             config.chunk,

@@ -23,7 +23,8 @@ class Seen:
       index: position in the data set.
       image: uint8 RGB ``[H, W, 3]``, as stored.
       boxes, scores, classes: detections in px of ``image``.
-      scale: pixels of ``image`` a pixel of the network input.
+      scale: pixels of ``image`` a pixel of the network input; down and across differ by rounding, and this
+        is the larger, by which the maps cover the image.
       trace: maps of this image alone (``[h, w]``), None for dense inference.
     """
 
@@ -54,7 +55,8 @@ def look(
             if detector.config.query != "dense":
                 full = jax.device_get(detector.trace(batch["images"], batch["sizes"]))
                 trace = QueryTrace(*({level: x[0] for level, x in maps.items()} for maps in full))
-            yield Seen(i, dataset.load(i), boxes, scores, classes, original[1] / net[1], trace)
+            scale = max(original[0] / net[0], original[1] / net[1])
+            yield Seen(i, dataset.load(i), boxes, scores, classes, scale, trace)
     finally:
         batches.close()
 

@@ -56,12 +56,16 @@ def test_train_then_eval(run):
     with Image.open(pictures[0]) as picture:
         assert min(picture.size) > 400
     assert isinstance(json.loads((run / "run" / "detections_csq.json").read_text()), list)
+    curves = (run / "run" / "curves_coco.csv").read_text().splitlines()
+    assert curves[0].startswith("method,class,iou,AP,R0,R1,") and len(curves) == 1 + 2 * (11 + 3)
+    assert not list((run / "run").glob("*visdrone*"))
 
 
 def test_predict_on_a_folder_of_either_orientation(run, tmp_path):
     rng = np.random.default_rng(0)
     (tmp_path / "pictures").mkdir()
-    for name, shape in (("wide.jpg", (60, 100, 3)), ("tall.png", (100, 60, 3))):
+    # 1000x600 becomes 128x77: not quite the same scale down and across, and no padding below.
+    for name, shape in (("wide.jpg", (60, 100, 3)), ("tall.png", (1000, 600, 3))):
         Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)).save(tmp_path / "pictures" / name)
     result = command("predict.py", str(run / "run"), "--images", "pictures", "--out", "seen", cwd=tmp_path)
     assert "wide.jpg" in result.stdout and "tall.png" in result.stdout

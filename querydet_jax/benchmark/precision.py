@@ -112,7 +112,7 @@ def _of_run(arguments: Precision) -> list[Row]:
     for row in rows:
         query, dtype = row["method"].split()
         if dtype == "bfloat16":
-            reference, other = runs[f"{query} float32"].results, runs[row["method"]].results
+            reference, other = runs[f"{query} float32"].scores.results, runs[row["method"]].scores.results
             row["found_again"], row["score_change"] = agreement(reference, other, arguments.min_score)
     return rows
 

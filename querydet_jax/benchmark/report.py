@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -11,11 +10,10 @@ from typing import Any
 
 from querydet_jax import machine
 from querydet_jax.evaluation.metrics import text_table
-from querydet_jax.files import write_json, written_aside
+from querydet_jax.files import write_csv, write_json
+from querydet_jax.plots import NEEDS, Draw, save_plot
 
 Row = dict[str, Any]
-Draw = Callable[[Any], None]
-"""Draws on a matplotlib ``Figure``."""
 
 
 @dataclass(frozen=True)
@@ -66,10 +64,10 @@ class Report:
           arguments: the benchmark's arguments, a dataclass; they go to the json file.
         """
         folder = Path(folder)
-        plotted = _plot(self.draw, folder / f"{self.name}.png") if self.draw is not None else False
+        plotted = save_plot(self.draw, folder / f"{self.name}.png") if self.draw is not None else False
         not_run = list(self.not_run)
         if self.draw is not None and not plotted:
-            not_run.append("plot: needs matplotlib (pip install -r requirements-plots.txt)")
+            not_run.append(f"plot: {NEEDS}")
         write_json(
             folder / f"{self.name}.json",
             {
@@ -83,7 +81,7 @@ class Report:
             },
             indent=2,
         )
-        _write_csv(folder / f"{self.name}.csv", self.rows)
+        write_csv(folder / f"{self.name}.csv", self.rows)
         files = [f"{folder}/{self.name}.json", ".csv"] + ([".png"] if plotted else [])
         lines = [
             self.title,
@@ -112,25 +110,3 @@ def ms(value: float) -> str:
 
 def decimals(digits: int) -> Callable[[float], str]:
     return f"{{:,.{digits}f}}".format
-
-
-def _write_csv(path: Path, rows: list[Row]) -> None:
-    """All entries of all rows, in the order in which they first appear."""
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    with written_aside(path) as aside, aside.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=names)
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def _plot(draw: Draw, path: Path) -> bool:
-    """Whether matplotlib is there and the plot was written."""
-    try:
-        from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        return False
-    figure = Figure(figsize=(8.0, 4.8), dpi=130, layout="constrained")
-    draw(figure)
-    with written_aside(path) as aside:
-        figure.savefig(aside)
-    return True

@@ -139,7 +139,7 @@ def evaluation_rows(runs: dict[str, Evaluation]) -> list[Row]:
     for name, run in runs.items():
         if not run.ms:
             raise ConfigError("--images: too few to time, the first of each shape only compiles; use more")
-        values = run.metrics.metrics
+        values = run.scores.coco.metrics
         rows.append(
             {
                 "method": name,

@@ -21,6 +21,7 @@ from pycocotools.cocoeval import COCOeval
 
 from querydet_jax.errors import DataError
 from querydet_jax.evaluation.coco_input import annotations_of, choose, detections_of, entries, within
+from querydet_jax.evaluation.curves import IOUS, Curves, Line, mean_lines
 from querydet_jax.evaluation.metrics import DEFAULT_BINS, CocoMetrics, SizeBin, as_bins
 from querydet_jax.files import write_json
 
@@ -192,12 +193,14 @@ def evaluate(
         )
     elif not found:
         notes.append("no detections in the images evaluated; check the score threshold")
+    per_class = _by_class(chosen_categories, objects, precision, recall, list(areas))
     return CocoMetrics(
         metrics=_summary(precision, recall, areas, limits, bins),
-        per_class=_by_class(chosen_categories, objects, precision, recall, list(areas)),
+        per_class=per_class,
         objects={key: sum(low <= item["area"] <= high for item in objects) for key, (low, high) in areas.items()},
         num_images=len(chosen_images),
         num_detections=len(found),
+        curves=_curves(precision[:, :, :, 0, -1], per_class),
         size_bins=bins,
         notes=tuple(notes),
     )
@@ -280,6 +283,17 @@ def _by_class(
             "objects": counts[key],
         }
     return out
+
+
+def _curves(precision: np.ndarray, per_class: dict[str, dict[str, float]]) -> Curves:
+    """Of precision [IoU, recall, category]; -1 where a category has no object."""
+    percent = np.where(precision > -1, 100.0 * precision, np.nan)
+    known = [k for k, row in enumerate(per_class.values()) if row["objects"] > 0]
+    means = percent[:, :, known].mean(axis=2) if known else np.full(percent.shape[:2], np.nan)
+    return Curves(
+        mean_lines({iou: (float(of_iou.mean()), of_iou) for iou, of_iou in zip(IOUS, means, strict=True)}),
+        tuple(Line(name, "0.50", row["AP50"], percent[0, :, k]) for k, (name, row) in enumerate(per_class.items())),
+    )
 
 
 def _mean(values: np.ndarray) -> float:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from querydet_jax.errors import DataError
+from querydet_jax.evaluation.curves import Curves
 
 
 class SizeBin(NamedTuple):
@@ -64,6 +65,7 @@ class CocoMetrics:
       objects: number of ground-truth objects (crowds apart): ``all``, ``s``, ``m``, ``l`` and each bin's key.
       num_images: images evaluated.
       num_detections: detections in them.
+      curves: recall and precision, with the largest limit.
       size_bins: the bins behind the ``_low_high`` names.
       notes: what a reader must know before trusting the numbers, e.g. that there was no ground truth.
     """
@@ -73,14 +75,15 @@ class CocoMetrics:
     objects: dict[str, int]
     num_images: int
     num_detections: int
+    curves: Curves
     size_bins: tuple[SizeBin, ...] = DEFAULT_BINS
     notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types only; nan becomes None, for JSON has no nan."""
         return {
-            "metrics": _without_nan(self.metrics),
-            "per_class": {name: _without_nan(row) for name, row in self.per_class.items()},
+            "metrics": without_nan(self.metrics),
+            "per_class": {name: without_nan(row) for name, row in self.per_class.items()},
             "objects": dict(self.objects),
             "num_images": self.num_images,
             "num_detections": self.num_detections,
@@ -122,7 +125,7 @@ class CocoMetrics:
         columns = ["AP", "APs", "AR"] if many else ["AP", "AP50", "APs", "AR"]
         header = ["class", "objects", *columns]
         rows = [
-            [_shorten(name, 14 if many else 24), f"{int(row['objects']):,}", *(percent(row[key]) for key in columns)]
+            [shorten(name, 14 if many else 24), f"{int(row['objects']):,}", *(percent(row[key]) for key in columns)]
             for name, row in self.per_class.items()
         ]
         if not many:
@@ -149,12 +152,14 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int =
 
 
 def percent(value: float) -> str:
+    """Two decimals, ``-`` for nan."""
     return "-" if math.isnan(value) else f"{value:.2f}"
 
 
-def _shorten(text: str, width: int) -> str:
+def shorten(text: str, width: int) -> str:
+    """``text``, or where it is longer than ``width`` its beginning and two dots."""
     return text if len(text) <= width else text[: width - 2] + ".."
 
 
-def _without_nan(values: dict[str, float]) -> dict[str, float | None]:
+def without_nan(values: dict[str, float]) -> dict[str, float | None]:
     return {key: None if math.isnan(value) else value for key, value in values.items()}

@@ -1,19 +1,24 @@
-"""Query recall: are the cells that must be looked at, looked at?
+"""Query recall: are the cells that must be looked at, looked at, and at what price?
 
 Average precision says whether cascaded sparse query costs accuracy; query recall says why. An object
-whose centre cell is not a key on a level gets no detection from that level's sparse head.
+whose centre cell is not a key on a level gets no detection from that level's sparse head. A lower
+threshold makes more cells keys, and more cells active. Shape letters: h w map, n boxes, T thresholds,
+S size bins.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from querydet_jax.errors import DataError
-from querydet_jax.evaluation.metrics import DEFAULT_BINS, SizeBin, as_bins, percent, text_table
+from querydet_jax.evaluation.metrics import DEFAULT_BINS, as_bins, text_table
+
+THRESHOLDS = (0.02, 0.05, 0.10, 0.12, 0.15, 0.20, 0.30, 0.40, 0.50)
+"""Query thresholds that an evaluation tries beside the configured one."""
 
 
 def query_recall(
@@ -23,12 +28,13 @@ def query_recall(
 
     Args:
       boxes: [n,4] xyxy in px of the network input.
-      keys: bool [h,w], the cells of one level of one image at which the sparse head answers.
+      keys: bool [...,h,w], the cells of one level of one image at which the sparse head answers; axes before the
+        map, such as one of thresholds, are kept.
       stride: px a cell.
       bins: ranges of sqrt(area) of the boxes in px; they may overlap.
 
     Returns:
-      hits, totals: int64 [number of bins] each. A box with its centre outside the map counts as missed.
+      hits int64 [...,S], totals int64 [S]. A box with its centre outside the map counts as missed.
 
     Raises:
       DataError: shapes other than these, or keys not boolean.
@@ -38,55 +44,119 @@ def query_recall(
     keys = np.asarray(keys)
     if boxes.ndim != 2 or boxes.shape[1] != 4:
         raise DataError(f"boxes: shape {list(boxes.shape)}, expected [n,4] xyxy")
-    if keys.ndim != 2 or keys.dtype != np.bool_:
-        raise DataError(f"keys: {keys.dtype} {list(keys.shape)}, expected bool [h,w] of one image and level")
+    if keys.ndim < 2 or keys.dtype != np.bool_:
+        raise DataError(f"keys: {keys.dtype} {list(keys.shape)}, expected bool [...,h,w] of one image and level")
     if not stride > 0:
         raise DataError(f"stride: {stride}, expected px a cell, above 0")
-    h, w = keys.shape
+    h, w = keys.shape[-2:]
     x = np.floor((boxes[:, 0] + boxes[:, 2]) / 2 / stride).astype(np.int64)
     y = np.floor((boxes[:, 1] + boxes[:, 3]) / 2 / stride).astype(np.int64)
     inside = (x >= 0) & (x < w) & (y >= 0) & (y < h)
-    hit = np.zeros(len(boxes), bool)
-    hit[inside] = keys[y[inside], x[inside]]
+    hit = np.zeros((*keys.shape[:-2], len(boxes)), bool)
+    hit[..., inside] = keys[..., y[inside], x[inside]]
     sides = np.maximum(boxes[:, 2:] - boxes[:, :2], 0)
     size = np.sqrt(sides[:, 0] * sides[:, 1])
     member = (
         np.stack([(size >= low) & (size < high) for low, high in bins]) if bins else np.zeros((0, len(boxes)), bool)
     )
-    return (member & hit).sum(axis=1), member.sum(axis=1)
+    return (member & hit[..., None, :]).sum(axis=-1), member.sum(axis=1)
 
 
-@dataclass
 class QueryRecall:
-    """Sums ``query_recall`` over images, for one level."""
+    """Query recall and active cells of one level, summed over images, at several thresholds.
 
-    bins: tuple[SizeBin, ...] = DEFAULT_BINS
-    hits: np.ndarray = field(init=False)
-    totals: np.ndarray = field(init=False)
+    Recall on the level below the start level never falls when the threshold does. Further down it may,
+    slightly: a level's query probabilities come from sparse convolution and depend on which cells are active.
 
-    def __post_init__(self) -> None:
-        self.bins = as_bins(self.bins)
-        self.hits = np.zeros(len(self.bins), np.int64)
+    Attributes:
+      thresholds: ascending; ``configured`` is among them.
+      configured: the threshold that inference uses.
+      bins: ranges of sqrt(area) in px.
+      hits: int64 [T,S], boxes with their centre in a key cell.
+      totals: int64 [S], boxes.
+    """
+
+    def __init__(
+        self,
+        configured: float,
+        thresholds: Iterable[float] = THRESHOLDS,
+        bins: Iterable[tuple[float, float]] = DEFAULT_BINS,
+    ):
+        self.configured = configured
+        self.thresholds = tuple(sorted({*thresholds, configured}))
+        self.bins = as_bins(bins)
+        self.hits = np.zeros((len(self.thresholds), len(self.bins)), np.int64)
         self.totals = np.zeros(len(self.bins), np.int64)
+        self._active = np.zeros(len(self.thresholds))
+        self._images = 0
 
-    def add(self, boxes: ArrayLike, keys: ArrayLike, stride: float) -> None:
-        """Count one image; arguments as of ``query_recall``."""
+    def add(self, boxes: ArrayLike, keys: ArrayLike, active: ArrayLike, stride: float) -> None:
+        """Count one image.
+
+        Args:
+          boxes, stride: as of ``query_recall``.
+          keys, active: bool [T,h,w], the key and the active cells at every threshold.
+        """
+        keys, active = np.asarray(keys), np.asarray(active)
+        if keys.ndim != 3 or len(keys) != len(self.thresholds) or active.shape != keys.shape:
+            raise DataError(
+                f"keys {list(keys.shape)}, active {list(active.shape)}: expected [T,h,w] each, "
+                f"T the {len(self.thresholds)} thresholds"
+            )
         hits, totals = query_recall(boxes, keys, stride, self.bins)
         self.hits += hits
         self.totals += totals
+        self._active += active.mean(axis=(1, 2))
+        self._images += 1
 
-    def recall(self) -> dict[str, float]:
-        """Bin key to percent of boxes found, nan for a bin without boxes."""
+    def recall(self, threshold: float | None = None) -> dict[str, float]:
+        """Bin key to percent of boxes found, nan for a bin without boxes.
+
+        Args:
+          threshold: one of ``thresholds``; None: the configured one.
+        """
+        row = self.hits[self.thresholds.index(self.configured if threshold is None else threshold)]
         return {
-            entry.key: 100.0 * int(hits) / int(totals) if totals else float("nan")
-            for entry, hits, totals in zip(self.bins, self.hits, self.totals, strict=True)
+            entry.key: 100.0 * int(hits) / int(total) if total else float("nan")
+            for entry, hits, total in zip(self.bins, row, self.totals, strict=True)
+        }
+
+    def active_share(self) -> dict[float, float]:
+        """Threshold to share of the level's cells that are active, 0..1, mean over images; nan without images."""
+        shares = self._active / self._images if self._images else np.full(len(self.thresholds), np.nan)
+        return dict(zip(self.thresholds, shares.tolist(), strict=True))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types only; nan becomes None, for JSON has no nan."""
+        return {
+            "threshold": self.configured,
+            "objects": {entry.key: int(total) for entry, total in zip(self.bins, self.totals, strict=True)},
+            "by_threshold": {
+                str(threshold): {
+                    "recall": {key: _known(value) for key, value in self.recall(threshold).items()},
+                    "active_share": _known(share),
+                }
+                for threshold, share in self.active_share().items()
+            },
         }
 
     def table(self) -> str:
-        """Plain text: one row a size bin."""
-        recall = self.recall()
+        """Plain text: objects, objects found and percent found at every threshold, one row a size bin; the
+        active cells, in percent of the level's, beneath. The configured threshold has an asterisk."""
+        marked = self.thresholds.index(self.configured)
+        recalls = [self.recall(threshold) for threshold in self.thresholds]
         rows = [
-            [entry.label, f"{totals:,}", f"{hits:,}", percent(recall[entry.key])]
-            for entry, hits, totals in zip(self.bins, self.hits, self.totals, strict=True)
+            [entry.label, f"{total:,}", f"{hits:,}", *_percentages([recall[entry.key] for recall in recalls])]
+            for entry, total, hits in zip(self.bins, self.totals, self.hits[marked], strict=True)
         ]
-        return text_table(["sqrt(area)", "objects", "at keys", "recall"], rows)
+        rows.append(["active cells", "", "", *_percentages([100 * share for share in self.active_share().values()])])
+        names = [str(threshold) + "*" * (i == marked) for i, threshold in enumerate(self.thresholds)]
+        return text_table(["sqrt(area)", "objects", "at keys*", *names], rows)
+
+
+def _percentages(values: Sequence[float]) -> list[str]:
+    return ["-" if np.isnan(value) else f"{value:.1f}" for value in values]
+
+
+def _known(value: float) -> float | None:
+    return None if np.isnan(value) else value

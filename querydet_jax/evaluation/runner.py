@@ -1,4 +1,4 @@
-"""Run detectors over a data set: metrics, time an image, how sparse the sparse levels were."""
+"""Run detectors over a data set: scores, time an image, how sparse the sparse levels were."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from querydet_jax.config import DataConfig
 from querydet_jax.data import Dataset, eval_batches
 from querydet_jax.data.transforms import resize_boxes
 from querydet_jax.detector import Detector
-from querydet_jax.evaluation.coco import ImageDetections, evaluate, rescale_to_original, to_coco_results
-from querydet_jax.evaluation.metrics import DEFAULT_BINS, CocoMetrics, text_table
+from querydet_jax.evaluation.coco import ImageDetections, rescale_to_original
+from querydet_jax.evaluation.metrics import DEFAULT_BINS, percent, text_table
 from querydet_jax.evaluation.query import QueryRecall
+from querydet_jax.evaluation.scoring import Scores, score
 from querydet_jax.ops.anchors import level_shape
 from querydet_jax.progress import progress
 
@@ -26,20 +27,18 @@ class Evaluation:
     """What one detector did on a data set.
 
     Attributes:
-      metrics: average precision and recall.
-      results: COCO results of all images.
+      scores: its detections and how good they are.
       ms: milliseconds an image, one entry a batch, from uint8 pixels on the device to detections;
         the first batch of each canvas (compilation) is not among them.
       active: level to share of its cells computed, one entry a batch; sparse levels only.
       dense_rungs: level to how many batches overflowed into the dense rung.
-      recall: level to the query recall by object size, where it was asked for.
+      recall: level to the query recall by object size and threshold, where it was asked for.
     """
 
-    metrics: CocoMetrics
-    results: list[dict[str, Any]]
-    ms: list[float]
-    active: dict[int, list[float]]
-    dense_rungs: dict[int, int]
+    scores: Scores = field(init=False)
+    ms: list[float] = field(default_factory=list)
+    active: dict[int, list[float]] = field(default_factory=dict)
+    dense_rungs: dict[int, int] = field(default_factory=dict)
     recall: dict[int, QueryRecall] = field(default_factory=dict)
 
     @property
@@ -59,15 +58,12 @@ class Evaluation:
             return None if np.isnan(value) else value
 
         return {
-            **self.metrics.to_dict(),
+            **self.scores.to_dict(),
             "ms_per_image": known(self.ms_median),
             "fps": known(self.fps),
             "active_share": {f"P{level}": share for level, share in self.active_share().items()},
             "dense_rung_batches": {f"P{level}": count for level, count in self.dense_rungs.items()},
-            "query_recall": {
-                f"P{level}": {key: known(value) for key, value in recall.recall().items()}
-                for level, recall in self.recall.items()
-            },
+            "query_recall": {f"P{level}": recall.to_dict() for level, recall in self.recall.items()},
         }
 
 
@@ -92,7 +88,8 @@ def evaluate_detectors(
       dataset: images and ground truth.
       data: resize rule and canvases.
       indices: positions of the images to use; None: all.
-      query_recall: also count which objects' centre cells are among the keys, in a second, untimed pass.
+      query_recall: also count which objects' centre cells are among the keys, at ``THRESHOLDS`` and the
+        detector's own, in a second, untimed pass.
 
     Raises:
       DataError: an image that cannot be read.
@@ -100,7 +97,7 @@ def evaluate_detectors(
     batches = eval_batches(dataset, data, batch_size=batch_size, indices=indices)
     position = {dataset.image_id(i): i for i in range(len(dataset))}
     found: dict[str, list[ImageDetections]] = {name: [] for name in detectors}
-    runs = {name: Evaluation(None, [], [], {}, {}) for name in detectors}  # type: ignore[arg-type]
+    runs = {name: Evaluation() for name in detectors}
     seen: set[tuple[int, ...]] = set()
     try:
         for batch in progress(batches, "evaluating", "batch", total=len(batches), show=show_progress):
@@ -124,11 +121,8 @@ def evaluate_detectors(
             seen.add(images.shape)
     finally:
         batches.close()
-    truth = dataset.coco_ground_truth()
-    chosen = None if indices is None else [dataset.image_id(i) for i in indices]
     for name, run in runs.items():
-        run.results = to_coco_results(found[name], dataset.category_ids)
-        run.metrics = evaluate(truth, run.results, image_ids=chosen, size_bins=size_bins)
+        run.scores = score(dataset, found[name], indices=indices, size_bins=size_bins)
     return runs
 
 
@@ -139,20 +133,18 @@ def first_images(dataset: Dataset, count: int) -> list[int] | None:
 
 def comparison_table(runs: dict[str, Evaluation]) -> str:
     """One row a detector: accuracy, time, speed-up over the first, share of active cells."""
-    header = ["method", "AP", "AP50", "AP75", "APs", "AP<16", "AR100", "ms/image", "FPS", "speed-up", "active cells"]
-    base = next(iter(runs.values())).ms_median
+    first = next(iter(runs.values()))
+    header = ["method", *first.scores.headline(), "ms/image", "FPS", "speed-up", "active cells"]
     rows = []
     for name, run in runs.items():
-        m = run.metrics.metrics
-        values = [m.get(key, float("nan")) for key in ("AP", "AP50", "AP75", "APs", "AP_0_16", "AR100")]
         shares = ", ".join(f"P{level} {share:.1%}" for level, share in sorted(run.active_share().items()))
         rows.append(
             [
                 name,
-                *("-" if np.isnan(v) else f"{v:.2f}" for v in values),
+                *map(percent, run.scores.headline().values()),
                 f"{run.ms_median:.1f}",
                 f"{run.fps:.2f}",
-                f"{base / run.ms_median:.2f}x",
+                f"{first.ms_median / run.ms_median:.2f}x",
                 shares or "all",
             ]
         )
@@ -183,14 +175,18 @@ def _count_recall(
     dataset: Dataset,
     position: dict[int, int],
 ) -> None:
-    trace = jax.device_get(detector.trace(images, sizes))
+    configured = detector.config.threshold
+    thresholds = QueryRecall(configured).thresholds
+    traces = jax.device_get(list(detector.traces(images, sizes, thresholds)))
     for i in np.flatnonzero(batch["valid"]):
         truth = dataset.annotation(position[int(batch["image_ids"][i])])
         boxes = resize_boxes(
             truth.boxes[~truth.crowd], tuple(batch["original_sizes"][i].tolist()), tuple(batch["sizes"][i].tolist())
         )
-        for level, keys in trace.keys.items():
-            run.recall.setdefault(level, QueryRecall()).add(boxes, keys[i], 2**level)
+        for level in traces[0].keys:
+            keys = np.stack([trace.keys[level][i] for trace in traces])
+            active = np.stack([trace.active[level][i] for trace in traces])
+            run.recall.setdefault(level, QueryRecall(configured)).add(boxes, keys, active, 2**level)
 
 
 def _cells(shape: tuple[int, ...], level: int) -> int:

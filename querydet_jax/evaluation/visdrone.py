@@ -29,7 +29,8 @@ import numpy as np
 
 from querydet_jax.errors import DataError
 from querydet_jax.evaluation.metrics import DEFAULT_BINS, SizeBin, as_bins
-from querydet_jax.evaluation.visdrone_results import CLASSES, Curve, VisDroneMetrics, checked_rows, summarize
+from querydet_jax.evaluation.visdrone_files import checked_rows
+from querydet_jax.evaluation.visdrone_results import CLASSES, Curve, VisDroneMetrics, summarize
 
 LIMITS = (1, 10, 100, 500)
 THRESHOLDS = np.linspace(0.5, 0.95, 10)
@@ -309,7 +310,7 @@ def _by_class(classes: np.ndarray) -> np.ndarray:
 def _precision(
     found: _Found, outcome: np.ndarray, columns: _Columns, objects: np.ndarray
 ) -> tuple[np.ndarray, dict[str, dict[int, Curve]]]:
-    """AP in percent, float64 [class, C] (of limits other than the largest 0), and the curves at IoU .50 and .75."""
+    """AP in percent, float64 [class, C] (of limits other than the largest 0), and the curves by class and IoU."""
     out = np.zeros((len(CLASSES), len(columns.bin)))
     curves: dict[str, dict[int, Curve]] = {name: {} for name in CLASSES}
     chosen = np.flatnonzero(columns.limit == LIMITS[-1])
@@ -326,9 +327,8 @@ def _precision(
             precision = np.maximum.accumulate((reached / position)[::-1])[::-1]
             total = max(objects[k, columns.bin[column]], 1)
             out[k, column] = 100.0 * precision.sum() / total
-            percent = round(100 * columns.threshold[column])
-            if columns.bin[column] == 0 and percent in (50, 75):
-                curves[name][percent] = Curve(reached / total, precision, scores[hits])
+            if columns.bin[column] == 0:
+                curves[name][round(100 * columns.threshold[column])] = Curve(reached / total, precision, scores[hits])
     return out, curves
 
 

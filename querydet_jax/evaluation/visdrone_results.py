@@ -1,25 +1,24 @@
-"""VisDrone's text files of results, and what an evaluation by its protocol yields."""
+"""What an evaluation by VisDrone's protocol yields."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from querydet_jax.data.visdrone import CLASSES
-from querydet_jax.errors import DataError
-from querydet_jax.evaluation.metrics import DEFAULT_BINS, SizeBin, percent, text_table
-from querydet_jax.files import written_aside
+from querydet_jax.evaluation.curves import IOUS, RECALL, Curves, Line, mean_lines
+from querydet_jax.evaluation.metrics import DEFAULT_BINS, SizeBin, percent, text_table, without_nan
 
 _HEADLINE = ("AP", "AP50", "AP75", "AR1", "AR10", "AR100", "AR500")
-_COLUMNS = "x,y,w,h,score,category"
-_PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff"}
+# Of the recall-precision tables: IoU in percent, recall.
+_TABLES = (50, 75)
+_RECALL = np.arange(1, 10) / 10
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,15 +26,19 @@ class Curve:
     """Recall and precision of one class at one IoU threshold, at each hit from the highest score down.
 
     Attributes:
-      recall: float64 [t], 0..1, rising.
-      precision: float64 [t], 0..1, interpolated: the largest at this recall or a higher one, so never rising. With
-        equal steps of recall its mean times the last recall is the AP.
+      recall: float64 [t], 0..1, rising in equal steps.
+      precision: float64 [t], 0..1, interpolated: the largest at this recall or a higher one, so never rising.
       scores: float32 [t], score of the hit.
     """
 
     recall: np.ndarray
     precision: np.ndarray
     scores: np.ndarray
+
+    @property
+    def ap(self) -> float:
+        """Average precision in percent, the area under the curve."""
+        return 100 * float(self.recall[-1] * self.precision.mean()) if len(self.recall) else 0.0
 
     def at(self, recall: ArrayLike) -> np.ndarray:
         """Precision at each recall, float64 of the same shape; 0 beyond the recall reached."""
@@ -54,7 +57,7 @@ class VisDroneMetrics:
       per_class: class to AP, AP50, AP75, AR500 and the numbers of objects and of images that hold it.
       per_size: key of a size bin to AP, AP50, AR500 weighted by the images that hold an object of the class and
         bin, AP_mean over the classes that have one, and the number of objects.
-      curves: class to IoU in percent (50, 75) to its curve; empty arrays where nothing was found.
+      curves: class to IoU in percent (50, 55 .. 95) to its curve; empty arrays where nothing was found.
       num_images: images evaluated.
       num_objects: objects of the classes outside ignored regions, those of score 0 included.
       num_detections: detections of the classes outside ignored regions, at most 500 an image.
@@ -78,16 +81,12 @@ class VisDroneMetrics:
         return np.nan_to_num([row["AP"] for row in self.per_class.values()])
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain types only, nan as None for JSON; curves as precision in percent at recall 0, 1 .. 100 %."""
-        recall = np.arange(101) / 100
+        """Plain types only, nan as None for JSON; precision in percent at recall 10, 20 .. 90 %, as in ``table``."""
         return {
-            "metrics": _without_nan(self.metrics),
-            "per_class": {name: _without_nan(row) for name, row in self.per_class.items()},
-            "per_size": {key: _without_nan(row) for key, row in self.per_size.items()},
-            "curves": {
-                name: {f"IoU{key}": np.round(100 * curve.at(recall), 4).tolist() for key, curve in of_class.items()}
-                for name, of_class in self.curves.items()
-            },
+            "metrics": without_nan(self.metrics),
+            "per_class": {name: without_nan(row) for name, row in self.per_class.items()},
+            "per_size": {key: without_nan(row) for key, row in self.per_size.items()},
+            "precision": {name: self._row(name) for name in self.per_class},
             "num_images": self.num_images,
             "num_objects": self.num_objects,
             "num_detections": self.num_detections,
@@ -120,17 +119,37 @@ class VisDroneMetrics:
                 for entry, row in zip(self.size_bins, self.per_size.values(), strict=True)
             ]
             parts += ["", text_table(["sqrt(w*h)", "objects", *columns], rows)]
-        recall = np.arange(1, 10) / 10
-        for key in (50, 75):
+        for iou in _TABLES:
             rows = [
-                [name, *(percent(value) for value in self._precision(name, key, recall))] for name in self.per_class
+                [name, *(percent(value) for value in self._precision(name, iou, _RECALL))] for name in self.per_class
             ]
-            parts += ["", text_table([f"precision, IoU {key} %", *(f"R {100 * r:.0f} %" for r in recall)], rows)]
+            parts += ["", text_table([f"precision, IoU {iou} %", *(f"R {100 * r:.0f} %" for r in _RECALL)], rows)]
         return "\n".join(parts)
 
-    def _precision(self, name: str, key: int, recall: np.ndarray) -> np.ndarray:
+    def recall_precision(self) -> Curves:
+        """The curves of the classes and of their means, which weigh them by images as the toolkit does."""
+        known = [name for name, row in self.per_class.items() if row["objects"] > 0]
+        weights = np.array([self.per_class[name]["images"] for name in known], np.float64)
+        by_iou = {}
+        for iou in IOUS:
+            aps = np.array([self.curves[name][iou].ap for name in known])
+            precision = [self._precision(name, iou, RECALL) for name in known]
+            mean = np.average(precision, axis=0, weights=weights) if known else np.full(len(RECALL), np.nan)
+            by_iou[iou] = (_mean(aps, weights), mean)
+        classes = tuple(
+            Line(name, "0.50", row["AP50"], self._precision(name, 50, RECALL)) for name, row in self.per_class.items()
+        )
+        return Curves(mean_lines(by_iou), classes)
+
+    def _row(self, name: str) -> dict[str, dict[str, float | None]]:
+        names = [f"R{round(100 * r)}" for r in _RECALL]
+        rows = {iou: self._precision(name, iou, _RECALL).tolist() for iou in _TABLES}
+        return {f"IoU{iou}": without_nan(dict(zip(names, row, strict=True))) for iou, row in rows.items()}
+
+    def _precision(self, name: str, iou: int, recall: np.ndarray) -> np.ndarray:
+        """Precision in percent of a class at each recall; nan for a class without objects."""
         known = self.per_class[name]["objects"] > 0
-        return 100 * self.curves[name][key].at(recall) if known else np.full(recall.shape, np.nan)
+        return 100 * self.curves[name][iou].at(recall) if known else np.full(recall.shape, np.nan)
 
 
 def summarize(
@@ -183,106 +202,3 @@ def summarize(
 
 def _mean(values: np.ndarray, weights: np.ndarray) -> float:
     return float(np.average(values, weights=weights)) if weights.any() else math.nan
-
-
-def read_result_file(path: str | Path) -> np.ndarray:
-    """A text file of results or annotations: float64 [n,8], in the file's order; [0,8] of an empty file.
-
-    Columns: x, y, w, h, score, category, truncation, occlusion; the last two may be missing and are then -1.
-
-    Raises:
-      DataError: a file that cannot be read, or a bad line, by its number.
-    """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not a text file"
-        raise DataError(f"{path}: {reason}; give one text file an image, empty if it has no detections") from None
-    rows = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        # Some official annotation files end their lines with a comma.
-        fields = line.strip().removesuffix(",").split(",")
-        try:
-            row = [float(field) for field in fields]
-        except ValueError:
-            row = []
-        problem = _problem(row)
-        if problem:
-            raise DataError(f"{path}: line {number}: {problem}; expected {_COLUMNS},truncation,occlusion")
-        rows.append((row + [-1.0, -1.0])[:8])
-    return np.array(rows, np.float64).reshape(-1, 8)
-
-
-def write_result_files(folder: str | Path, detections: Mapping[str, ArrayLike]) -> list[Path]:
-    """Write one text file an image, as the toolkit reads them: ``x,y,w,h,score,category,-1,-1`` by descending score.
-
-    Boxes have 2 decimals, scores 8. An image without detections gets an empty file. Nothing is written unless all is
-    well; each file appears whole.
-
-    Args:
-      folder: made if missing.
-      detections: image name, with or without the picture's suffix, to [m,6..8]: x, y, w, h, score, category.
-
-    Returns:
-      The files, in the order given.
-
-    Raises:
-      DataError: bad rows, a name with a folder in it, two names of one file.
-    """
-    texts: dict[str, str] = {}
-    for name, rows in detections.items():
-        stem = name.removesuffix(PurePath(name).suffix) if PurePath(name).suffix.lower() in _PICTURES else name
-        if not stem or PurePath(stem).name != stem:
-            raise DataError(f"{name!r}: not the name of an image; give it without its folder")
-        if stem in texts:
-            raise DataError(f"{name}: a second image of the file {stem}.txt; give every image a name of its own")
-        values = checked_rows(rows, name)
-        values = values[np.argsort(-values[:, 4], kind="stable")]
-        texts[stem] = "".join(
-            f"{x:.2f},{y:.2f},{w:.2f},{h:.2f},{score:.8f},{category:.0f},-1,-1\n"
-            for x, y, w, h, score, category in values[:, :6].tolist()
-        )
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    paths = []
-    for stem, text in texts.items():
-        paths.append(Path(folder) / f"{stem}.txt")
-        with written_aside(paths[-1]) as aside:
-            aside.write_text(text, encoding="utf-8")
-    return paths
-
-
-def checked_rows(values: ArrayLike, name: str) -> np.ndarray:
-    """float64 [n,6..8] of rows as in the text files; any empty array gives [0,8].
-
-    Raises:
-      DataError: a bad shape or row; the message begins with ``name``.
-    """
-    rows = np.asarray(values, np.float64)
-    if rows.size == 0:
-        return np.zeros((0, 8))
-    if rows.ndim != 2 or not 6 <= rows.shape[1] <= 8:
-        raise DataError(f"{name}: shape {list(rows.shape)}, expected [n,6..8], {_COLUMNS}")
-    bad = ~np.isfinite(rows[:, :6]).all(axis=1) | (rows[:, 2:4] < 0).any(axis=1) | ~np.isin(rows[:, 5], np.arange(12))
-    if bad.any():
-        index = int(np.argmax(bad))
-        raise DataError(f"{name}: row {index}: {_problem(rows[index].tolist())}; expected {_COLUMNS}")
-    return rows
-
-
-def _problem(row: list[float]) -> str:
-    """What is wrong with a row, empty if nothing is."""
-    if not 6 <= len(row) <= 8:
-        return "not 6 to 8 numbers"
-    if not all(map(math.isfinite, row[:6])):
-        return "a number that is not finite"
-    if min(row[2:4]) < 0:
-        return f"negative width or height {row[2]:g}, {row[3]:g}"
-    if row[5] not in range(12):
-        return f"category {row[5]:g}, not one of 0..11"
-    return ""
-
-
-def _without_nan(values: dict[str, float]) -> dict[str, float | None]:
-    return {key: None if math.isnan(value) else value for key, value in values.items()}

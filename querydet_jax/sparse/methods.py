@@ -19,7 +19,7 @@ from querydet_jax.sparse.tiles import grid_shape, run_stacks_on_tiles, select_ti
 
 
 class SparseOptions(NamedTuple):
-    threshold: float  # sigma: a query probability strictly above it fires
+    threshold: float | Array  # sigma: a query probability strictly above it fires
     context: int  # c
     capacities: tuple[float, ...]  # fractions of a level's cells
     chunk: int

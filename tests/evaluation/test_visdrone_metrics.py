@@ -13,7 +13,8 @@ from querydet_jax.errors import DataError
 from querydet_jax.evaluation import visdrone
 from querydet_jax.evaluation.metrics import DEFAULT_BINS
 from querydet_jax.evaluation.visdrone import VisDroneImage, evaluate_visdrone
-from querydet_jax.evaluation.visdrone_results import CLASSES, read_result_file, write_result_files
+from querydet_jax.evaluation.visdrone_files import as_written, read_result_file, write_result_files
+from querydet_jax.evaluation.visdrone_results import CLASSES
 
 RECORDED = Path(__file__).parents[1] / "golden" / "aux.npz"
 HEADLINE = ["AP", "AP50", "AP75", "AR1", "AR10", "AR100", "AR500"]
@@ -270,11 +271,35 @@ def test_forms():
     found = evaluate_visdrone(random_images(3))
     plain = json.loads(found.to_json())
     assert plain["per_class"]["truck"]["AP"] is None and plain["per_class"]["car"]["AP"] > 0
-    assert len(plain["curves"]["car"]["IoU50"]) == 101
+    assert list(plain["precision"]["car"]) == ["IoU50", "IoU75"] and plain["precision"]["truck"]["IoU50"]["R10"] is None
+    assert list(plain["precision"]["car"]["IoU50"]) == [f"R{recall}" for recall in range(10, 100, 10)]
+    assert plain["precision"]["car"]["IoU50"]["R30"] == pytest.approx(100 * found.curves["car"][50].at(0.3))
     lines = found.table().splitlines()
     assert max(map(len, lines)) <= 100
     assert sum(line.startswith("awning-tricycle") for line in lines) == 3
     assert any(line.startswith("8-16 px") for line in lines)
+
+
+def test_recall_precision_curves_have_the_areas_of_the_table():
+    found = evaluate_visdrone(random_images(3, count=30))
+    *means, whole = found.recall_precision().means
+    assert [line.iou for line in means] == [f"0.{iou}" for iou in range(50, 100, 5)] and whole.iou == "0.50:0.95"
+    assert (means[0].ap, means[5].ap, whole.ap) == pytest.approx([found.metrics[k] for k in ("AP50", "AP75", "AP")])
+    classes = {line.name: line for line in found.recall_precision().classes}
+    assert list(classes) == list(CLASSES)
+    for name, line in classes.items():
+        np.testing.assert_equal(line.ap, found.per_class[name]["AP50"])
+        assert np.isnan(line.precision).all() == (found.per_class[name]["objects"] == 0)
+        assert line.precision.shape == (101,) and not (np.diff(line.precision) > 0).any()
+    # Weighted by the images that hold the class, as the AP is.
+    known = [name for name in CLASSES if found.per_class[name]["objects"]]
+    weights = [found.per_class[name]["images"] for name in known]
+    np.testing.assert_allclose(
+        means[0].precision, np.average([classes[name].precision for name in known], axis=0, weights=weights)
+    )
+    # 101 samples of a curve that falls stand for its area within a hundredth of its height.
+    assert means[0].precision.mean() == pytest.approx(means[0].ap, abs=1)
+    assert math.isnan(evaluate_visdrone([]).recall_precision().means[0].ap)
 
 
 def test_callers_arrays_are_left_alone():
@@ -340,6 +365,18 @@ def test_written_files_score_the_same(tmp_path):
     assert evaluate_visdrone(again).to_dict() == evaluate_visdrone(images).to_dict()
 
 
+def test_what_a_file_says_is_known_before_it_is_written(tmp_path):
+    for one in random_images(8):
+        (path,) = write_result_files(tmp_path, {one.name: one.detections})
+        np.testing.assert_array_equal(as_written(one.detections, one.name), read_result_file(path)[:, :6])
+
+
+def test_an_image_in_a_folder_has_its_file_in_one(tmp_path):
+    paths = write_result_files(tmp_path, {"day/one.webp": [(1, 2, 3, 4, 0.5, CAR)], "night/one.webp": []})
+    assert [str(path.relative_to(tmp_path)) for path in paths] == ["day/one.txt", "night/one.txt"]
+    assert paths[0].read_text() and not paths[1].read_text()
+
+
 def test_annotation_files_are_read(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("684,8,273,116,0,0,0,0\n406,119,265,70,0,0,0,0,\n\n255,22,119,128,1,4,0,2")
@@ -386,6 +423,7 @@ def test_nothing_is_half_written(tmp_path):
     for bad, message in (
         ({"b": [(1, 2, 3, 4, math.inf, 1)]}, "b: row 0"),
         ({"../b": good}, "not the name of an image"),
+        ({"/b": good}, "not the name of an image"),
         ({"a.png": good}, "a second image"),
     ):
         with pytest.raises(DataError, match=message):

@@ -139,6 +139,6 @@ def test_overfits_eight_images(root, tmp_path):
         query: Detector(model, override(config, {"inference.query": query}).inference) for query in ("dense", "csq")
     }
     runs = evaluate_detectors(detectors, dataset, config.data, show_progress=False)
-    assert runs["dense"].metrics.metrics["AP50"] > 90
-    assert runs["csq"].metrics.metrics["AP50"] > 90
+    assert runs["dense"].scores.coco.metrics["AP50"] > 90
+    assert runs["csq"].scores.coco.metrics["AP50"] > 90
     assert jax.local_device_count() == 2

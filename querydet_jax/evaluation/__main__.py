@@ -1,0 +1,75 @@
+"""Scoring result files: `python -m querydet_jax.evaluation --help`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from querydet_jax.cli import run
+from querydet_jax.evaluation.curves import Curves
+from querydet_jax.evaluation.metrics import CocoMetrics
+from querydet_jax.evaluation.output import write_curves
+from querydet_jax.evaluation.standalone import score_coco, score_visdrone
+from querydet_jax.evaluation.visdrone_results import VisDroneMetrics
+from querydet_jax.files import write_json
+
+_Out = Annotated[str, tyro.conf.arg(metavar="FOLDER")]
+
+
+def main() -> None:
+    """Do what the command line names."""
+    tyro.extras.subcommand_cli_from_dict(
+        {"visdrone": _visdrone, "coco": _coco},
+        prog="python -m querydet_jax.evaluation",
+        description="Score the result files of any detector.",
+    )
+
+
+def _visdrone(
+    results: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RESULT_FOLDER")],
+    annotations: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="ANNOTATION_FOLDER")],
+    images: Annotated[str, tyro.conf.arg(metavar="FOLDER")] = "",
+    out: _Out = "",
+) -> None:
+    """Score VisDrone's text files by the official protocol.
+
+    Args:
+      results: Folder of the results, a text file an image: x,y,w,h,score,category,-1,-1 a line.
+      annotations: Folder of the official annotation files, or the split's folder.
+      images: Folder of the images, read for their sizes alone (default: images/ beside the annotations).
+      out: Write report.json and the recall-precision curves to this folder.
+    """
+    metrics = score_visdrone(results, annotations, images or None)
+    _publish(metrics, "visdrone", metrics.recall_precision(), out, results)
+
+
+def _coco(
+    results: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RESULTS_JSON")],
+    annotations: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="ANNOTATIONS_JSON")],
+    max_detections: tuple[int, ...] = (1, 10, 100),
+    out: _Out = "",
+) -> None:
+    """Score COCO results by COCO's protocol.
+
+    Args:
+      results: A list of image_id, category_id, bbox [x, y, w, h], score.
+      annotations: The annotation file with images, annotations, categories.
+      max_detections: Limits of detections an image and class; AP takes the largest.
+      out: Write report.json and the recall-precision curves to this folder.
+    """
+    metrics = score_coco(results, annotations, max_detections)
+    _publish(metrics, "coco", metrics.curves, out, results)
+
+
+def _publish(metrics: CocoMetrics | VisDroneMetrics, protocol: str, curves: Curves, out: str, results: str) -> None:
+    print(metrics.table())
+    if out:
+        write_json(Path(out) / "report.json", metrics.to_dict(), indent=2)
+        written = write_curves(out, {protocol: {Path(results).stem: curves}})
+        print(f"\nwrote to {out}: {', '.join(['report.json', *written])}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,111 @@
+"""What an evaluation leaves on disk: detections, official result files, recall-precision curves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from querydet_jax.evaluation.coco import save_results
+from querydet_jax.evaluation.curves import MEAN, RECALL, Curves, Line
+from querydet_jax.evaluation.metrics import percent, shorten
+from querydet_jax.evaluation.scoring import Scores
+from querydet_jax.evaluation.visdrone_files import write_result_files
+from querydet_jax.files import folder_written_aside, write_csv
+from querydet_jax.plots import NEEDS, save_plot
+
+_TITLES = {"coco": "COCO evaluation", "visdrone": "official VisDrone evaluation, classes weighted by their images"}
+
+# More classes than this cannot be told apart in a plot: the best and the worst are named then.
+_NAMED = 12
+
+
+def write_scores(out: str | Path, scores: Mapping[str, Scores]) -> list[str]:
+    """Write to the folder ``out`` what was detected and the curves.
+
+    ``detections_METHOD.json`` (COCO results); of VisDrone ``visdrone_METHOD/`` (a text file an image, in place of a
+    former folder); ``curves_coco`` and ``curves_visdrone`` as ``write_curves`` does.
+
+    Returns:
+      What was written or left out, for a message.
+    """
+    out, written = Path(out), []
+    for name, of_method in scores.items():
+        save_results(out / f"detections_{name}.json", of_method.results)
+        if of_method.visdrone is not None:
+            with folder_written_aside(out / f"visdrone_{name}") as aside:
+                write_result_files(aside, of_method.rows)
+            written.append(f"visdrone_{name}/*.txt")
+    curves = {name: of_method.curves() for name, of_method in scores.items()}
+    protocols = next(iter(curves.values()))
+    by_protocol = {key: {name: of_method[key] for name, of_method in curves.items()} for key in protocols}
+    return ["detections_*.json", *written, *write_curves(out, by_protocol)]
+
+
+def write_curves(out: str | Path, curves: Mapping[str, Mapping[str, Curves]]) -> list[str]:
+    """Write ``curves_PROTOCOL.csv``, a row a curve, and ``.png``, a row of plots a method.
+
+    Args:
+      out: the folder.
+      curves: protocol (coco, visdrone) to the curves of each method.
+
+    Returns:
+      What was written or left out, for a message.
+    """
+    plotted = [_write_curves(Path(out) / f"curves_{protocol}", protocol, curves[protocol]) for protocol in curves]
+    kinds = (".csv", ".png") if all(plotted) else (".csv",)
+    written = [f"curves_{protocol}{kind}" for protocol in curves for kind in kinds]
+    return written if all(plotted) else [*written, f"no .png of the curves, which {NEEDS}"]
+
+
+def _write_curves(path: Path, protocol: str, curves: Mapping[str, Curves]) -> bool:
+    write_csv(
+        path.with_suffix(".csv"),
+        [
+            {"method": name, "class": line.name, "iou": line.iou, "AP": _known(line.ap)}
+            | {f"R{recall}": _known(value) for recall, value in enumerate(line.precision)}
+            for name, of_method in curves.items()
+            for line in (*of_method.means, *of_method.classes)
+        ],
+    )
+    size = (12.0, 0.5 + 4.9 * len(curves))
+    return save_plot(lambda figure: _draw(figure, curves, _TITLES[protocol]), path.with_suffix(".png"), size)
+
+
+def _draw(figure: Any, curves: Mapping[str, Curves], title: str) -> None:
+    from matplotlib import colormaps  # pyright: ignore[reportMissingImports]
+
+    figure.suptitle(title, fontsize=11)
+    rows = figure.subplots(len(curves), 2, squeeze=False)
+    for (by_class, by_iou), (name, of_method) in zip(rows, curves.items(), strict=True):
+        known = sorted((line for line in of_method.classes if not np.isnan(line.ap)), key=lambda line: -line.ap)
+        named = known if len(known) <= _NAMED else known[: _NAMED // 2] + known[-_NAMED // 2 :]
+        for line in known:
+            by_class.plot(100 * RECALL, line.precision, color="0.85", linewidth=0.8)
+        for i, line in enumerate(named):
+            _plot(by_class, line, shorten(line.name, 18), color=colormaps["tab20"](2 * i % 20 + i // 10))
+        some = f", {_NAMED // 2} best and {_NAMED // 2} worst of {len(known)}" if len(named) < len(known) else ""
+        _finish(by_class, f"{name}: classes at IoU 0.50{some}", "class, AP50")
+        *at, whole = of_method.means
+        for i, line in enumerate(at):
+            _plot(by_iou, line, line.iou, color=colormaps["viridis"](0.95 * i / (len(at) - 1)))
+        _plot(by_iou, whole, whole.iou, color="black", linewidth=2.5, linestyle="--")
+        _finish(by_iou, f"{name}: {MEAN} by IoU", "IoU, AP")
+
+
+def _plot(axes: Any, line: Line, label: str, **style: Any) -> None:
+    axes.plot(100 * RECALL, line.precision, label=f"{label}  {percent(line.ap)}", **{"linewidth": 1.6} | style)
+
+
+def _finish(axes: Any, title: str, legend: str) -> None:
+    axes.set(xlabel="recall, %", ylabel="precision, %", xlim=(0, 100), ylim=(0, 101))
+    axes.set_title(title, fontsize=10)
+    axes.grid(alpha=0.3)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(title=legend, fontsize=8, title_fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+
+
+def _known(value: float) -> float | None:
+    return None if np.isnan(value) else round(float(value), 4)

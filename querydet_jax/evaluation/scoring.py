@@ -1,0 +1,106 @@
+"""How well detections fit a data set: COCO metrics of any, the official ones too of VisDrone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from querydet_jax.data.dataset import Dataset
+from querydet_jax.evaluation.coco import ImageDetections, evaluate, to_coco_results
+from querydet_jax.evaluation.curves import Curves
+from querydet_jax.evaluation.metrics import DEFAULT_BINS, CocoMetrics
+from querydet_jax.evaluation.visdrone import VisDroneImage, evaluate_visdrone
+from querydet_jax.evaluation.visdrone_files import as_written
+from querydet_jax.evaluation.visdrone_results import VisDroneMetrics
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The detections of one detector, scored.
+
+    Attributes:
+      coco: by COCO's protocol.
+      results: COCO results of all images.
+      visdrone: by VisDrone's protocol; None for a data set without ``official_truth``.
+      rows: then, image name to what its official result file says, float64 [m,6]; the metrics are of these.
+    """
+
+    coco: CocoMetrics
+    results: list[dict[str, Any]]
+    visdrone: VisDroneMetrics | None = None
+    rows: dict[str, np.ndarray] = field(default_factory=dict)
+
+    def named(self) -> dict[str, float]:
+        """All metrics by name; VisDrone's begin with ``visdrone_``."""
+        official = {} if self.visdrone is None else self.visdrone.metrics
+        return {**self.coco.metrics, **{f"visdrone_{name}": value for name, value in official.items()}}
+
+    def headline(self) -> dict[str, float]:
+        """Column to value for a table that compares detectors; of VisDrone its own metrics first."""
+        coco = self.coco.metrics
+        sized = {"APs": coco["APs"], "AP<16": coco.get("AP_0_16", np.nan)}
+        if self.visdrone is None:
+            return {**{name: coco[name] for name in ("AP", "AP50", "AP75")}, **sized, "AR100": coco["AR100"]}
+        official = self.visdrone.metrics
+        further = {name: official[name] for name in ("AP50", "AP75", "AR500")}
+        return {"VisDrone AP": official["AP"], **further, "COCO AP": coco["AP"], **sized}
+
+    def table(self) -> str:
+        """Plain text: VisDrone's metrics where there are any, then COCO's."""
+        parts = [] if self.visdrone is None else [f"official VisDrone evaluation\n{self.visdrone.table()}"]
+        return "\n\n".join([*parts, f"COCO evaluation\n{self.coco.table()}"])
+
+    def curves(self) -> dict[str, Curves]:
+        """Protocol, coco or visdrone, to recall and precision."""
+        official = {} if self.visdrone is None else {"visdrone": self.visdrone.recall_precision()}
+        return {**official, "coco": self.coco.curves}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types only: COCO's metrics, and VisDrone's under ``visdrone``."""
+        return {**self.coco.to_dict(), **({} if self.visdrone is None else {"visdrone": self.visdrone.to_dict()})}
+
+
+def score(
+    dataset: Dataset,
+    detections: Sequence[ImageDetections],
+    *,
+    indices: Sequence[int] | None = None,
+    size_bins: Sequence[tuple[float, float]] = DEFAULT_BINS,
+) -> Scores:
+    """Compare detections with a data set's ground truth.
+
+    Args:
+      dataset: the ground truth.
+      detections: one of each image, in any order.
+      indices: positions of the images to score; None: all.
+      size_bins: see ``evaluate``.
+
+    Raises:
+      DataError: as ``to_coco_results``, ``evaluate`` and ``evaluate_visdrone``.
+    """
+    positions = range(len(dataset)) if indices is None else sorted(indices)
+    results = to_coco_results(detections, dataset.category_ids)
+    chosen = [dataset.image_id(i) for i in positions]
+    coco = evaluate(dataset.coco_ground_truth(), results, image_ids=chosen, size_bins=size_bins)
+    of_image = {image.image_id: image for image in detections}
+    images = []
+    for i, image_id in zip(positions, chosen, strict=True):
+        name, truth = dataset.file_name(i), dataset.official_truth(i)
+        if truth is None:
+            return Scores(coco, results)
+        rows = as_written(_rows(of_image[image_id], dataset.category_ids), name)
+        images.append(VisDroneImage(name, dataset.size(i), truth, rows))
+    official = evaluate_visdrone(images, size_bins=size_bins)
+    return Scores(coco, results, official, {image.name: image.detections for image in images})
+
+
+def _rows(image: ImageDetections, category_ids: Sequence[int]) -> np.ndarray:
+    """float64 [m,6]: x, y, w, h, score, category."""
+    boxes = image.boxes.astype(np.float64)
+    categories = np.asarray(category_ids)[np.asarray(image.classes, np.int64)]
+    return np.concatenate(
+        [boxes[:, :2], boxes[:, 2:] - boxes[:, :2], np.asarray(image.scores)[:, None], categories[:, None]], axis=1
+    )

@@ -1,0 +1,126 @@
+"""VisDrone's text files of results: read, written, and their rows checked."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path, PurePath
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from querydet_jax.data.folders import SUFFIXES
+from querydet_jax.errors import DataError
+from querydet_jax.files import written_aside
+
+_COLUMNS = "x,y,w,h,score,category"
+
+
+def read_result_file(path: str | Path) -> np.ndarray:
+    """A text file of results or annotations: float64 [n,8], in the file's order; [0,8] of an empty file.
+
+    Columns: x, y, w, h, score, category, truncation, occlusion; the last two may be missing and are then -1.
+
+    Raises:
+      DataError: a file that cannot be read, or a bad line, by its number.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not a text file"
+        raise DataError(f"{path}: {reason}; give one text file an image, empty if it has no detections") from None
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        # Some official annotation files end their lines with a comma.
+        fields = line.strip().removesuffix(",").split(",")
+        try:
+            row = [float(field) for field in fields]
+        except ValueError:
+            row = []
+        problem = _problem(row)
+        if problem:
+            raise DataError(f"{path}: line {number}: {problem}; expected {_COLUMNS},truncation,occlusion")
+        rows.append((row + [-1.0, -1.0])[:8])
+    return np.array(rows, np.float64).reshape(-1, 8)
+
+
+def write_result_files(folder: str | Path, detections: Mapping[str, ArrayLike]) -> list[Path]:
+    """Write one text file an image, as the toolkit reads them: ``x,y,w,h,score,category,-1,-1`` by descending score.
+
+    Boxes have 2 decimals, scores 8. An image without detections gets an empty file. Nothing is written unless all is
+    well; each file appears whole.
+
+    Args:
+      folder: made if missing.
+      detections: image name, with or without the picture's suffix, to [m,6..8]: x, y, w, h, score, category. An
+        image in a folder has its file in a folder of the same name.
+
+    Returns:
+      The files, in the order given.
+
+    Raises:
+      DataError: bad rows, a name that leads out of the folder, two names of one file.
+    """
+    texts: dict[str, str] = {}
+    for name, rows in detections.items():
+        path = PurePath(name)
+        stem = path.with_suffix("").as_posix() if path.suffix.lower() in SUFFIXES else name
+        if not path.name or path.is_absolute() or ".." in path.parts:
+            raise DataError(f"{name!r}: not the name of an image within a folder of images; give it as such")
+        if stem in texts:
+            raise DataError(f"{name}: a second image of the file {stem}.txt; give every image a name of its own")
+        texts[stem] = "".join(
+            f"{x:.2f},{y:.2f},{w:.2f},{h:.2f},{score:.8f},{category:.0f},-1,-1\n"
+            for x, y, w, h, score, category in as_written(rows, name).tolist()
+        )
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    paths = []
+    for stem, text in texts.items():
+        paths.append(Path(folder) / f"{stem}.txt")
+        with written_aside(paths[-1]) as aside:
+            aside.write_text(text, encoding="utf-8")
+    return paths
+
+
+def as_written(values: ArrayLike, name: str) -> np.ndarray:
+    """What a written file says of rows as ``checked_rows`` takes them: float64 [m,6], sorted and rounded.
+
+    Raises:
+      DataError: as ``checked_rows``.
+    """
+    rows = checked_rows(values, name)[:, :6]
+    rows = rows[np.argsort(-rows[:, 4], kind="stable")]
+    return np.concatenate([np.round(rows[:, :4], 2), np.round(rows[:, 4:5], 8), rows[:, 5:]], axis=1)
+
+
+def checked_rows(values: ArrayLike, name: str) -> np.ndarray:
+    """float64 [n,6..8] of rows as in the text files; any empty array gives [0,8].
+
+    Raises:
+      DataError: a bad shape or row; the message begins with ``name``.
+    """
+    rows = np.asarray(values, np.float64)
+    if rows.size == 0:
+        return np.zeros((0, 8))
+    if rows.ndim != 2 or not 6 <= rows.shape[1] <= 8:
+        raise DataError(f"{name}: shape {list(rows.shape)}, expected [n,6..8], {_COLUMNS}")
+    bad = ~np.isfinite(rows[:, :6]).all(axis=1) | (rows[:, 2:4] < 0).any(axis=1) | ~np.isin(rows[:, 5], np.arange(12))
+    if bad.any():
+        index = int(np.argmax(bad))
+        raise DataError(f"{name}: row {index}: {_problem(rows[index].tolist())}; expected {_COLUMNS}")
+    return rows
+
+
+def _problem(row: list[float]) -> str:
+    """What is wrong with a row, empty if nothing is."""
+    if not 6 <= len(row) <= 8:
+        return "not 6 to 8 numbers"
+    if not all(map(math.isfinite, row[:6])):
+        return "a number that is not finite"
+    if min(row[2:4]) < 0:
+        return f"negative width or height {row[2]:g}, {row[3]:g}"
+    if row[5] not in range(12):
+        return f"category {row[5]:g}, not one of 0..11"
+    return ""
