@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from querydet_jax.benchmark.ablation import Table1, Table3, table1, table3
 from querydet_jax.benchmark.capacities import Capacities, capacities
 from querydet_jax.benchmark.end_to_end import EndToEnd, end_to_end
 from querydet_jax.benchmark.figure2 import Figure2, figure2
@@ -24,6 +25,8 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "nms": (Nms, nms),
     "precision": (Precision, precision),
     "static-vs-dynamic": (StaticVsDynamic, static_vs_dynamic),
+    "table1": (Table1, table1),
+    "table3": (Table3, table3),
     "table4": (Table4, table4),
     "table5": (Table5, table5),
     "table6": (Table6, table6),

@@ -40,3 +40,20 @@ def columns(rows: Rows, name: str) -> dict[str, float | None]:
         "paper_FPS": fps,
         "paper_speed_up": None if fps is None else fps / rows[DENSE][2],
     }
+
+
+# Table 3, which has the rows of Table 1 with the 1x schedule: (HR, RB, QH, CSQ) to (AP, APs, FPS).
+ABLATION: dict[tuple[bool, bool, bool, bool], tuple[float, float, float]] = {
+    (False, False, False, False): (37.46, 22.64, 13.60),
+    (True, False, False, False): (36.10, 21.94, 4.83),
+    (False, True, False, False): (37.66, 22.03, 13.60),
+    (True, True, False, False): (38.11, 23.06, 4.83),
+    (True, True, True, False): (38.53, 24.64, 4.85),
+    (True, True, True, True): (38.36, 24.33, 14.88),
+}
+
+
+def ablation(*, HR: bool, RB: bool, QH: bool, CSQ: bool) -> dict[str, float | None]:  # noqa: N803
+    """``paper_AP``, ``paper_APs`` and ``paper_FPS`` of a row of Table 3; None if it has no such row."""
+    ap, aps, fps = ABLATION.get((HR, RB, QH, CSQ), (None, None, None))
+    return {"paper_AP": ap, "paper_APs": aps, "paper_FPS": fps}

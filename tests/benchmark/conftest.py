@@ -12,7 +12,8 @@ import pytest
 from flax import nnx
 from small_detector import BASE, MODEL, model
 
-from querydet_jax.config import Config, DataConfig, save_config
+from querydet_jax.config import Config, DataConfig, override, save_config
+from querydet_jax.models import DenseDetector, build_model
 from querydet_jax.training.checkpoint import Checkpoints
 from querydet_jax.training.step import init_state
 
@@ -43,9 +44,31 @@ def _compile_in_a_hurry() -> Iterator[None]:
 def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """As train.py leaves it: config.json and a checkpoint."""
     folder = tmp_path_factory.mktemp("run")
-    config = dataclasses.replace(CONFIG, data=dataclasses.replace(CONFIG.data, root=str(folder / "data")))
-    save_config(config, folder / "config.json")
-    copy = nnx.clone(model(max_level=MODEL.max_level))
+    return leave_run(folder, CONFIG, model(max_level=MODEL.max_level), folder / "data")
+
+
+@pytest.fixture(scope="package")
+def retinanet_folder(run_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of RetinaNet P3..P7 on the same data."""
+    config = override(
+        CONFIG,
+        {
+            "model.min_level": 3,
+            "model.query.enabled": False,
+            "model.loss.level_weighting": "uniform",
+            "inference.query": "dense",
+        },
+    )
+    return leave_run(
+        tmp_path_factory.mktemp("retinanet"), config, build_model(config.model, seed=1), run_folder / "data"
+    )
+
+
+def leave_run(folder: Path, config: Config, detector: DenseDetector, data: Path) -> Path:
+    save_config(
+        dataclasses.replace(config, data=dataclasses.replace(config.data, root=str(data))), folder / "config.json"
+    )
+    copy = nnx.clone(detector)
     checkpoints = Checkpoints(folder)
     checkpoints.save(copy, init_state(copy, optax.sgd(0.1)))
     checkpoints.close()

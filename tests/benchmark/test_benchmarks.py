@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from querydet_jax.benchmark.ablation import parts
 from querydet_jax.benchmark.figure4 import at_scale
 from querydet_jax.benchmark.main import COMMANDS, main
 from querydet_jax.benchmark.precision import agreement
 from querydet_jax.benchmark.queries import at_level, clustered
 from querydet_jax.benchmark.report import Column, Report, share
 from querydet_jax.benchmark.subject import Source
-from querydet_jax.config import DataConfig
+from querydet_jax.config import DataConfig, LossConfig, ModelConfig, QueryConfig
 from querydet_jax.errors import ConfigError
 
 SMALL = "--backbone resnet10 --classes 2 --channels 8 --rounds 2".split()
@@ -69,6 +71,42 @@ def test_table_from_a_run(monkeypatch, tmp_path, run_folder):
     assert [row["method"] for row in found["rows"]] == ["dense", "1x1", "5x5"]
     assert all(0 <= row["AP"] <= 100 for row in found["rows"]) and not any("AP" in x for x in found["not_run"])
     assert_numbers(found["rows"], "ms_p50", "speed_up", "fps")
+
+
+def test_ablation_of_runs(monkeypatch, tmp_path, run_folder, retinanet_folder):
+    found = call(monkeypatch, tmp_path, "table3", "--runs", str(retinanet_folder), str(run_folder))
+    marks = [[row[part] for part in ("HR", "RB", "QH", "CSQ")] for row in found["rows"]]
+    assert marks == [["", "", "", ""], ["x", "x", "x", ""], ["x", "x", "x", "x"]]
+    assert [row["paper_AP"] for row in found["rows"]] == [37.46, 38.53, 38.36]
+    assert found["rows"][1]["speed_up"] == 1.0  # QueryDet's dense heads, though RetinaNet was named first
+    assert_numbers(found["rows"], "ms_p50", "speed_up", "fps")
+    # Each row is its own model's.
+    alone = call(monkeypatch, tmp_path / "alone", "table1", "--runs", str(retinanet_folder))
+    assert alone["rows"][0]["AP"] == found["rows"][0]["AP"]
+
+
+def test_ablation_refuses_what_cannot_be_compared(monkeypatch, tmp_path, run_folder):
+    with pytest.raises(ConfigError, match="--runs: table3 needs trained models"):
+        call(monkeypatch, tmp_path, "table3")
+    with pytest.raises(ConfigError, match="--base other: is not one of --runs"):
+        call(monkeypatch, tmp_path, "table3", "--runs", str(run_folder), "--base", "other")
+    config = json.loads((run_folder / "config.json").read_text())
+    config["data"]["test_short"] = 32
+    other = tmp_path / "other"
+    shutil.copytree(run_folder, other, ignore=shutil.ignore_patterns("data"))
+    (other / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match="data.test_short is 32, that of .* 64"):
+        call(monkeypatch, tmp_path / "out", "table3", "--runs", str(run_folder), str(other))
+
+
+def test_parts_of_a_model():
+    uniform = LossConfig(level_weighting="uniform")
+    assert parts(ModelConfig(), "csq") == {"HR": True, "RB": True, "QH": True, "CSQ": True}
+    assert parts(ModelConfig(min_level=3, loss=uniform, query=QueryConfig(enabled=False)), "dense") == {
+        "HR": False, "RB": False, "QH": False, "CSQ": False
+    }  # fmt: skip
+    assert parts(ModelConfig(loss=LossConfig(level_weights=(2.0,) * 6)), "dense")["RB"] is False
+    assert parts(ModelConfig(loss=LossConfig(level_weighting="linear")), "dense")["RB"] is True
 
 
 def test_end_to_end_from_random_weights(monkeypatch, tmp_path):
