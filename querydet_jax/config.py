@@ -196,7 +196,9 @@ class TrainConfig:
     clip_value: float = 0.0  # > 0: clip each gradient element to +- this
     clip_norm: float = 0.0  # > 0: clip the global gradient norm to this
     seed: int = 0
-    init: str = ""  # weights to start from (backbone or whole model), a path
+    # Weights to start from (backbone or whole model): a file, a run, or efficientnet_lite0, which is
+    # the ImageNet weights of requirements-efficientnet.txt.
+    init: str = ""
     log_every: int = 20
     eval_every: int = 0  # steps between evaluations; 0: only at the end
     eval_images: int = 0  # images of a mid-training evaluation; 0: all

@@ -22,6 +22,7 @@ from querydet_jax.weights.names import (
     torch_name,
     torch_shape,
 )
+from querydet_jax.weights.packaged import packaged_file
 from querydet_jax.weights.readers import read_tensors
 from querydet_jax.weights.writers import write_tensors
 
@@ -57,7 +58,8 @@ def load_weights(model: nnx.Module, source: str | Path | Mapping[str, Any]) -> L
 
     Args:
       model: what ``build_model`` returned.
-      source: a weight file (see ``read_tensors``), the folder of a training run, or arrays by name.
+      source: a weight file (see ``read_tensors``), the folder of a training run, arrays by name, or
+        ``efficientnet_lite0``: the ImageNet weights of that network's package (an extra).
         Names of QueryDet and of detectron2's RetinaNet are both understood, as are torchvision's and
         Caffe2's (MSRA) of a ResNet, with or without ``module.`` or ``model.`` in front. Arrays are in
         torch layout (convolutions OIHW) and of any real type; they become float32.
@@ -119,7 +121,7 @@ def export_weights(model: nnx.Module, path: str | Path) -> None:
 
 def _read(path: Path) -> dict[str, np.ndarray]:
     if not path.is_dir():
-        return read_tensors(path)
+        return read_tensors(path if path.exists() else packaged_file(str(path)) or path)
     # Here, not above: exported weights must load where no training code is imported.
     from querydet_jax.training.checkpoint import restore_model_state
 

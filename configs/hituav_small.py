@@ -1,0 +1,51 @@
+"""QueryDet with a small head on HIT-UAV: thermal pictures from a drone, from scratch, on two CPU cores.
+
+Reproduces: nothing of the paper; real small objects (a third of the boxes below 16x16 px).
+Images: HIT-UAV, CC BY 4.0, as COCO json: instances_train.json, instances_val.json, train/, val/.
+Command: python train.py configs/hituav_small.py --data.root HIT_UAV && python eval.py runs/hituav_small
+Measured: 36 minutes of training (1,500 steps of 8 crops, one seed), then all 407 validation images at 512x640, batch 1;
+2 cores of an AMD EPYC, jax 0.10.2, Python 3.11.7. Medians, methods in turn.
+
+  method     AP   AP50   AP75    APs  AP<16  AR100  ms/image  active cells
+  dense   16.82  39.93  11.31  10.12   5.97  37.55     101.0  all
+  csq     16.84  39.88  11.35  10.12   6.02  38.34      79.2  P2 9.1%, P3 21.7%
+
+Queries reach the centre cell of 90 % of the objects under 16 px on P3, 89 % on P2. The head is small here (64
+channels, two layers), so there is little to save: CSQ is 1.28 times as fast as dense.
+"""
+
+from querydet_jax.config import Config, DataConfig, InferenceConfig, TrainConfig, small_model
+
+config = Config(
+    name="hituav_small",
+    classes=("Person", "Car", "Bicycle", "OtherVehicle"),
+    model=small_model(4),
+    data=DataConfig(
+        source="coco",
+        root="hit_uav",
+        train_annotations="instances_train.json",
+        train_images="train",
+        val_annotations="instances_val.json",
+        val_images="val",
+        train_short=(448, 512, 576),
+        train_max=720,
+        train_canvases=((320, 320),),
+        crop=True,
+        test_short=512,
+        test_max=640,
+        test_canvases=((512, 640),),
+        max_boxes=100,
+    ),
+    train=TrainConfig(
+        batch_size=8,
+        steps=1500,
+        optimizer="adamw",
+        learning_rate=1e-3,
+        warmup_steps=100,
+        schedule="cosine",
+        clip_norm=10.0,
+        checkpoint_every=250,
+        log_every=25,
+    ),
+    inference=InferenceConfig(query="csq", max_detections=200),
+)
