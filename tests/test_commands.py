@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -35,6 +36,7 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
     trained = command("train.py", str(ROOT / "configs/demo.py"), "--run", "run", *SHORT.split(), cwd=folder)
     assert "step 4/4  loss" in trained.stdout and "data wait" in trained.stdout
+    assert re.search(r"4 steps in 0:\d\d, .* of the time waiting for data", trained.stdout)
     # One evaluation on the way, of two images, logged with the losses.
     lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "csq/AP50" in line and "dense/ms_per_image" in line] == [2]
@@ -106,3 +108,13 @@ def test_bad_input_is_one_line(run, tmp_path, name, words, message):
 def test_help_lists_the_fields():
     text = command("train.py", "--help", cwd=ROOT).stdout
     assert "--train.learning-rate" in text and "--run" in text and "--resume" in text
+
+
+def test_a_reader_that_leaves_is_no_error():
+    """As in `python eval.py ... | head`: no traceback, the status of SIGPIPE."""
+    program = "from querydet_jax.cli import run; run(lambda: [print('x' * 99) for _ in range(10**5)])"
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=pipe, stderr=pipe) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141

@@ -124,6 +124,8 @@ def _train(
                 merge_into(model, unreplicate(state))
                 with progress.paused():
                     progress.record(done, evaluate(model, validation))
+        if start < config.train.steps:
+            print(progress.summary(config.train.steps), flush=True)
     finally:
         progress.close(batches.skipped)
         batches.close()
@@ -143,6 +145,7 @@ class _Progress:
         self.file = path.open("a")
         self.board = _summary_writer(path.parent)
         self.begun = time.perf_counter()
+        self.total_waited = 0.0
         self._reset(start)
 
     def _reset(self, step: int) -> None:
@@ -150,9 +153,10 @@ class _Progress:
 
     def wait(self, seconds: float) -> None:
         self.waited += seconds
+        self.total_waited += seconds
 
     def log(self, step: int, values: dict[str, float], waited: float) -> None:
-        self.waited += waited
+        self.wait(waited)
         elapsed = time.perf_counter() - self.last_time
         steps = step - self.last_step
         speed = steps * self.config.train.batch_size / elapsed
@@ -188,6 +192,15 @@ class _Progress:
         begun = time.perf_counter()
         yield
         self.last_time += time.perf_counter() - begun
+
+    def summary(self, step: int) -> str:
+        """Of the whole run since it was started or resumed, compilation and evaluations included."""
+        elapsed = time.perf_counter() - self.begun
+        images = (step - self.first) * self.config.train.batch_size
+        return (
+            f"{step - self.first} steps in {_duration(elapsed)}, {images / elapsed:.1f} images/s, "
+            f"{self.total_waited / elapsed:.1%} of the time waiting for data"
+        )
 
     def close(self, skipped: int) -> None:
         if skipped:
