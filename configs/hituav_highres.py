@@ -10,7 +10,7 @@ Measured: 2 cores of an AMD EPYC, jax 0.10.2, Python 3.11.7; one seed; 38 min (1
   model                    AP   AP50    APs  AP<16  AR100  ms/image  active cells
   P2..P7                16.80  40.85  10.02   8.35  37.52     242    all
 
-The other rows and what they mean: docs/hituav.md.
+The other rows, and thresholds 0.05 to 0.5 (Figure 4): docs/hituav.md.
 """
 
 from pathlib import Path

@@ -14,7 +14,7 @@ Measured: 2 cores of an AMD EPYC, jax 0.10.2, Python 3.11.7; one seed; 41 min (1
   QueryDet, dense       17.29  43.03  10.97   6.75  37.42     241    all
   QueryDet, CSQ         17.20  42.80  10.91   6.63  37.06      81.9  P3 19.0 %, P2 7.7 %
 
-The other rows and what they mean: docs/hituav.md.
+The other rows, and thresholds 0.05 to 0.5 (Figure 4): docs/hituav.md.
 """
 
 from pathlib import Path

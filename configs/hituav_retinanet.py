@@ -10,7 +10,7 @@ Measured: 2 cores of an AMD EPYC, jax 0.10.2, Python 3.11.7; one seed; 13 min (1
   model                    AP   AP50    APs  AP<16  AR100  ms/image  active cells
   RetinaNet P3..P7      11.37  29.56   5.02   1.74  30.99      84.3  P3..P7
 
-The other rows and what they mean: docs/hituav.md.
+The other rows, and thresholds 0.05 to 0.5 (Figure 4): docs/hituav.md.
 """
 
 from pathlib import Path
