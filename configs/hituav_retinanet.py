@@ -18,12 +18,9 @@ from pathlib import Path
 from querydet_jax.config import load_config
 
 config = load_config(
-    Path(__file__).with_name("hituav_querydet.py"),
+    Path(__file__).with_name("hituav_highres.py"),
     {
         "name": "hituav_retinanet",
         "model.min_level": 3,
-        "model.query.enabled": False,
-        "model.loss.level_weighting": "uniform",
-        "inference.query": "dense",
     },
 )

@@ -8,10 +8,13 @@ from pathlib import Path
 
 from querydet_jax.benchmark import paper, plots
 from querydet_jax.benchmark.report import Column, Report, Row, decimals
-from querydet_jax.benchmark.subject import accuracy_columns, evaluate, evaluation_rows, open_run, speed_columns
-from querydet_jax.config import Config, ModelConfig, override
+from querydet_jax.benchmark.subject import accuracy_columns, evaluate, evaluation_rows, speed_columns
+from querydet_jax.config import Config, ModelConfig, load_config, override
+from querydet_jax.data import open_dataset
 from querydet_jax.detector import Detector
 from querydet_jax.errors import ConfigError
+from querydet_jax.models.skeleton import level_weights
+from querydet_jax.runs import check_classes, config_path, open_model
 
 
 @dataclass(frozen=True)
@@ -50,35 +53,36 @@ def parts(model: ModelConfig, query: str) -> dict[str, bool]:
     ``HR`` high resolution (P2), ``RB`` losses re-balanced over levels (paper eq. 4), ``QH`` trained with a query
     head, ``CSQ`` cascade sparse query at inference.
     """
-    weights = set(model.loss.level_weights) if model.loss.level_weighting == "table" else {1.0}
-    balanced = model.loss.level_weighting == "linear" or len(weights) > 1
+    balanced = len(set(level_weights(model))) > 1
     return {"HR": model.min_level == 2, "RB": balanced, "QH": model.query.enabled, "CSQ": query == "csq"}
 
 
 def _ablation(name: str, title: str, arguments: _Runs) -> None:
-    opened = {run: open_run(run) for run in arguments.runs}
-    if not opened:
+    configs = {run: load_config(config_path(run)) for run in arguments.runs}
+    if not configs:
         raise ConfigError(f"--runs: {name} needs trained models; name one or more run folders of train.py")
-    _check_alike({run: config for run, (config, _, _) in opened.items()})
+    _check_alike(configs)
     base = arguments.base or next(
-        (run for run, (c, _, _) in opened.items() if c.model.min_level == 2), next(iter(opened))
+        (run for run, config in configs.items() if config.model.min_level == 2), next(iter(configs))
     )
-    if base not in opened:
-        raise ConfigError(f"--base {base}: is not one of --runs {' '.join(opened)}")
-    short = {run: Path(run).name for run in opened}
+    if base not in configs:
+        raise ConfigError(f"--base {base}: is not one of --runs {' '.join(configs)}")
+    dataset = open_dataset(configs[base].data, "val")
+    short = {run: Path(run).name for run in configs}
     if len(set(short.values())) < len(short):
-        short = {run: run for run in opened}
+        short = {run: run for run in configs}
     detectors, marks = {}, {}
     # The base goes first: speed-ups are over the first row.
-    for run in sorted(opened, key=lambda run: run != base):
-        config, model, _ = opened[run]
+    for run in sorted(configs, key=lambda run: run != base):
+        config = configs[run]
+        model = open_model(config, run)
+        check_classes(config, dataset)
         for query in ("dense", "csq") if config.model.query.enabled else ("dense",):
             row = f"{short[run]} {query}"
             detectors[row] = Detector(model, override(config.inference, {"query": query}))
             marks[row] = parts(config.model, query)
-    config, _, dataset = opened[base]
     rows: list[Row] = []
-    for row in evaluation_rows(evaluate(detectors, dataset, config, arguments.images)):
+    for row in evaluation_rows(evaluate(detectors, dataset, configs[base], arguments.images)):
         mine = marks[row["method"]]
         checks = {part: "x" if has else "" for part, has in mine.items()}
         rows.append({"method": row["method"], **checks, **row, **paper.ablation(**mine)})

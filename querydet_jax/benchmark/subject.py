@@ -16,6 +16,7 @@ from querydet_jax.config import Config, InferenceConfig, ModelConfig, load_confi
 from querydet_jax.data import Dataset, open_dataset
 from querydet_jax.detector import Detector
 from querydet_jax.errors import ConfigError
+from querydet_jax.evaluation.metrics import known
 from querydet_jax.evaluation.runner import Evaluation, evaluate_detectors, first_images
 from querydet_jax.models import DenseDetector, build_model
 from querydet_jax.ops.anchors import level_shape
@@ -143,7 +144,7 @@ def evaluation_rows(runs: dict[str, Evaluation]) -> list[Row]:
         rows.append(
             {
                 "method": name,
-                **{key: _known(values.get(key)) for key in ("AP", "AP50", "AP75", "APs", "AP_0_16", "AR100")},
+                **{key: known(values.get(key)) for key in ("AP", "AP50", "AP75", "APs", "AP_0_16", "AR100")},
                 **{f"active_P{level}": value for level, value in sorted(run.active_share().items(), reverse=True)},
                 **percentiles(np.asarray(run.ms)),
                 "fps": run.fps,
@@ -207,7 +208,3 @@ def speed_columns(rows: list[Row]) -> list[Column]:
         Column("ms_p90", "ms p90", ms),
         Column("speed_up", "speed-up", times),
     ]
-
-
-def _known(value: float | None) -> float | None:
-    return None if value is None or np.isnan(value) else value

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -41,7 +41,7 @@ COCO_CLASSES = (
 )  # fmt: skip
 
 IDS_KEY = "category_ids"  # in metadata.json of copies that prepare_coco made
-_SPLITS = {"train": "train", "val": "validation"}
+SPLITS: dict[Literal["train", "val"], str] = {"train": "train", "val": "validation"}  # our names to TFDS's
 _DECIMALS = 3  # of a pixel, see pixel_boxes
 _REMEDY = "make the copy anew: python -m querydet_jax.data prepare-coco --help"
 
@@ -63,9 +63,9 @@ class TfdsCocoDataset(Dataset):
       DataError: no such copy, not in ArrayRecord, not laid out like ``coco/2017``, or damaged.
     """
 
-    def __init__(self, root: str | Path, name: str, split: str):
+    def __init__(self, root: str | Path, name: str, split: Literal["train", "val"]):
         self._folder = _version_folder(Path(root or DATA_DIR), name)
-        self._split, self._name = _SPLITS[split], name
+        self._split, self._name = SPLITS[split], name
         try:
             with quiet():
                 builder: Any = tfds.builder_from_directory(self._folder)

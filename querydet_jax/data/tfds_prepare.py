@@ -14,7 +14,7 @@ import shutil
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -25,14 +25,13 @@ from querydet_jax.data.coco import CocoDataset
 from querydet_jax.data.images import stored_size
 from querydet_jax.data.records import quiet
 from querydet_jax.data.sources import open_dataset
-from querydet_jax.data.tfds_coco import IDS_KEY, TfdsCocoDataset
+from querydet_jax.data.tfds_coco import IDS_KEY, SPLITS, TfdsCocoDataset
 from querydet_jax.errors import DataError
 from querydet_jax.files import folder_written_aside, write_json
 from querydet_jax.progress import progress
 
 NAME, VERSION = "coco/2017", "1.1.0"
 _INFO = "dataset_info.json"
-_SPLITS: dict[str, Literal["train", "val"]] = {"train": "train", "validation": "val"}  # TFDS's names to ours
 _SHARD = 1000  # images a file, about 160 MB of COCO: TFDS holds those of one in memory
 
 Examples = Callable[[], Iterator[tuple[int, dict[str, Any]]]]
@@ -76,7 +75,7 @@ def prepare_coco(source: str | Path, out: str | Path, *, overwrite: bool = False
             "folder that can be written, with space for the images"
         ) from None
     # Reads every record once, and leaves the index that training would otherwise begin with.
-    counts = [f"{len(TfdsCocoDataset(root, f'{NAME}:{VERSION}', ours))} {ours}" for ours in _SPLITS.values()]
+    counts = [f"{len(TfdsCocoDataset(root, f'{NAME}:{VERSION}', ours))} {ours}" for ours in SPLITS]
     return f"wrote {' and '.join(counts)} images to {folder}; use it by --data.source tfds --data.root {out}"
 
 
@@ -97,7 +96,7 @@ def _refuse(folder: Path, source: Path, overwrite: bool) -> None:
 
 def _open(source: Path) -> dict[str, CocoDataset]:
     data = DataConfig(source="coco", root=str(source))
-    datasets: dict[str, Any] = {split: open_dataset(data, ours) for split, ours in _SPLITS.items()}
+    datasets: dict[str, Any] = {theirs: open_dataset(data, ours) for ours, theirs in SPLITS.items()}
     train, val = datasets["train"], datasets["validation"]
     if (train.category_ids, train.classes) != (val.category_ids, val.classes):
         raise DataError(f"{source}: the annotation files of train and val list different categories; make them agree")
@@ -182,9 +181,8 @@ def _example(dataset: CocoDataset, i: int) -> dict[str, Any]:
             f"{path}: the image is stored as {stored[1]}x{stored[0]} (width x height) but the annotations say {w}x{h}; "
             "correct width and height there, or store the image upright, without EXIF rotation"
         )
-    k_of = {identifier: k for k, identifier in enumerate(dataset.category_ids)}
-    objects = []
-    for entry in dataset.entries(i):
+    truth, objects = dataset.annotation(i), []
+    for entry, k, crowd in zip(dataset.entries(i), truth.classes.tolist(), truth.crowd.tolist(), strict=True):
         x, y, width, height = entry["bbox"]
         y0, x0, y1, x1 = (min(max(v, 0.0), 1.0) for v in (y / h, x / w, (y + height) / h, (x + width) / w))
         objects.append(
@@ -192,8 +190,8 @@ def _example(dataset: CocoDataset, i: int) -> dict[str, Any]:
                 "area": int(entry.get("area", width * height)),
                 "bbox": tfds.features.BBox(ymin=y0, xmin=x0, ymax=y1, xmax=x1),
                 "id": entry["id"],
-                "is_crowd": bool(entry.get("iscrowd", 0)),
-                "label": k_of[entry["category_id"]],
+                "is_crowd": crowd,
+                "label": k,
             }
         )
     return {
@@ -210,15 +208,15 @@ def _convert(source: Path, aside: Path) -> None:
     try:
         info = json.loads(path.read_text())
         stored = info.get("fileFormat", "tfrecord")
-        splits = {s["name"]: s for s in info["splits"] if s["name"] in _SPLITS}
+        splits = {s["name"]: s for s in info["splits"] if s["name"] in SPLITS.values()}
         lengths = {name: [int(n) for n in s["shardLengths"]] for name, s in splits.items()}
         name = info["name"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path}: not readable as TFDS's description of a data set ({error}); restore it") from None
     if stored != "tfrecord":
         raise DataError(f"{path}: the copy is in {stored}; only tfrecord has to be, and can be, converted")
-    if set(splits) != set(_SPLITS):
-        raise DataError(f"{path}: lists the splits {', '.join(splits)}; need {', '.join(_SPLITS)}")
+    if set(splits) != set(SPLITS.values()):
+        raise DataError(f"{path}: lists the splits {', '.join(splits)}; need {', '.join(SPLITS.values())}")
     bar = iter(progress(range(sum(map(sum, lengths.values()))), "converting", " images"))
     for split, shards in lengths.items():
         of = len(shards)

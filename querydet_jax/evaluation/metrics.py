@@ -151,9 +151,9 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int =
     return "\n".join([line(header), "  ".join("-" * width for width in widths), *map(line, rows)])
 
 
-def percent(value: float) -> str:
-    """Two decimals, ``-`` for nan."""
-    return "-" if math.isnan(value) else f"{value:.2f}"
+def percent(value: float, decimals: int = 2) -> str:
+    """``-`` for nan."""
+    return "-" if math.isnan(value) else f"{value:.{decimals}f}"
 
 
 def shorten(text: str, width: int) -> str:
@@ -161,5 +161,10 @@ def shorten(text: str, width: int) -> str:
     return text if len(text) <= width else text[: width - 2] + ".."
 
 
+def known(value: float | None) -> float | None:
+    """None for nan, which JSON does not have."""
+    return None if value is None or math.isnan(value) else value
+
+
 def without_nan(values: dict[str, float]) -> dict[str, float | None]:
-    return {key: None if math.isnan(value) else value for key, value in values.items()}
+    return {key: known(value) for key, value in values.items()}

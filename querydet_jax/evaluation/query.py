@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from querydet_jax.errors import DataError
-from querydet_jax.evaluation.metrics import DEFAULT_BINS, as_bins, text_table
+from querydet_jax.evaluation.metrics import DEFAULT_BINS, as_bins, known, percent, text_table, without_nan
 
 THRESHOLDS = (0.02, 0.05, 0.10, 0.12, 0.15, 0.20, 0.30, 0.40, 0.50)
 """Query thresholds that an evaluation tries beside the configured one."""
@@ -133,8 +133,8 @@ class QueryRecall:
             "objects": {entry.key: int(total) for entry, total in zip(self.bins, self.totals, strict=True)},
             "by_threshold": {
                 str(threshold): {
-                    "recall": {key: _known(value) for key, value in self.recall(threshold).items()},
-                    "active_share": _known(share),
+                    "recall": without_nan(self.recall(threshold)),
+                    "active_share": known(share),
                 }
                 for threshold, share in self.active_share().items()
             },
@@ -155,8 +155,4 @@ class QueryRecall:
 
 
 def _percentages(values: Sequence[float]) -> list[str]:
-    return ["-" if np.isnan(value) else f"{value:.1f}" for value in values]
-
-
-def _known(value: float) -> float | None:
-    return None if np.isnan(value) else value
+    return [percent(value, 1) for value in values]

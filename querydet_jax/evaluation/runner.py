@@ -15,7 +15,7 @@ from querydet_jax.data import Dataset, eval_batches
 from querydet_jax.data.transforms import resize_boxes
 from querydet_jax.detector import Detector
 from querydet_jax.evaluation.coco import ImageDetections, rescale_to_original
-from querydet_jax.evaluation.metrics import DEFAULT_BINS, percent, text_table
+from querydet_jax.evaluation.metrics import DEFAULT_BINS, known, percent, text_table
 from querydet_jax.evaluation.query import QueryRecall
 from querydet_jax.evaluation.scoring import Scores, score
 from querydet_jax.ops.anchors import level_shape
@@ -54,9 +54,6 @@ class Evaluation:
         return {level: float(np.mean(shares)) for level, shares in self.active.items()}
 
     def to_dict(self) -> dict[str, Any]:
-        def known(value: float) -> float | None:
-            return None if np.isnan(value) else value
-
         return {
             **self.scores.to_dict(),
             "ms_per_image": known(self.ms_median),
