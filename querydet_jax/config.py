@@ -24,17 +24,39 @@ Group = TypeVar("Group")
 
 @dataclass(frozen=True)
 class BackboneConfig:
-    """A residual network (He et al. 2016) or EfficientNet-Lite0, outputs C2..C5 at strides 4..32."""
+    """A residual network (He et al. 2016) or a light one (paper Table 7), outputs C2..C5 at strides 4..32."""
 
-    name: Literal["resnet10", "resnet18", "resnet34", "resnet50", "resnet101", "efficientnet_lite0"] = "resnet50"
-    # msra: detectron2's conversion, stride in the 1x1, BGR minus mean. torchvision: stride in the
-    # 3x3, RGB, mean and std. efficientnet_lite: that network's, RGB, (x - 127) / 128.
+    name: Literal[
+        "resnet10",
+        "resnet18",
+        "resnet34",
+        "resnet50",
+        "resnet101",
+        "efficientnet_lite0",
+        "mobilenet_v2",  # width 1.0
+        "shufflenet_v2",  # 1.0x
+    ] = "resnet50"
+    # msra: detectron2's conversion, stride in the 1x1, BGR minus mean. torchvision: stride in the 3x3, RGB, mean and
+    # std; also MobileNetV2 and ShuffleNetV2. efficientnet_lite: that network's, RGB, (x - 127) / 128.
     flavor: Literal["msra", "torchvision", "efficientnet_lite"] = "msra"
     # frozen: fixed affine transform, as the paper trains. batch: live statistics, averaged over
-    # devices. group: GroupNorm(32), independent of the batch.
+    # devices. group: GroupNorm(32), independent of the batch (residual networks).
     norm: Literal["frozen", "batch", "group"] = "frozen"
     freeze_at: int = 2  # 0: train all; 1: freeze the stem; 2: stem and res2; ... 5: everything
     width: int = 64  # channels of a residual network's stem; 64 is the published network
+
+
+# Networks of one width and one kind of weights, and that kind. Residual networks come in two, msra and torchvision.
+_LIGHT_FLAVORS = {
+    "efficientnet_lite0": "efficientnet_lite",
+    "mobilenet_v2": "torchvision",
+    "shufflenet_v2": "torchvision",
+}
+
+
+def backbone_flavors(name: str) -> tuple[str, ...]:
+    """Values of ``BackboneConfig.flavor`` that a backbone can have, the usual one first."""
+    return (_LIGHT_FLAVORS[name],) if name in _LIGHT_FLAVORS else ("msra", "torchvision")
 
 
 @dataclass(frozen=True)
@@ -310,14 +332,14 @@ def check(config: Config) -> None:
     if not 0 <= model.backbone.freeze_at <= 5:
         raise ConfigError(f"model.backbone.freeze_at {model.backbone.freeze_at}: must be 0 (train all) to 5 (none)")
     backbone = model.backbone
-    if (backbone.name == "efficientnet_lite0") != (backbone.flavor == "efficientnet_lite"):
+    if backbone.flavor not in (flavors := backbone_flavors(backbone.name)):
         raise ConfigError(
             f"model.backbone.name {backbone.name}, model.backbone.flavor {backbone.flavor}: set the flavor to "
-            + ("efficientnet_lite" if backbone.name == "efficientnet_lite0" else "msra or torchvision")
+            + " or ".join(flavors)
         )
-    if backbone.name == "efficientnet_lite0" and (backbone.norm == "group" or backbone.width != 64):
+    if backbone.name in _LIGHT_FLAVORS and (backbone.norm == "group" or backbone.width != 64):
         raise ConfigError(
-            f"model.backbone.norm {backbone.norm}, model.backbone.width {backbone.width}: efficientnet_lite0 has one "
+            f"model.backbone.norm {backbone.norm}, model.backbone.width {backbone.width}: {backbone.name} has one "
             "width and no group norm; use norm frozen or batch and leave width at 64"
         )
     if not 0 < model.head.prior < 1:

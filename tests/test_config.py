@@ -320,6 +320,12 @@ def test_the_coco_files_differ_where_the_published_ones_do() -> None:
         "inference.query": "dense",
         "inference.score_threshold": 0.05,
     }
+    for card, network in (("mobilenetv2", "mobilenet_v2"), ("shufflenetv2", "shufflenet_v2")):
+        for kind in ("querydet", "retinanet"):
+            assert differences(f"{kind}_r50", f"{kind}_{card}") == {
+                "model.backbone.name": network,
+                "model.backbone.flavor": "torchvision",
+            }
     first = load_config(CONFIGS / "coco_querydet_r50.py")
     assert (first.train.batch_size, first.train.steps, first.train.decay_steps) == (16, 90_000, (60_000, 80_000))
     assert (first.train.learning_rate, first.model.num_classes, first.inference.max_detections) == (0.01, 80, 200)

@@ -12,7 +12,7 @@ import numpy as np
 from querydet_jax.benchmark.queries import at_level, density, script_queries
 from querydet_jax.benchmark.report import Column, Row, decimals, ms, share, times
 from querydet_jax.benchmark.timing import interleaved, percentiles
-from querydet_jax.config import Config, InferenceConfig, ModelConfig, load_config, override
+from querydet_jax.config import Config, InferenceConfig, ModelConfig, backbone_flavors, load_config, override
 from querydet_jax.data import Dataset, open_dataset
 from querydet_jax.detector import Detector
 from querydet_jax.errors import ConfigError
@@ -83,11 +83,10 @@ def open_run(run: str) -> tuple[Config, DenseDetector, Dataset]:
 
 
 def random_model(backbone: str, classes: int, channels: int = 256, **changes: Any) -> DenseDetector:
-    """QueryDet with random weights; ``changes`` by dotted field of ``ModelConfig``."""
+    """QueryDet with random weights, in the backbone's usual flavour; ``changes`` by dotted field of ``ModelConfig``."""
     widths = {f"{part}.channels": channels for part in ("fpn", "head", "query")}
-    return build_model(
-        override(ModelConfig(), {"backbone.name": backbone, "num_classes": classes, **widths, **changes})
-    )
+    network = {"backbone.name": backbone, "backbone.flavor": backbone_flavors(backbone)[0]}
+    return build_model(override(ModelConfig(), {**network, "num_classes": classes, **widths, **changes}))
 
 
 def random_image(height: int, width: int) -> jax.Array:

@@ -2,23 +2,26 @@
 
 The *official* names are those of the published QueryDet and of detectron2's RetinaNet, which
 differ in the detection head only (``det_head.cls_layer_1`` against ``head.cls_subnet.2``).
-``official_name`` also understands torchvision's and the Caffe2 (MSRA) names of a ResNet, and those of
-the PyTorch port of EfficientNet-Lite0.
+``official_name`` also understands other projects' names of a backbone: torchvision's (and timm's, the same) and the
+Caffe2 (MSRA) ones of a ResNet, torchvision's and timm's of MobileNetV2, torchvision's of ShuffleNetV2, and those of the
+PyTorch port of EfficientNet-Lite0.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from itertools import chain
 from typing import Any, Literal
 
 import numpy as np
 
 from querydet_jax.errors import WeightsError
-from querydet_jax.models.backbones.efficientnet_lite import NUM_BLOCKS, block_of
+from querydet_jax.models.backbones.efficientnet_lite import EfficientNetLite
+from querydet_jax.models.backbones.mobilenet_v2 import MobileNetV2
 
 ModelPath = tuple[Any, ...]  # attribute names and list indices from the root of the model to a variable
-Style = Literal["detectron2", "torchvision", "caffe2", "efficientnet"]
+Style = Literal["detectron2", "torchvision", "caffe2", "efficientnet", "timm"]
 
 _BACKBONE = "backbone.bottom_up."
 _LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
@@ -27,7 +30,8 @@ _LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "runni
 # of an ImageNet network, Caffe2's optimiser state.
 _IGNORED = re.compile(
     r"(^|\.)(query_)?anchor_generator\.|(^|\.)num_batches_tracked$|^(backbone\.)?(bottom_up\.)?(stem\.)?fc\.|"
-    r"^(fc1000|pred)_[wb]$|_momentum$|^(lr|model_iter)$|^(_conv_head|_bn1|_fc)\."
+    r"^(fc1000|pred)_[wb]$|_momentum$|^(lr|model_iter)$|^(_conv_head|_bn1|_fc)\.|"
+    r"^(features\.18|conv_head|bn2|classifier)\."
 )
 _CAFFE2_STEM = re.compile(r"^(?:conv1_w|(?:res_)?conv1_bn_(?P<bn>\w+))$")
 _CAFFE2_BLOCK = re.compile(r"^res([2-5])_(\d+)_branch(1|2a|2b|2c)_(?:w|bn_(?P<bn>\w+))$")
@@ -43,6 +47,36 @@ _EFFICIENTNET_BLOCK = re.compile(r"^_blocks\.(\d+)\._(expand_conv|depthwise_conv
 _EFFICIENTNET_CONVS = {
     "expand_conv": "expand", "depthwise_conv": "depthwise", "project_conv": "project",
     "bn0": "expand.norm", "bn1": "depthwise.norm", "bn2": "project.norm",
+}  # fmt: skip
+_EFFICIENTNET_BLOCKS = list(chain.from_iterable(EfficientNetLite.places()))
+_MOBILENET_STAGES = MobileNetV2.places()
+_MOBILENET_BLOCKS = list(chain.from_iterable(_MOBILENET_STAGES))
+_MOBILENET_STEM = re.compile(r"^features\.0\.([01])\.(\w+)$")
+_MOBILENET_BLOCK = re.compile(r"^features\.(\d+)\.conv\.(\d(?:\.[01])?)\.(\w+)$")
+# Modules of a block's torch.nn.Sequential; the first block has no expansion.
+_MOBILENET_FIRST = {"0.0": "depthwise", "0.1": "depthwise.norm", "1": "project", "2": "project.norm"}
+_MOBILENET_CONVS = {
+    "0.0": "expand", "0.1": "expand.norm", "1.0": "depthwise", "1.1": "depthwise.norm", "2": "project",
+    "3": "project.norm",
+}  # fmt: skip
+_TIMM_STEM = re.compile(r"^(conv_stem|bn1)\.(\w+)$")
+_TIMM_BLOCK = re.compile(r"^blocks\.(\d+)\.(\d+)\.(conv_pwl?|conv_dw|bn[123])\.(\w+)$")
+_TIMM_FIRST = {"conv_dw": "depthwise", "bn1": "depthwise.norm", "conv_pw": "project", "bn2": "project.norm"}
+_TIMM_CONVS = {
+    "conv_pw": "expand", "bn1": "expand.norm", "conv_dw": "depthwise", "bn2": "depthwise.norm", "conv_pwl": "project",
+    "bn3": "project.norm",
+}  # fmt: skip
+_SHUFFLENET_STEM = re.compile(r"^conv([15])\.([01])\.(\w+)$")
+_SHUFFLENET_UNIT = re.compile(r"^stage([234])\.(\d+)\.branch([12])\.(\d)\.(\w+)$")
+# Modules of a branch's torch.nn.Sequential, which numbers the ReLUs too.
+_SHUFFLENET_CONVS = {
+    "1": {
+        "0": "shortcut.depthwise", "1": "shortcut.depthwise.norm", "2": "shortcut.project",
+        "3": "shortcut.project.norm",
+    },
+    "2": {
+        "0": "expand", "1": "expand.norm", "3": "depthwise", "4": "depthwise.norm", "5": "project", "6": "project.norm",
+    },
 }  # fmt: skip
 _BARE_BACKBONE = re.compile(r"^(?:backbone\.)?(?:bottom_up\.)?((?:stem|res[2-5])\..+)$")
 _TOWER = re.compile(r"^(?:det_head\.(cls|bbox)_layer_|head\.(cls|bbox)_subnet\.)(\d+)\.(\w+)$")
@@ -93,16 +127,20 @@ def _tower(tower: str, i: int, query: bool) -> str:
     return f"det_head.{tower}_layer_{i}" if query else f"head.{tower}_subnet.{2 * i}"
 
 
-def official_name(name: str, query: bool) -> str | None:
+def official_name(name: str, query: bool, style: Style) -> str | None:
     """Official name of a tensor of somebody's file, ``None`` for what is no weight of a detector.
 
     A name that is not understood is returned as it is, without the prefixes that wrappers add.
+
+    Args:
+      name: the tensor's name in the file.
+      query: the model has a query head, so its detection head takes QueryDet's names.
+      style: whose names the file has (``naming_style``).
     """
-    while name.startswith(("module.", "model.")):
-        name = name.partition(".")[2]
+    name = _bare(name)
     if _IGNORED.search(name):
         return None
-    backbone = _caffe2(name) or _torchvision(name) or _efficientnet(name)
+    backbone = _CONVERTERS[style](name) if style in _CONVERTERS else None
     if backbone is not None:
         return _BACKBONE + backbone
     if bare := _BARE_BACKBONE.match(name):
@@ -114,6 +152,12 @@ def official_name(name: str, query: bool) -> str | None:
         return name if number % 2 else f"{_tower(baseline, number // 2, query)}.{leaf}"
     if output := _OUTPUT.match(name):
         return f"{_head(query)}.{output[1]}"
+    return name
+
+
+def _bare(name: str) -> str:
+    while name.startswith(("module.", "model.")):
+        name = name.partition(".")[2]
     return name
 
 
@@ -130,6 +174,10 @@ def _caffe2(name: str) -> str | None:
 
 
 def _torchvision(name: str) -> str | None:
+    return _resnet(name) or _mobilenet(name) or _shufflenet(name)
+
+
+def _resnet(name: str) -> str | None:
     if stem := _TORCHVISION_STEM.match(name):
         return f"stem.conv1.{stem[2]}" if stem[1] == "conv" else f"stem.conv1.norm.{stem[2]}"
     block = _TORCHVISION_BLOCK.match(name)
@@ -147,23 +195,60 @@ def _efficientnet(name: str) -> str | None:
     if stem := _EFFICIENTNET_STEM.match(name):
         return f"stem.{stem[2]}" if stem[1] == "conv_stem" else f"stem.norm.{stem[2]}"
     block = _EFFICIENTNET_BLOCK.match(name)
-    if block is None or int(block[1]) >= NUM_BLOCKS:
+    if block is None or int(block[1]) >= len(_EFFICIENTNET_BLOCKS):
         return None
-    level, number = block_of(int(block[1]))
-    return f"level{level}.{number}.{_EFFICIENTNET_CONVS[block[2]]}.{block[3]}"
+    return _in_block(_EFFICIENTNET_BLOCKS[int(block[1])], _EFFICIENTNET_CONVS[block[2]], block[3])
+
+
+def _mobilenet(name: str) -> str | None:
+    if stem := _MOBILENET_STEM.match(name):
+        return f"stem.{stem[2]}" if stem[1] == "0" else f"stem.norm.{stem[2]}"
+    block = _MOBILENET_BLOCK.match(name)
+    if block is None or not 1 <= int(block[1]) <= len(_MOBILENET_BLOCKS):
+        return None
+    conv = (_MOBILENET_FIRST if block[1] == "1" else _MOBILENET_CONVS).get(block[2])
+    return _in_block(_MOBILENET_BLOCKS[int(block[1]) - 1], conv, block[3])
+
+
+def _timm(name: str) -> str | None:
+    if stem := _TIMM_STEM.match(name):
+        return f"stem.{stem[2]}" if stem[1] == "conv_stem" else f"stem.norm.{stem[2]}"
+    block = _TIMM_BLOCK.match(name)
+    if block is None:
+        return None
+    stage, number = int(block[1]), int(block[2])
+    if stage >= len(_MOBILENET_STAGES) or number >= len(_MOBILENET_STAGES[stage]):
+        return None
+    conv = (_TIMM_FIRST if stage == 0 else _TIMM_CONVS).get(block[3])
+    return _in_block(_MOBILENET_STAGES[stage][number], conv, block[4])
+
+
+def _in_block(place: tuple[int, int], conv: str | None, leaf: str) -> str | None:
+    return None if conv is None else f"level{place[0]}.{place[1]}.{conv}.{leaf}"
+
+
+def _shufflenet(name: str) -> str | None:
+    if stem := _SHUFFLENET_STEM.match(name):
+        module = "stem.conv1" if stem[1] == "1" else "last"
+        return f"{module}.{stem[3]}" if stem[2] == "0" else f"{module}.norm.{stem[3]}"
+    unit = _SHUFFLENET_UNIT.match(name)
+    if unit is None:
+        return None
+    return _in_block((int(unit[1]) + 1, int(unit[2])), _SHUFFLENET_CONVS[unit[3]].get(unit[4]), unit[5])
+
+
+_CONVERTERS: dict[Style, Callable[[str], str | None]] = {
+    "caffe2": _caffe2, "torchvision": _torchvision, "efficientnet": _efficientnet, "timm": _timm,
+}  # fmt: skip
 
 
 def naming_style(names: Iterable[str]) -> Style:
     """Whose names these are. All but detectron2's name a backbone only, and fix its flavour."""
-    for name in names:
-        while name.startswith(("module.", "model.")):
-            name = name.partition(".")[2]
-        if _caffe2(name):
-            return "caffe2"
-        if _torchvision(name):
-            return "torchvision"
-        if _efficientnet(name):
-            return "efficientnet"
+    # bn1 follows the stem of a ResNet and of timm's MobileNetV2: the other names tell which.
+    for name in sorted(map(_bare, names), key=lambda name: name.startswith("bn1.")):
+        for style, convert in _CONVERTERS.items():
+            if convert(name):
+                return style
     return "detectron2"
 
 
@@ -205,5 +290,9 @@ def likely_field(name: str, given: tuple[int, ...], wanted: tuple[int, ...]) -> 
     if name.startswith(("backbone.fpn_", "backbone.top_block.")):
         return "model.backbone.name" if inputs and "lateral" in name else "model.fpn.channels"
     if name.startswith(_BACKBONE):
+        if name.startswith((_BACKBONE + "level", _BACKBONE + "last", _BACKBONE + "stem.weight")):
+            return "model.backbone.name"  # a light network has one width
+        if len(given) == len(wanted) == 4 and given[2:] != wanted[2:]:
+            return "model.backbone.name"
         return "model.backbone.width" if ".stem." in name else "model.backbone.name (or model.backbone.width)"
     return "model.backbone.flavor"

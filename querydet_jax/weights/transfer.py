@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from querydet_jax.config import backbone_flavors
 from querydet_jax.errors import WeightsError
 from querydet_jax.weights.names import (
     ModelPath,
@@ -28,6 +29,8 @@ from querydet_jax.weights.writers import write_tensors
 
 _PIXELS = ("pixel_mean", "pixel_std")
 _BGR_MEAN = (103.530, 116.280, 123.675)  # of ImageNet, as MSRA's weights take it; reversed: torchvision's
+
+_FLAVORS = {"caffe2": "msra", "torchvision": "torchvision", "timm": "torchvision", "efficientnet": "efficientnet_lite"}
 
 
 @dataclass(frozen=True)
@@ -60,9 +63,10 @@ def load_weights(model: nnx.Module, source: str | Path | Mapping[str, Any]) -> L
       model: what ``build_model`` returned.
       source: a weight file (see ``read_tensors``), the folder of a training run, arrays by name, or
         ``efficientnet_lite0``: the ImageNet weights of that network's package (an extra).
-        Names of QueryDet and of detectron2's RetinaNet are both understood, as are torchvision's and
-        Caffe2's (MSRA) of a ResNet, with or without ``module.`` or ``model.`` in front. Arrays are in
-        torch layout (convolutions OIHW) and of any real type; they become float32.
+        Names of QueryDet and of detectron2's RetinaNet are both understood, as are torchvision's, timm's and
+        Caffe2's (MSRA) of a ResNet, torchvision's and timm's of MobileNetV2 and torchvision's of ShuffleNetV2, with or
+        without ``module.`` or ``model.`` in front. Arrays are in torch layout (convolutions OIHW) and of any real
+        type; they become float32.
 
     Returns:
       Which tensors were loaded, which are missing and which were not expected.
@@ -144,10 +148,11 @@ def _match(
 ) -> tuple[dict[str, str], list[str]]:
     """Official names of the model to names of the source, and the source's names left over."""
     query = _has_query_head(path for path, _ in variables.values())
+    style = naming_style(tensors)
     named: dict[str, str] = {}
     unexpected = []
     for name in tensors:
-        official = official_name(name, query)
+        official = official_name(name, query, style)
         if official is None:
             continue
         if official not in variables:
@@ -206,12 +211,13 @@ def _check_style(model: nnx.Module, tensors: dict[str, Any], unexpected: list[st
     """What names betray of the network: its flavour, and whether it has batch norm."""
     backbone = model.config.backbone  # pyright: ignore[reportAttributeAccessIssue]
     style = naming_style(tensors)
-    flavors = {"caffe2": "msra", "torchvision": "torchvision", "efficientnet": "efficientnet_lite"}
-    flavor = flavors.get(style, backbone.flavor)
+    flavor = _FLAVORS.get(style, backbone.flavor)
     if backbone.flavor != flavor:
+        remedy = f"set model.backbone.flavor to {flavor}"
+        if flavor not in backbone_flavors(backbone.name):
+            remedy = f"{backbone.name} takes weights of the {backbone.flavor} flavour only"
         raise WeightsError(
-            f"{where}: {style} names, weights of the {flavor} flavour (its stride and its colours); "
-            f"set model.backbone.flavor to {flavor}"
+            f"{where}: {style} names, weights of the {flavor} flavour (its stride and its colours); {remedy}"
         )
     batch_norm = [name for name in unexpected if name.endswith((".running_mean", "_bn_rm", "_bn_running_mean"))]
     if backbone.norm == "group" and batch_norm:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from flax import nnx
 
 from querydet_jax.benchmark.ablation import parts
 from querydet_jax.benchmark.figure4 import at_scale
@@ -17,7 +18,7 @@ from querydet_jax.benchmark.main import COMMANDS, main
 from querydet_jax.benchmark.precision import agreement
 from querydet_jax.benchmark.queries import at_level, clustered
 from querydet_jax.benchmark.report import Column, Report, share
-from querydet_jax.benchmark.subject import Source
+from querydet_jax.benchmark.subject import Source, random_model
 from querydet_jax.config import DataConfig, LossConfig, ModelConfig, QueryConfig
 from querydet_jax.errors import ConfigError
 
@@ -64,6 +65,20 @@ def test_tables_from_random_weights(monkeypatch, capsys, tmp_path, name, words, 
         assert found["rows"][1]["active_P2"] >= found["rows"][2]["active_P2"]
     if name == "table6":
         assert found["rows"][1]["active_P2"] < found["rows"][2]["active_P2"]
+
+
+@pytest.mark.parametrize(
+    ("backbone", "flavor"),
+    [
+        ("resnet10", "msra"),
+        ("efficientnet_lite0", "efficientnet_lite"),
+        ("mobilenet_v2", "torchvision"),
+        ("shufflenet_v2", "torchvision"),
+    ],
+)
+def test_random_weights_have_their_networks_flavor(backbone, flavor):
+    config = nnx.eval_shape(lambda: random_model(backbone, 2, 8)).config
+    assert (config.backbone.name, config.backbone.flavor) == (backbone, flavor)
 
 
 def test_table_from_a_run(monkeypatch, tmp_path, run_folder):

