@@ -18,7 +18,6 @@ config = load_config(
         "name": "coco_querydet_fcos_r50",
         "model.detector": "fcos",
         "model.fpn.top_source": "p5",
-        "model.head.box_bias": "zero",
         "model.loss.normalizer_init": 300.0,
         "inference.score_threshold": 0.2,
         "inference.nms_iou": 0.6,

@@ -55,7 +55,7 @@ class HeadConfig:
     # dense inference, since its statistics need the whole map.
     norm: Literal["none", "group"] = "none"
     prior: float = 0.01  # initial foreground probability of the class logits
-    box_bias: Literal["torch", "zero"] = "torch"  # torch: U(+-1/sqrt(fan_in)), as published
+    box_bias: Literal["torch", "zero"] = "torch"  # torch: U(+-1/sqrt(fan_in)), as published; FCOS: always zero
 
 
 @dataclass(frozen=True)
