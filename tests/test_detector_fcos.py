@@ -37,8 +37,8 @@ def fcos() -> FCOS:
     assert isinstance(model, FCOS)
     randomize(model, seed=16)
     rng = np.random.default_rng(5)
-    # Boxes of a few strides, centerness that reorders the classes' scores.
-    model.head.bbox_pred.bias[...] = jnp.asarray([1.5, 1.0, 0.5, 2.0])
+    # Boxes of a few strides, some of whose right sides the ReLU cuts; centerness that reorders the scores of classes.
+    model.head.bbox_pred.bias[...] = jnp.asarray([1.5, 1.0, 0.0, 2.0])
     model.head.ctrness.kernel[...] = jnp.asarray(rng.normal(0, 0.2, (3, 3, 16, 1)), jnp.float32)
     return model
 
