@@ -73,8 +73,11 @@ class HeadConfig:
 
     channels: int = 256
     num_convs: int = 4
+    # none: the same weights run densely and on sites. group: GroupNorm(32) after each convolution of the towers, for
+    # dense inference, since its statistics need the whole map.
+    norm: Literal["none", "group"] = "none"
     prior: float = 0.01  # initial foreground probability of the class logits
-    box_bias: Literal["torch", "zero"] = "torch"  # torch: U(+-1/sqrt(fan_in)), as published
+    box_bias: Literal["torch", "zero"] = "torch"  # torch: U(+-1/sqrt(fan_in)), as published; FCOS: always zero
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,16 @@ class AnchorConfig:
     @property
     def per_cell(self) -> int:
         return self.sizes_per_octave * len(self.ratios)
+
+
+@dataclass(frozen=True)
+class FCOSConfig:
+    """What FCOS has in place of anchors and their matching (Tian et al. 2019)."""
+
+    # P_l learns boxes whose farthest side is range_scale to twice that many strides away; the finest level nearer
+    # ones too, the coarsest all that are farther. The lower end is also the query head's s_l.
+    range_scale: float = 4.0
+    center_radius: float = 1.5  # strides from a box's centre, in x and y, within which a point learns it
 
 
 @dataclass(frozen=True)
@@ -106,7 +119,8 @@ class LossConfig:
 
     The paper's own text differs in three named options: ``level_weighting="linear"`` (beta_l from
     1 to ``linear_max``), ``query_radius="level"`` (s_l of eq. 3 in place of the object's own scale)
-    and ``InferenceConfig.threshold=0.15``.
+    and ``InferenceConfig.threshold=0.15``. The matcher, its IoUs and smooth L1 are RetinaNet's; FCOS has its own
+    targets (``FCOSConfig``) and the GIoU loss.
     """
 
     matcher: Literal["loop", "standard"] = "loop"  # loop: QueryDet's; standard: detectron2's
@@ -130,14 +144,15 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    detector: Literal["retinanet"] = "retinanet"
+    detector: Literal["retinanet", "fcos"] = "retinanet"
     num_classes: int = 80
-    min_level: int = 2  # 2: QueryDet's high resolution; 3: plain RetinaNet
+    min_level: int = 2  # 2: QueryDet's high resolution; 3: plain RetinaNet or FCOS
     max_level: int = 7
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     fpn: FPNConfig = field(default_factory=FPNConfig)
     head: HeadConfig = field(default_factory=HeadConfig)
-    anchors: AnchorConfig = field(default_factory=AnchorConfig)
+    anchors: AnchorConfig = field(default_factory=AnchorConfig)  # of detector retinanet
+    fcos: FCOSConfig = field(default_factory=FCOSConfig)  # of detector fcos
     query: QueryConfig = field(default_factory=QueryConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     # Arithmetic of convolutions. Parameters, losses, boxes and scores stay float32.
@@ -344,6 +359,16 @@ def check(config: Config) -> None:
         )
     if not 0 < model.head.prior < 1:
         raise ConfigError(f"model.head.prior {model.head.prior}: must be a probability between 0 and 1")
+    if model.head.norm == "group" and model.head.channels % 32:
+        raise ConfigError(f"model.head.channels {model.head.channels}: must be a multiple of 32 with group norm")
+    if model.head.norm == "group" and inference.query != "dense":
+        raise ConfigError(
+            f"model.head.norm group, inference.query {inference.query}: group norm needs the whole map; "
+            "set inference.query dense, or train with model.head.norm none"
+        )
+    for name in ("range_scale", "center_radius"):
+        if getattr(model.fcos, name) <= 0:
+            raise ConfigError(f"model.fcos.{name} {getattr(model.fcos, name)}: must be above 0")
     loss = model.loss
     if loss.smooth_l1_beta <= 0:
         raise ConfigError(f"model.loss.smooth_l1_beta {loss.smooth_l1_beta}: must be above 0 (1e-6: plain L1)")

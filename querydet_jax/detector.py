@@ -81,6 +81,11 @@ class Detector:
                 raise ConfigError(
                     f"inference.query {config.query}: this model has no query head; use inference.query dense"
                 )
+            if model.config.head.norm != "none":
+                raise ConfigError(
+                    f"inference.query {config.query}: this model's heads have {model.config.head.norm} norm, which "
+                    "needs the whole map; use inference.query dense"
+                )
             if not model.config.min_level < config.start_level <= model.config.max_level:
                 raise ConfigError(
                     f"inference.start_level {config.start_level}: the model has "

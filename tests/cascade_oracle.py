@@ -8,7 +8,7 @@ K classes, M candidates.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -134,6 +134,28 @@ def candidates(
     return Candidates(boxes, scores, order % num_classes)
 
 
+def point_candidates(
+    cls: np.ndarray, box: np.ndarray, keys: np.ndarray, level: int, *, topk: int, score_threshold: float
+) -> Candidates:
+    """The same for FCOS: ``cls [h, w, K]``, ``box [h, w, 5]``, distances in strides and the centerness logit."""
+    num_classes, stride = cls.shape[-1], 2**level
+    cells = np.argwhere(keys)
+    scores = np.sqrt(sigmoid(cls[keys]) * sigmoid(box[keys][:, 4:])).reshape(-1)  # (cell, class)
+    order = np.argsort(-scores, kind="stable")[:topk]
+    order = order[scores[order] > score_threshold]
+    boxes = np.zeros((len(order), 4))
+    for row, flat in enumerate(order):
+        y, x = cells[flat // num_classes]
+        left, top, right, bottom = np.maximum(box[y, x, :4], 0) * stride
+        boxes[row] = (
+            (x + 0.5) * stride - left,
+            (y + 0.5) * stride - top,
+            (x + 0.5) * stride + right,
+            (y + 0.5) * stride + bottom,
+        )
+    return Candidates(boxes, scores[order], order % num_classes)
+
+
 def anchor_box(level: int, y: int, x: int, anchor: int) -> tuple[float, float, float, float]:
     """Centre (x, y), width and height: three sizes an octave from 4 strides, ratios h/w 1/2, 1, 2."""
     stride = 2**level
@@ -182,8 +204,9 @@ def detect(
     score_threshold: float,
     nms_iou: float,
     max_detections: int,
+    candidates: Callable[..., Candidates] = candidates,
 ) -> tuple[list[Candidates], dict[int, list[int]]]:
-    """From a pyramid to detections; without ``query`` heads run everywhere.
+    """From a pyramid to detections; without ``query`` heads run everywhere. ``candidates``: the detector's.
 
     Returns:
       one ``Candidates`` an image, best first; and [queries, keys, active] by sparse level.

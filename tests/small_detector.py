@@ -1,4 +1,4 @@
-"""A small detector with random weights, and pictures for it.
+"""A small detector with random weights, pictures for it, and what its definition says it finds.
 
 ResNet-18 of half the width and 16 channels above it; query probabilities and scores spread, so that some
 cells fire and most do not, and boxes move.
@@ -10,14 +10,16 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
+from typing import TypeVar
 
+import cascade_oracle
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from querydet_jax import Detector, InferenceConfig, ModelConfig, build_model
+from querydet_jax import Detections, Detector, InferenceConfig, ModelConfig, build_model
 from querydet_jax.config import BackboneConfig, FPNConfig, HeadConfig, QueryConfig
-from querydet_jax.models import RetinaNet
+from querydet_jax.models import FCOS, RetinaNet
 
 MODEL = ModelConfig(
     num_classes=3,
@@ -26,6 +28,7 @@ MODEL = ModelConfig(
     head=HeadConfig(channels=16, num_convs=1),
     query=QueryConfig(channels=16, num_convs=2),
 )
+Network = TypeVar("Network", RetinaNet, FCOS)
 REACH = 3  # of the deepest stack: two layers and the prediction
 BASE = InferenceConfig(
     threshold=0.65,
@@ -38,7 +41,7 @@ BASE = InferenceConfig(
 )
 
 
-def randomize(model: RetinaNet, seed: int) -> RetinaNet:
+def randomize(model: Network, seed: int) -> Network:
     """Other weights, in place."""
     rng = np.random.default_rng(seed)
 
@@ -104,3 +107,53 @@ def pictures(batch: int, height: int, width: int, seed: int = 0) -> np.ndarray:
         rows = height * i // max(batch - 1, 1)
         out[i, :rows] = noise[:rows]
     return out
+
+
+def assert_same(result: Detections, expected: Detections) -> None:
+    """The same boxes, classes and order; values to rounding."""
+    np.testing.assert_array_equal(result.valid, expected.valid)
+    np.testing.assert_array_equal(result.classes, expected.classes)
+    np.testing.assert_allclose(result.scores, expected.scores, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(result.boxes, expected.boxes, rtol=1e-5, atol=1e-3)
+
+
+def counts(result: Detections) -> dict[int, list[int]]:
+    return {level: [int(x) for x in stats[:3]] for level, stats in result.stats.items()}
+
+
+@functools.cache
+def _features():
+    return nnx.jit(lambda model, images: model.features(images))
+
+
+def _weights(stack) -> list[tuple[np.ndarray, np.ndarray]]:
+    return [(np.asarray(conv.kernel), np.asarray(conv.bias)) for conv in stack]
+
+
+def reference(
+    model: RetinaNet | FCOS, images: np.ndarray, config: InferenceConfig, context: int | None = None
+) -> tuple[list[cascade_oracle.Candidates], dict[int, list[int]]]:
+    """What ``config`` should find in each image, and [queries, keys, active] by sparse level."""
+    cls, box = model.head_stacks()
+    return cascade_oracle.detect(
+        {level: np.asarray(x) for level, x in _features()(model, images).items()},
+        (_weights(cls), _weights(box)),
+        _weights(model.query_head.stack()) if config.query == "csq" else None,
+        start_level=config.start_level,
+        threshold=config.threshold,
+        context=config.context if context is None else context,
+        topk=config.topk,
+        score_threshold=config.score_threshold,
+        nms_iou=config.nms_iou,
+        max_detections=config.max_detections,
+        candidates=cascade_oracle.point_candidates if isinstance(model, FCOS) else cascade_oracle.candidates,
+    )
+
+
+def assert_matches(result: Detections, expected: list[cascade_oracle.Candidates]) -> None:
+    for b, image in enumerate(expected):
+        valid = np.asarray(result.valid[b])
+        assert valid.sum() == len(image.scores)
+        np.testing.assert_array_equal(np.asarray(result.classes[b])[valid], image.classes)
+        np.testing.assert_allclose(np.asarray(result.scores[b])[valid], image.scores, rtol=0, atol=1e-5)
+        np.testing.assert_allclose(np.asarray(result.boxes[b])[valid], image.boxes, rtol=1e-5, atol=1e-3)

@@ -117,6 +117,11 @@ def test_a_wrong_choice_names_the_choices(value: Any, text: str) -> None:
         ({"model.backbone.freeze_at": -1}, "model.backbone.freeze_at -1"),
         ({"model.backbone.freeze_at": 6}, "model.backbone.freeze_at 6"),
         ({"model.head.prior": 0}, "model.head.prior 0.0"),
+        ({"model.fcos.range_scale": 0}, "model.fcos.range_scale 0.0: must be above 0"),
+        ({"model.fcos.center_radius": -1}, "model.fcos.center_radius -1.0: must be above 0"),
+        ({"model.head.norm": "group"}, "model.head.norm group, inference.query csq: group norm needs the whole map"),
+        ({"model.head.norm": "group", "inference.query": "ccq"}, "model.head.norm group, inference.query ccq"),
+        ({"model.head.norm": "group", "model.head.channels": 80}, "model.head.channels 80: must be a multiple of 32"),
         ({"model.head.prior": 1.0}, "model.head.prior 1.0"),
         ({"model.loss.smooth_l1_beta": 0}, "model.loss.smooth_l1_beta 0.0"),
         ({"model.loss.level_weights": (1.0, 2.0)}, "model.loss.level_weights has 2 entries for 6 levels P2..P7"),
@@ -166,6 +171,8 @@ def test_contradictions(changes: dict[str, Any], named: str) -> None:
             "inference.start_level": 6,
         },
         {"model.num_classes": 2, "classes": ("car", "van")},
+        {"model.detector": "fcos", "model.head.norm": "group", "inference.query": "dense"},
+        {"model.detector": "fcos", "model.fcos.range_scale": 2.5},
     ],
 )
 def test_what_agrees_passes(changes: dict[str, Any]) -> None:
@@ -326,6 +333,16 @@ def test_the_coco_files_differ_where_the_published_ones_do() -> None:
                 "model.backbone.name": network,
                 "model.backbone.flavor": "torchvision",
             }
+    points = {
+        "model.detector": "fcos",
+        "model.fpn.top_source": "p5",
+        "model.loss.normalizer_init": 300.0,
+        "inference.score_threshold": 0.2,
+        "inference.nms_iou": 0.6,
+        "inference.max_detections": 100,
+    }
+    assert differences("retinanet_r50", "fcos_r50") == points | {"model.head.norm": "group"}
+    assert differences("querydet_r50", "querydet_fcos_r50") == points
     first = load_config(CONFIGS / "coco_querydet_r50.py")
     assert (first.train.batch_size, first.train.steps, first.train.decay_steps) == (16, 90_000, (60_000, 80_000))
     assert (first.train.learning_rate, first.model.num_classes, first.inference.max_detections) == (0.01, 80, 200)

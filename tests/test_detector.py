@@ -7,7 +7,6 @@ network's own maps, taken through the cascade, the decoding and the suppression 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import re
 from collections.abc import Iterator
 
@@ -17,12 +16,26 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from small_detector import BASE, MODEL, REACH, detector, model, pictures, randomize, updated, with_bias, with_query_bias
+from small_detector import (
+    BASE,
+    MODEL,
+    REACH,
+    assert_matches,
+    assert_same,
+    counts,
+    detector,
+    model,
+    pictures,
+    randomize,
+    reference,
+    updated,
+    with_bias,
+    with_query_bias,
+)
 
-from querydet_jax import Detections, Detector, InferenceConfig, build_model
+from querydet_jax import Detections, Detector, build_model
 from querydet_jax.config import BackboneConfig, QueryConfig
 from querydet_jax.errors import ConfigError
-from querydet_jax.models import RetinaNet
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -46,56 +59,7 @@ def csq(_compile_in_a_hurry) -> Detector:
     return detector()
 
 
-def assert_same(result: Detections, expected: Detections) -> None:
-    """The same boxes, classes and order; values to rounding."""
-    np.testing.assert_array_equal(result.valid, expected.valid)
-    np.testing.assert_array_equal(result.classes, expected.classes)
-    np.testing.assert_allclose(result.scores, expected.scores, rtol=0, atol=1e-5)
-    np.testing.assert_allclose(result.boxes, expected.boxes, rtol=1e-5, atol=1e-3)
-
-
-def counts(result: Detections) -> dict[int, list[int]]:
-    return {level: [int(x) for x in stats[:3]] for level, stats in result.stats.items()}
-
-
 # Against the definition ------------------------------------------------------------------------
-
-
-@functools.cache
-def _features():
-    return nnx.jit(lambda model, images: model.features(images))
-
-
-def weights(stack) -> list[tuple[np.ndarray, np.ndarray]]:
-    return [(np.asarray(conv.kernel), np.asarray(conv.bias)) for conv in stack]
-
-
-def reference(
-    model: RetinaNet, images: np.ndarray, config: InferenceConfig, context: int | None = None
-) -> tuple[list[cascade_oracle.Candidates], dict[int, list[int]]]:
-    """What ``config`` should find in each image, and [queries, keys, active] by sparse level."""
-    cls, box = model.head_stacks()
-    return cascade_oracle.detect(
-        {level: np.asarray(x) for level, x in _features()(model, images).items()},
-        (weights(cls), weights(box)),
-        weights(model.query_head.stack()) if config.query == "csq" else None,
-        start_level=config.start_level,
-        threshold=config.threshold,
-        context=config.context if context is None else context,
-        topk=config.topk,
-        score_threshold=config.score_threshold,
-        nms_iou=config.nms_iou,
-        max_detections=config.max_detections,
-    )
-
-
-def assert_matches(result: Detections, expected: list[cascade_oracle.Candidates]) -> None:
-    for b, image in enumerate(expected):
-        valid = np.asarray(result.valid[b])
-        assert valid.sum() == len(image.scores)
-        np.testing.assert_array_equal(np.asarray(result.classes[b])[valid], image.classes)
-        np.testing.assert_allclose(np.asarray(result.scores[b])[valid], image.scores, rtol=0, atol=1e-5)
-        np.testing.assert_allclose(np.asarray(result.boxes[b])[valid], image.boxes, rtol=1e-5, atol=1e-3)
 
 
 def test_csq_finds_what_the_definition_finds(csq):

@@ -1,4 +1,4 @@
-"""Image to detections: dense high resolution, plain RetinaNet, and the query methods at several densities."""
+"""Image to detections: dense high resolution, the plain detector, and the query methods at several densities."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from querydet_jax.config import InferenceConfig, override
 from querydet_jax.detector import Detector
 from querydet_jax.models import DenseDetector
 
-DENSE, PLAIN = "dense P2..P7", "RetinaNet P3..P7"
+DENSE = "dense P2..P7"
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class EndToEnd(Source):
     """Image to detections: dense P2..P7, RetinaNet P3..P7, CSQ, CQ, CCQ."""
 
     plain_run: str = ""
-    """With --run: the run folder of a plain RetinaNet (P3..P7) on the same data."""
+    """With --run: the run folder of a plain RetinaNet or FCOS (P3..P7) on the same data."""
     sizes: tuple[tuple[int, int], ...] = ((800, 1344),)
     """Without --run: heights and widths of the image, multiples of 32."""
     active: tuple[float, ...] = (0.01, 0.03, 0.10)
@@ -78,10 +78,14 @@ def _of_run(arguments: EndToEnd) -> tuple[list[Row], list[str]]:
     not_run = []
     if arguments.plain_run:
         plain_config, plain, _ = open_run(arguments.plain_run)
-        detectors[PLAIN] = Detector(plain, override(plain_config.inference, {"query": "dense"}))
+        detectors[_plain_name(plain)] = Detector(plain, override(plain_config.inference, {"query": "dense"}))
     else:
-        not_run.append(f"{PLAIN}: needs --plain-run RUN, a plain RetinaNet trained on the same data")
+        not_run.append(f"{_plain_name(model)}: needs --plain-run RUN, one trained on the same data")
     return evaluation_rows(evaluate(detectors, dataset, config, arguments.images)), not_run
+
+
+def _plain_name(model: DenseDetector) -> str:
+    return f"{type(model).__name__} P3..P7"
 
 
 def _of_random_weights(arguments: EndToEnd) -> tuple[list[Row], list[str]]:
@@ -111,7 +115,7 @@ def _detectors(
     # At a score threshold of 0 every level brings all its candidates to NMS, the worst case.
     base = override(InferenceConfig(score_threshold=0.0), {"kernel": arguments.kernel})
     dense = dataclasses.replace(base, query="dense")
-    found = {DENSE: Detector(model, dense), PLAIN: Detector(plain, dense)}
+    found = {DENSE: Detector(model, dense), _plain_name(plain): Detector(plain, dense)}
     for share in arguments.active:
         queries = laid_out_queries(*shape, share)
         found[f"CSQ {share:.0%}"] = scripted_detector(model, base, queries, shape)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-# Row name to (AP, APs, FPS).
+# Row name to (AP, APs, FPS), of RetinaNet.
 Rows = dict[str, tuple[float, float, float]]
 
 DENSE = "dense"
@@ -42,18 +42,26 @@ def columns(rows: Rows, name: str) -> dict[str, float | None]:
     }
 
 
-# Table 3, which has the rows of Table 1 with the 1x schedule: (HR, RB, QH, CSQ) to (AP, APs, FPS).
-ABLATION: dict[tuple[bool, bool, bool, bool], tuple[float, float, float]] = {
-    (False, False, False, False): (37.46, 22.64, 13.60),
-    (True, False, False, False): (36.10, 21.94, 4.83),
-    (False, True, False, False): (37.66, 22.03, 13.60),
-    (True, True, False, False): (38.11, 23.06, 4.83),
-    (True, True, True, False): (38.53, 24.64, 4.85),
-    (True, True, True, True): (38.36, 24.33, 14.88),
+# By detector, (HR, RB, QH, CSQ) to (AP, APs, FPS). RetinaNet: Table 3, which has the rows of Table 1 with the 1x
+# schedule. FCOS: Table 8.
+ABLATION: dict[str, dict[tuple[bool, bool, bool, bool], tuple[float, float, float]]] = {
+    "retinanet": {
+        (False, False, False, False): (37.46, 22.64, 13.60),
+        (True, False, False, False): (36.10, 21.94, 4.83),
+        (False, True, False, False): (37.66, 22.03, 13.60),
+        (True, True, False, False): (38.11, 23.06, 4.83),
+        (True, True, True, False): (38.53, 24.64, 4.85),
+        (True, True, True, True): (38.36, 24.33, 14.88),
+    },
+    "fcos": {
+        (False, False, False, False): (38.37, 22.34, 17.06),
+        (True, True, True, False): (40.05, 25.52, 7.92),
+        (True, True, True, True): (39.49, 24.81, 14.40),
+    },
 }
 
 
-def ablation(*, HR: bool, RB: bool, QH: bool, CSQ: bool) -> dict[str, float | None]:  # noqa: N803
-    """``paper_AP``, ``paper_APs`` and ``paper_FPS`` of a row of Table 3; None if it has no such row."""
-    ap, aps, fps = ABLATION.get((HR, RB, QH, CSQ), (None, None, None))
+def ablation(detector: str, *, HR: bool, RB: bool, QH: bool, CSQ: bool) -> dict[str, float | None]:  # noqa: N803
+    """``paper_AP``, ``paper_APs`` and ``paper_FPS`` of a row of Table 3 or 8; None if it has no such row."""
+    ap, aps, fps = ABLATION[detector].get((HR, RB, QH, CSQ), (None, None, None))
     return {"paper_AP": ap, "paper_APs": aps, "paper_FPS": fps}

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from querydet_jax.benchmark import paper, plots
 from querydet_jax.benchmark.report import Column, Report, decimals, times
 from querydet_jax.benchmark.subject import Subject, Variants, accuracy_columns, measure, speed_columns
+from querydet_jax.config import load_config
+from querydet_jax.runs import config_path
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,8 @@ def table6(arguments: Table6) -> None:
 
 def _table(name: str, title: str, arguments: Subject, variants: Variants, published: paper.Rows, *notes: str) -> None:
     rows = measure(arguments, {paper.DENSE: {"query": "dense"}, **variants})
+    if arguments.run and load_config(config_path(arguments.run)).model.detector != "retinanet":
+        published = {}  # the paper has these tables of RetinaNet alone
     for row in rows:
         row |= paper.columns(published, row["method"])
     Report(
@@ -62,7 +66,7 @@ def _table(name: str, title: str, arguments: Subject, variants: Variants, publis
             Column("paper_speed_up", "paper speed-up", times),
         ],
         rows,
-        notes=["paper: COCO val2017, ResNet-50, RTX 2080Ti; dense is its row without query", *notes],
+        notes=["paper: RetinaNet, COCO val2017, ResNet-50, RTX 2080Ti; dense is its row without query", *notes],
         not_run=[] if arguments.run else ["accuracy: needs --run RUN, a trained model and its data"],
         draw=lambda figure: plots.bars(
             figure,

@@ -1,4 +1,4 @@
-"""Detection and query heads. No norms: what runs densely runs on sites with the same weights."""
+"""Detection and query heads. Without norms what runs densely runs on sites with the same weights."""
 
 from __future__ import annotations
 
@@ -42,7 +42,10 @@ class DetectionHead(nnx.Module):
 
         def tower() -> nnx.List:
             sizes = [in_channels] + [config.channels] * config.num_convs
-            return nnx.List([Conv(i, o, 3, bias=zeros_bias, **common) for i, o in zip(sizes, sizes[1:], strict=False)])
+            norm = None if config.norm == "none" else config.norm
+            return nnx.List(
+                [Conv(i, o, 3, bias=zeros_bias, norm=norm, **common) for i, o in zip(sizes, sizes[1:], strict=False)]
+            )
 
         last = config.channels if config.num_convs else in_channels
         # At the start every anchor is foreground with probability `prior`, else the background's

@@ -5,16 +5,15 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
+from jax import Array
 
 from querydet_jax.config import AnchorConfig, ModelConfig
 from querydet_jax.models.heads import DetectionHead
-from querydet_jax.models.skeleton import Candidates, DenseDetector, Losses, Outputs, level_weights
+from querydet_jax.models.skeleton import Candidates, DenseDetector, Losses, Outputs, best_candidates
 from querydet_jax.ops.anchors import anchors_at, cell_anchors, grid_anchors
 from querydet_jax.ops.boxes import decode, encode
 from querydet_jax.ops.losses import focal_loss, smooth_l1
 from querydet_jax.ops.matching import IGNORED, match_anchors, per_image
-from querydet_jax.ops.nms import top_scores
 from querydet_jax.sparse import Sites, Stack
 
 
@@ -73,13 +72,7 @@ class RetinaNet(DenseDetector):
         shapes = [(x.shape[1], x.shape[2]) for x in outputs.features.values()]
         labels, targets = self.targets(shapes, boxes, classes)
 
-        foreground = (labels >= 0).astype(jnp.float32)
-        num_foreground = jnp.sum(foreground)
-        if axis_name is not None:
-            num_foreground = lax.pmean(num_foreground, axis_name)
-        momentum = loss.normalizer_momentum
-        average = momentum * jnp.asarray(normalizer, jnp.float32) + (1.0 - momentum) * num_foreground
-        divisor = jnp.maximum(average, 1.0)
+        num_foreground, average = self.foreground_average(labels >= 0, normalizer, axis_name)
 
         cls_sums, box_sums, start = [], [], 0
         for level in outputs.cls:
@@ -93,16 +86,10 @@ class RetinaNet(DenseDetector):
             difference = jnp.where((label >= 0)[..., None], box - target, 0.0)
             box_sums.append(jnp.sum(smooth_l1(difference, beta=loss.smooth_l1_beta)))
             start = end
-        weights = jnp.asarray(level_weights(config), jnp.float32)
-        per_level = {"cls": jnp.stack(cls_sums), "box": jnp.stack(box_sums)}
-        cls_loss = jnp.sum(weights * per_level["cls"]) / divisor
-        box_loss = jnp.sum(weights * per_level["box"]) / divisor
-        query_loss = jnp.zeros(())
-        if self.query_head is not None:
-            per_level["query"] = self.query_losses(outputs.query, boxes, classes)
-            query_loss = jnp.sum(jnp.asarray(loss.query_weights, jnp.float32) * per_level["query"])
-        total = cls_loss + box_loss + query_loss
-        return Losses(cls_loss, box_loss, query_loss, total, num_foreground, average, per_level)
+        sums = {"cls": cls_sums, "box": box_sums}
+        terms, per_level = self.weigh(sums, average, outputs.query, boxes, classes)
+        total = terms["cls"] + terms["box"] + terms["query"]
+        return Losses(**terms, total=total, num_foreground=num_foreground, normalizer=average, per_level=per_level)
 
     def targets(self, shapes: list[tuple[int, int]], boxes: Array, classes: Array) -> tuple[Array, Array]:
         """Labels int32 ``[B, R]`` and box targets ``[B, R, 4]`` over the anchors of all levels, finest
@@ -149,35 +136,16 @@ class RetinaNet(DenseDetector):
           more candidates than it has anchors (here: anchors at keys).
         """
         cls, box = outputs
-        batch, height, width = sites.shape
         num_anchors, num_classes = self.config.anchors.per_cell, self.config.num_classes
-        k = min(topk, num_anchors * height * width)
         cells = jnp.asarray(self._cell_anchors(level))
-        row_best = jnp.where(sites.is_key, jnp.max(cls, axis=1), -jnp.inf)
 
-        def of_image(image: Array) -> Candidates:
-            mine = sites.is_key & (sites.batch == image)
-            logits, row, column = top_scores(cls, jnp.where(mine, row_best, -jnp.inf), k, sites.index)
+        def describe(logits: Array, row: Array, column: Array) -> Candidates:
             anchor, class_id = column // num_classes, column % num_classes
             deltas = box.reshape(-1, num_anchors, 4)[row, anchor]
             anchors = anchors_at(cells, sites.y[row], sites.x[row], 2**level)[jnp.arange(len(row)), anchor]
-            limit = num_anchors * jnp.sum(mine.astype(jnp.int32))
-            present = (logits > -jnp.inf) & (jnp.arange(len(row)) < limit)
-            return Candidates(
-                boxes=decode(anchors, deltas),
-                scores=jnp.where(present, jax.nn.sigmoid(logits), -jnp.inf),
-                classes=class_id.astype(jnp.int32),
-            )
+            return Candidates(decode(anchors, deltas), jax.nn.sigmoid(logits), class_id.astype(jnp.int32))
 
-        found = jax.vmap(of_image)(jnp.arange(batch))
-        missing = k - found.scores.shape[1]  # a small buffer holds fewer pairs than the dense map would
-        if missing == 0:
-            return found
-        return Candidates(
-            jnp.pad(found.boxes, ((0, 0), (0, missing), (0, 0))),
-            jnp.pad(found.scores, ((0, 0), (0, missing)), constant_values=-jnp.inf),
-            jnp.pad(found.classes, ((0, 0), (0, missing))),
-        )
+        return best_candidates(cls, sites, topk=topk, per_key=num_anchors, describe=describe)
 
     def _cell_anchors(self, level: int) -> np.ndarray:
         return level_anchors(self.config.anchors, level)

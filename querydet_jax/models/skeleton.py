@@ -10,6 +10,7 @@ C channels.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,15 +18,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax import Array
+from jax import Array, lax
 
-from querydet_jax.config import AnchorConfig, ModelConfig
+from querydet_jax.config import ModelConfig
 from querydet_jax.models.backbones import build_backbone
 from querydet_jax.models.backbones.resnet import is_bgr, pixel_statistics
 from querydet_jax.models.fpn import FPN
 from querydet_jax.models.heads import QueryHead
 from querydet_jax.ops.losses import focal_loss
 from querydet_jax.ops.matching import per_image, query_targets
+from querydet_jax.ops.nms import top_scores
 from querydet_jax.sparse import Sites, Stack
 
 PyTree = Any
@@ -37,7 +39,7 @@ SIZE_DIVISOR = 32  # the stride of C5: P2..P5 are then exact halves of one anoth
 class Outputs:
     """Dense outputs of a detector; levels are the ints 2..7.
 
-    features ``{l: [B, h, w, C]}``; cls logits ``{l: [B, h, w, A, K]}``; box deltas
+    features ``{l: [B, h, w, C]}``; cls logits ``{l: [B, h, w, A, K]}``; box regression
     ``{l: [B, h, w, A, 4]}``; query logits ``{l: [B, h, w]}`` on the levels the query head is trained on
     (empty without a query head).
     """
@@ -56,7 +58,7 @@ class Outputs:
 @dataclasses.dataclass(frozen=True)
 class Losses:
     """Scalars float32. ``normalizer`` is the foreground average after this step, to hand to the
-    next one; ``per_level`` has the unweighted sums ``cls`` and ``box`` ``[L]`` (finest level first)
+    next one; ``per_level`` has the unweighted sums ``cls``, ``box`` and any other term's ``[L]`` (finest level first)
     and the query means ``query`` ``[number of query levels]``."""
 
     cls: Array
@@ -66,6 +68,10 @@ class Losses:
     num_foreground: Array
     normalizer: Array
     per_level: dict[str, Array]
+
+    def terms(self) -> dict[str, Array]:
+        """What ``total`` is the sum of, by name."""
+        return {"cls": self.cls, "box": self.box, "query": self.query}
 
 
 class Candidates(NamedTuple):
@@ -136,6 +142,41 @@ class DenseDetector(nnx.Module):
             return {}
         return {level: self.query_head(features[level]) for level in self.config.query.levels}
 
+    def foreground_average(
+        self, foreground: Array, normalizer: Array | float, axis_name: str | None, at_least: float = 0.0
+    ) -> tuple[Array, Array]:
+        """Foreground of this step, and the running average with it.
+
+        Args:
+          foreground: bool, any shape.
+          normalizer: the running average before this step.
+          axis_name: the pmap axis, if any: foreground is then the mean over replicas of each one's count, so
+            that every replica divides by the same number.
+          at_least: a smaller count goes into the average as this.
+        """
+        count = jnp.sum(foreground.astype(jnp.float32))
+        if axis_name is not None:
+            count = lax.pmean(count, axis_name)
+        momentum = self.config.loss.normalizer_momentum
+        average = momentum * jnp.asarray(normalizer, jnp.float32)
+        return count, average + (1.0 - momentum) * jnp.maximum(count, at_least)
+
+    def weigh(
+        self, sums: dict[str, list[Array]], average: Array, query: dict[int, Array], boxes: Array, classes: Array
+    ) -> tuple[dict[str, Array], dict[str, Array]]:
+        """Loss terms and their parts by level (paper eq. 4): sum_l beta_l sum / max(1, average) for each of ``sums``,
+        which are by level; ``query``: sum_q w_q mean focal (0 without a query head)."""
+        weights = jnp.asarray(level_weights(self.config), jnp.float32)
+        per_level = {name: jnp.stack(values) for name, values in sums.items()}
+        divisor = jnp.maximum(average, 1.0)
+        terms = {name: jnp.sum(weights * values) / divisor for name, values in per_level.items()}
+        terms["query"] = jnp.zeros(())
+        if self.query_head is not None:
+            per_level["query"] = self.query_losses(query, boxes, classes)
+            query_weights = jnp.asarray(self.config.loss.query_weights, jnp.float32)
+            terms["query"] = jnp.sum(query_weights * per_level["query"])
+        return terms, per_level
+
     def query_losses(self, logits: dict[int, Array], boxes: Array, classes: Array) -> Array:
         """Unweighted mean focal loss a query level, ``[levels]`` (paper section 3.4)."""
         config, loss = self.config, self.config.loss
@@ -167,7 +208,7 @@ class DenseDetector(nnx.Module):
 
     def query_scale_range(self, level: int) -> tuple[float, float]:
         """See the function of this name."""
-        return query_scale_range(self.config.anchors, level)
+        return query_scale_range(self.config, level)
 
     def trainable(self) -> nnx.filterlib.Filter:
         """Filter of the parameters an optimiser may change: all but what ``freeze_at`` freezes."""
@@ -179,9 +220,51 @@ class DenseDetector(nnx.Module):
         return nnx.All(nnx.Param, nnx.Not(is_frozen))
 
 
-def query_scale_range(anchors: AnchorConfig, level: int) -> tuple[float, float]:
-    """[0, s_l) in px: objects of such a scale are small on P_l; s_l is the smallest anchor there."""
-    return 0.0, anchors.scale * 2**level
+def best_candidates(
+    values: Array,
+    sites: Sites,
+    *,
+    topk: int,
+    per_key: int,
+    describe: Callable[[Array, Array, Array], Candidates],
+) -> Candidates:
+    """The ``topk`` best of ``values [N, V]`` at the keys, for each image.
+
+    Args:
+      per_key: a level gives at most so many candidates as this times its keys.
+      describe: values, rows and columns ``[M]`` of one image's best to its candidates.
+
+    Returns:
+      M = min(topk, per_key * h * w) candidates an image, whatever N is.
+    """
+    batch, height, width = sites.shape
+    k = min(topk, per_key * height * width)
+    row_best = jnp.where(sites.is_key, jnp.max(values, axis=1), -jnp.inf)
+
+    def of_image(image: Array) -> Candidates:
+        mine = sites.is_key & (sites.batch == image)
+        best, row, column = top_scores(values, jnp.where(mine, row_best, -jnp.inf), k, sites.index)
+        limit = per_key * jnp.sum(mine.astype(jnp.int32))
+        present = (best > -jnp.inf) & (jnp.arange(len(row)) < limit)
+        found = describe(best, row, column)
+        return found._replace(scores=jnp.where(present, found.scores, -jnp.inf))
+
+    found = jax.vmap(of_image)(jnp.arange(batch))
+    missing = k - found.scores.shape[1]  # a small buffer holds fewer pairs than the dense map would
+    if missing == 0:
+        return found
+    return Candidates(
+        jnp.pad(found.boxes, ((0, 0), (0, missing), (0, 0))),
+        jnp.pad(found.scores, ((0, 0), (0, missing)), constant_values=-jnp.inf),
+        jnp.pad(found.classes, ((0, 0), (0, missing))),
+    )
+
+
+def query_scale_range(config: ModelConfig, level: int) -> tuple[float, float]:
+    """[0, s_l) in px: objects of such a scale are small on P_l. s_l is the smallest anchor there, or the lower end
+    of the distances that FCOS regresses there."""
+    scale = config.fcos.range_scale if config.detector == "fcos" else config.anchors.scale
+    return 0.0, scale * 2**level
 
 
 def level_weights(config: ModelConfig) -> tuple[float, ...]:

@@ -1,7 +1,7 @@
-"""Anchors and query points of pyramid levels.
+"""Anchors of pyramid levels.
 
-Level P_l has stride 2^l. Detection anchors are centred on the top-left corner of their cell
-(offset 0), query points on its middle (offset 0.5): the published code differs so, and so do we.
+Level P_l has stride 2^l. Anchors are centred on the top-left corner of their cell (offset 0), the points of
+``ops.points``, which query targets are measured from, on its middle: the published code differs so, and so do we.
 Shape letters: h w map, A anchors per cell.
 """
 
@@ -39,12 +39,6 @@ def grid_anchors(cells: Array | np.ndarray, height: int, width: int, stride: int
     """All anchors of an ``h x w`` level: ``[h, w, A, 4]``."""
     y, x = jnp.meshgrid(jnp.arange(height), jnp.arange(width), indexing="ij")
     return anchors_at(jnp.asarray(cells), y, x, stride)
-
-
-def query_points(height: int, width: int, stride: int) -> Array:
-    """Cell middles ``[h, w, 2]`` as (x, y) in px."""
-    y, x = jnp.meshgrid(jnp.arange(height), jnp.arange(width), indexing="ij")
-    return (jnp.stack([x, y], axis=-1).astype(jnp.float32) + 0.5) * stride
 
 
 def level_shape(height: int, width: int, level: int) -> tuple[int, int]:

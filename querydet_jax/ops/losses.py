@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from querydet_jax.ops.boxes import areas
+
 
 def binary_cross_entropy(logits: Array, targets: Array) -> Array:
     """Stable sigmoid cross-entropy: max(x, 0) - x t + log(1 + exp(-|x|))."""
@@ -35,3 +37,17 @@ def smooth_l1(difference: Array, *, beta: float) -> Array:
     """0.5 d^2 / beta where |d| < beta, else |d| - beta / 2 (Girshick 2015)."""
     size = jnp.abs(difference)
     return jnp.where(size < beta, 0.5 * size**2 / beta, size - 0.5 * beta)
+
+
+def giou_loss(boxes: Array, targets: Array) -> Array:
+    """1 - GIoU (Rezatofighi et al. 2019) of xyxy ``boxes`` and ``targets [..., 4]``, one value a pair, 0..2.
+
+    GIoU = IoU - (hull - union) / hull, areas, with the smallest box around both as hull. Boxes may be empty,
+    targets must not be.
+    """
+    (first, last), (target_first, target_last) = jnp.split(boxes, 2, -1), jnp.split(targets, 2, -1)
+    overlap = jnp.maximum(jnp.minimum(last, target_last) - jnp.maximum(first, target_first), 0.0)
+    extent = jnp.maximum(last, target_last) - jnp.minimum(first, target_first)
+    intersection, hull = overlap[..., 0] * overlap[..., 1], extent[..., 0] * extent[..., 1]
+    union = areas(boxes) + areas(targets) - intersection
+    return 1.0 - intersection / union + (hull - union) / hull

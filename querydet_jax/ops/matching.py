@@ -1,8 +1,8 @@
-"""Which anchor learns which object, and which cells are queries.
+"""Which anchor or point learns which object, and which cells are queries.
 
-Both matchers walk over the ground truth in blocks of a few boxes, so memory is a few vectors of
+All of them walk over the ground truth in blocks of a few boxes, so memory is a few vectors of
 the number of anchors, never the G x R matrix (900 boxes by 800,000 anchors would be 2.9 GB).
-Shape letters: G padded boxes, R anchors of all levels of an image, h w map.
+Shape letters: G padded boxes, R anchors or points of all levels of an image, h w map.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from querydet_jax.ops.anchors import query_points
-from querydet_jax.ops.boxes import pairwise_iou, rounded_product
+from querydet_jax.ops.boxes import areas, pairwise_iou, rounded_product
+from querydet_jax.ops.points import distances, grid_points
 
 BACKGROUND = -1
 IGNORED = -2
@@ -102,6 +102,47 @@ def match_anchors(
     return labels.astype(jnp.int32), matched
 
 
+def assign_points(
+    points: Array, strides: Array, ranges: Array, boxes: Array, classes: Array, *, center_radius: float = 1.5
+) -> tuple[Array, Array]:
+    """Assign every point an object or background (FCOS, Tian et al. 2019, section 3.1, with centre sampling).
+
+    A point learns a box if it lies inside it, less than ``center_radius`` strides from its centre in x and in y,
+    and the farthest of the four sides lies within the range of the point's level. Of several such boxes
+    the smallest counts, the first one on ties.
+
+    Args:
+      points: ``[R, 2]`` (x, y) px; strides: ``[R]`` of their levels.
+      ranges: ``[R, 2]``: the distance in px to the farthest side must lie strictly between.
+      boxes: ``[G, 4]``; rows with a negative class are padding.
+      classes: ``[G]`` int, 0..K-1, or negative for padding.
+
+    Returns:
+      ``labels`` int32 ``[R]``: class 0..K-1 or ``BACKGROUND`` (-1); and ``matched`` int32 ``[R]``: the box that is
+      the target, 0 for background.
+    """
+    num_points, num_boxes = points.shape[0], boxes.shape[0]
+    if num_boxes == 0:
+        return jnp.full((num_points,), BACKGROUND, jnp.int32), jnp.zeros((num_points,), jnp.int32)
+    sizes, centers = areas(boxes), 0.5 * (boxes[:, :2] + boxes[:, 2:])
+    reach = center_radius * strides
+    # Padding is at the end of a loader's batch: boxes after the last need no pass.
+    used = jnp.max(jnp.where(classes >= 0, jnp.arange(num_boxes) + 1, 0))
+
+    def assign(g: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
+        smallest, matched = state
+        sides = distances(points, boxes[g][None])
+        farthest = jnp.max(sides, axis=-1)
+        near = jnp.max(jnp.abs(points - centers[g][None]), axis=-1) < reach
+        fits = (jnp.min(sides, axis=-1) > 0) & near & (farthest > ranges[:, 0]) & (farthest < ranges[:, 1])
+        better = fits & (classes[g] >= 0) & (sizes[g] < smallest)
+        return jnp.where(better, sizes[g], smallest), jnp.where(better, g, matched)
+
+    start = (jnp.full((num_points,), jnp.inf), jnp.zeros((num_points,), jnp.int32))
+    smallest, matched = lax.fori_loop(0, used, assign, start)
+    return jnp.where(smallest < jnp.inf, classes.astype(jnp.int32)[matched], BACKGROUND), matched
+
+
 def query_targets(
     height: int,
     width: int,
@@ -124,7 +165,7 @@ def query_targets(
       boxes: ``[G, 4]`` px; rows with a negative ``classes`` entry are padding.
       scale_range: [lo, hi) of ``sqrt(w h)`` in px within which an object is small here.
     """
-    points = query_points(height, width, stride)
+    points = grid_points(height, width, stride)
     if boxes.shape[0] == 0:
         return jnp.zeros((height, width), bool)
     sizes = boxes[:, 2:] - boxes[:, :2]

@@ -80,8 +80,11 @@ def _sizes(axes: Any, found: Findings) -> None:
     axes.grid(alpha=0.3)
 
 
-def _anchors(axes: Any, found: Findings, rows: list[dict[str, Any]]) -> None:
+def _anchors(axes: Any, found: Findings, rows: list[dict[str, Any]] | None) -> None:
     """Two stacked bars a size bin: the share of its objects by the IoU of their best anchor."""
+    if rows is None:
+        _nothing(axes, "IoU with the best anchor", f"{found.config.model.detector} has no anchors")
+        return
     loss = found.config.model.loss
     names = [levels_name(found.config, finest) for finest in FINEST]
     labels = dict(
@@ -158,6 +161,6 @@ def _buffers(axes: Any, found: Findings, results: dict[str, Any]) -> None:
     axes.grid(alpha=0.3)
 
 
-def _nothing(axes: Any, title: str) -> None:
+def _nothing(axes: Any, title: str, reason: str = "no queries") -> None:
     axes.set(title=title, xticks=[], yticks=[])
-    axes.text(0.5, 0.5, "no queries", ha="center", va="center", transform=axes.transAxes)
+    axes.text(0.5, 0.5, reason, ha="center", va="center", transform=axes.transAxes)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from querydet_jax.config import Config
+from querydet_jax.config import Config, ModelConfig
 from querydet_jax.data import Dataset
 from querydet_jax.evaluation.metrics import DEFAULT_BINS, SizeBin
 from querydet_jax.models.skeleton import query_scale_range
@@ -42,7 +42,8 @@ class Findings:
       classes: names.
       truth: the boxes.
       view: images as the split is used, training or inference.
-      best: finest level to the IoU of each box with its best anchor on the levels from there up, float32 [N].
+      best: finest level to the IoU of each box with its best anchor on the levels from there up, float32 [N];
+        empty for a detector without anchors.
       shares: level to the share of its cells that are query targets in ``view``, [I]; empty without a query head.
       fits: positions of the images that an inference canvas holds.
       demands: sparse level to what those ask of it at inference; empty without a query head or such images.
@@ -64,8 +65,6 @@ def measure(dataset: Dataset, config: Config, split: Literal["train", "val"]) ->
     truth = read_truth(dataset)
     inference = inference_view(truth, config.data)
     view = training_view(truth, config.data, config.train.seed) if split == "train" else inference
-    levels = tuple(range(min(FINEST), config.model.max_level + 1))
-    iou = best_anchor_iou(view.boxes, view.inputs[truth.image], config.model.anchors, levels)
     sparse = sparse_levels(config)
     fits = np.flatnonzero(inference.canvas >= 0)
     return Findings(
@@ -75,11 +74,17 @@ def measure(dataset: Dataset, config: Config, split: Literal["train", "val"]) ->
         dataset.classes,
         truth,
         view,
-        {finest: iou[:, levels.index(finest) :].max(axis=1) for finest in FINEST},
+        _best(truth, view, config.model) if config.model.detector == "retinanet" else {},
         query_shares(truth, view, config.model, (config.inference.start_level, *sparse)) if sparse else {},
         fits,
         demand(truth, inference, fits, config, BINS) if sparse and len(fits) else {},
     )
+
+
+def _best(truth: Truth, view: View, model: ModelConfig) -> dict[int, np.ndarray]:
+    levels = tuple(range(min(FINEST), model.max_level + 1))
+    iou = best_anchor_iou(view.boxes, view.inputs[truth.image], model.anchors, levels)
+    return {finest: iou[:, levels.index(finest) :].max(axis=1) for finest in FINEST}
 
 
 def sides(boxes: np.ndarray) -> np.ndarray:
@@ -98,7 +103,7 @@ def results(found: Findings) -> dict[str, Any]:
         "boxes_an_image": _boxes_an_image(found),
         "classes": _classes(found),
         "sizes": _sizes(found),
-        "anchors": _anchors(found),
+        "anchors": _anchors(found) if found.best else None,
         "queries": _queries(found) if found.shares else None,
         "inference": _inference(found) if found.demands else None,
     }
@@ -215,7 +220,7 @@ def _queries(found: Findings) -> list[dict[str, Any]]:
     size = sides(found.view.boxes)
     rows = []
     for level, shares in found.shares.items():
-        low, high = query_scale_range(found.config.model.anchors, level)
+        low, high = query_scale_range(found.config.model, level)
         small = int(((size >= low) & (size < high)).sum())
         rows.append({"level": f"P{level}", "below_px": high, "small_objects": small, **_summary(shares)})
     return rows

@@ -167,7 +167,7 @@ def _targets(group: Group, model: ModelConfig, level: int) -> np.ndarray:
         group.owner,
         (len(group.images), *level_shape(*group.input, level)),
         2**level,
-        scale_range=query_scale_range(model.anchors, level),
+        scale_range=query_scale_range(model, level),
         radius=model.loss.query_radius,
         factor=model.loss.query_radius_factor,
     )

@@ -36,7 +36,8 @@ def _lines(found: dict[str, Any], config: Config) -> Iterator[str]:
         *_misfits(found, config),
     )
     yield from ("", "objects by sqrt(area)", _sizes(found["sizes"], images["objects"]))
-    yield from ("", *_anchors(found["anchors"], config))
+    if found["anchors"] is not None:
+        yield from ("", *_anchors(found["anchors"], config))
     if found["queries"] is None:
         yield from ("", "no queries: model.query.enabled is off, or inference.start_level is no level above the finest")
         return

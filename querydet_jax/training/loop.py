@@ -36,6 +36,8 @@ from querydet_jax.weights import load_weights
 
 _log = logging.getLogger("querydet_jax")
 
+_TERMS = ("cls", "box", "centerness", "query")  # of the loss, as the progress line shows those there are
+
 Evaluate = Callable[[DenseDetector, Dataset], dict[str, float]]
 
 
@@ -170,10 +172,11 @@ class _Progress:
             "seconds": time.perf_counter() - self.begun,
         }
         self.record(step, values)
+        terms = " ".join(f"{name} {values[name]:.3f}" for name in _TERMS if name in values)
         print(
-            f"step {step}/{self.config.train.steps}  loss {values['loss']:.3f} (cls {values['cls']:.3f} box "
-            f"{values['box']:.3f} query {values['query']:.3f})  fg {values['foreground']:.0f}  lr {values['lr']:.2g}  "
-            f"{speed:.1f} images/s  data wait {share:.1%}  left {_duration(left) if step - self.first > 1 else '?'}",
+            f"step {step}/{self.config.train.steps}  loss {values['loss']:.3f} ({terms})  "
+            f"fg {values['foreground']:.0f}  lr {values['lr']:.2g}  {speed:.1f} images/s  data wait {share:.1%}  "
+            f"left {_duration(left) if step - self.first > 1 else '?'}",
             flush=True,
         )
         self._reset(step)

@@ -94,9 +94,7 @@ def make_step(
         (_, (losses, rest)), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params, state, batch)
         metrics = {
             "loss": losses.total,
-            "cls": losses.cls,
-            "box": losses.box,
-            "query": losses.query,
+            **losses.terms(),
             "foreground": losses.num_foreground,
         }
         if axis_name is not None:

@@ -1,6 +1,6 @@
 """Names of tensors: this project's module paths, and the names other projects' files use.
 
-The *official* names are those of the published QueryDet and of detectron2's RetinaNet, which
+The *official* names are those of the published QueryDet and of detectron2's RetinaNet and FCOS, which
 differ in the detection head only (``det_head.cls_layer_1`` against ``head.cls_subnet.2``).
 ``official_name`` also understands other projects' names of a backbone: torchvision's (and timm's, the same) and the
 Caffe2 (MSRA) ones of a ResNet, torchvision's and timm's of MobileNetV2, torchvision's of ShuffleNetV2, and those of the
@@ -79,16 +79,17 @@ _SHUFFLENET_CONVS = {
     },
 }  # fmt: skip
 _BARE_BACKBONE = re.compile(r"^(?:backbone\.)?(?:bottom_up\.)?((?:stem|res[2-5])\..+)$")
-_TOWER = re.compile(r"^(?:det_head\.(cls|bbox)_layer_|head\.(cls|bbox)_subnet\.)(\d+)\.(\w+)$")
-_OUTPUT = re.compile(r"^(?:det_head|head)\.((?:cls_score|bbox_pred)\.\w+)$")
+_TOWER = re.compile(r"^(?:det_head\.(cls|bbox)_layer_|head\.(cls|bbox)_subnet\.)(\d+)\.((?:norm\.)?\w+)$")
+_OUTPUT = re.compile(r"^(?:det_head|head)\.((?:cls_score|bbox_pred|ctrness)\.\w+)$")
 
 
-def torch_name(path: ModelPath, query: bool) -> str:
+def torch_name(path: ModelPath, query: bool, normed: bool = False) -> str:
     """Official name of a variable of the model.
 
     Args:
       path: keys from the module's root to the variable, e.g. ``("backbone", "res3", 0, "conv1", "kernel")``.
       query: the model has a query head, so its detection head takes QueryDet's names.
+      normed: the towers of its detection head have norms, which detectron2's names number too.
 
     Raises:
       WeightsError: a variable that has no official name.
@@ -102,9 +103,9 @@ def torch_name(path: ModelPath, query: bool) -> str:
             module = f"backbone.fpn_{name}"
         case ("fpn", "p6" | "p7" as name, leaf):
             module = f"backbone.top_block.{name}"
-        case ("head", "cls_tower" | "box_tower" as tower, int(i), leaf):
-            module = _tower("cls" if tower == "cls_tower" else "bbox", i, query)
-        case ("head", "cls_score" | "bbox_pred" as name, leaf):
+        case ("head", "cls_tower" | "box_tower" as tower, int(i), *norm, leaf) if norm in ([], ["norm"]):
+            module = _tower("cls" if tower == "cls_tower" else "bbox", i, bool(norm), query, normed)
+        case ("head", "cls_score" | "bbox_pred" | "ctrness" as name, leaf):
             module = f"{_head(query)}.{name}"
         case ("query_head", "tower", int(i), leaf):
             module = f"query_head.layer_{i}"
@@ -122,12 +123,18 @@ def _head(query: bool) -> str:
     return "det_head" if query else "head"
 
 
-def _tower(tower: str, i: int, query: bool) -> str:
-    # In the plain RetinaNet an nn.Sequential numbers the ReLUs too.
-    return f"det_head.{tower}_layer_{i}" if query else f"head.{tower}_subnet.{2 * i}"
+def _tower(tower: str, i: int, norm: bool, query: bool, normed: bool) -> str:
+    if query:
+        return f"det_head.{tower}_layer_{i}" + (".norm" if norm else "")
+    # In detectron2's heads an nn.Sequential numbers the norms and ReLUs too.
+    return f"head.{tower}_subnet.{_layer_places(normed) * i + norm}"
 
 
-def official_name(name: str, query: bool, style: Style) -> str | None:
+def _layer_places(normed: bool) -> int:
+    return 3 if normed else 2
+
+
+def official_name(name: str, query: bool, style: Style, normed: bool = False) -> str | None:
     """Official name of a tensor of somebody's file, ``None`` for what is no weight of a detector.
 
     A name that is not understood is returned as it is, without the prefixes that wrappers add.
@@ -136,6 +143,7 @@ def official_name(name: str, query: bool, style: Style) -> str | None:
       name: the tensor's name in the file.
       query: the model has a query head, so its detection head takes QueryDet's names.
       style: whose names the file has (``naming_style``).
+      normed: as in ``torch_name``.
     """
     name = _bare(name)
     if _IGNORED.search(name):
@@ -148,8 +156,13 @@ def official_name(name: str, query: bool, style: Style) -> str | None:
     if tower := _TOWER.match(name):
         published, baseline, number, leaf = tower[1], tower[2], int(tower[3]), tower[4]
         if published:
-            return f"{_tower(published, number, query)}.{leaf}"
-        return name if number % 2 else f"{_tower(baseline, number // 2, query)}.{leaf}"
+            norm, leaf = leaf.startswith("norm."), leaf.removeprefix("norm.")
+        else:
+            number, place = divmod(number, _layer_places(normed))
+            norm = place == 1
+            if place > normed:
+                return name
+        return f"{_tower(published or baseline, number, norm, query, normed)}.{leaf}"
     if output := _OUTPUT.match(name):
         return f"{_head(query)}.{output[1]}"
     return name
@@ -278,11 +291,13 @@ def likely_field(name: str, given: tuple[int, ...], wanted: tuple[int, ...]) -> 
     # Output channels agree and input channels do not: what feeds the layer is to blame.
     inputs = len(given) == len(wanted) == 4 and given[0] == wanted[0] and given[1] != wanted[1]
     if name.startswith(("head.", "det_head.")):
+        if len(given) != len(wanted):
+            return "model.head.norm"
         if inputs:
             return "model.fpn.channels" if re.search(r"_(layer_|subnet\.)0\.", name) else "model.head.channels"
         if ".cls_score." in name:
-            return "model.num_classes"
-        return "model.anchors" if ".bbox_pred." in name else "model.head.channels"
+            return "model.num_classes (or model.detector)"
+        return "model.anchors (or model.detector)" if ".bbox_pred." in name else "model.head.channels"
     if name.startswith("query_head."):
         return "model.fpn.channels" if inputs and name.startswith("query_head.layer_0.") else "model.query.channels"
     if name.startswith("backbone.top_block.p6.") and inputs:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,7 +63,7 @@ def load_weights(model: nnx.Module, source: str | Path | Mapping[str, Any]) -> L
       model: what ``build_model`` returned.
       source: a weight file (see ``read_tensors``), the folder of a training run, arrays by name, or
         ``efficientnet_lite0``: the ImageNet weights of that network's package (an extra).
-        Names of QueryDet and of detectron2's RetinaNet are both understood, as are torchvision's, timm's and
+        Names of QueryDet and of detectron2's RetinaNet and FCOS are understood, as are torchvision's, timm's and
         Caffe2's (MSRA) of a ResNet, torchvision's and timm's of MobileNetV2 and torchvision's of ShuffleNetV2, with or
         without ``module.`` or ``model.`` in front. Arrays are in torch layout (convolutions OIHW) and of any real
         type; they become float32.
@@ -104,7 +104,7 @@ def load_weights(model: nnx.Module, source: str | Path | Mapping[str, Any]) -> L
 
 def state_dict(model: nnx.Module) -> dict[str, np.ndarray]:
     """Every tensor of a model, float32, in torch layout and under the official name: QueryDet's
-    names for a model with a query head, detectron2's RetinaNet's for one without."""
+    names for a model with a query head, detectron2's RetinaNet's or FCOS's for one without."""
     return {
         name: to_torch_layout(np.asarray(variable.get_value(), np.float32), path)
         for name, (path, variable) in _variables(model).items()
@@ -135,24 +135,28 @@ def _read(path: Path) -> dict[str, np.ndarray]:
 def _variables(model: nnx.Module) -> dict[str, tuple[ModelPath, nnx.Variable[Any]]]:
     """Variables of a model, and where in it they are, by official name."""
     flat = [(path, v) for path, v in nnx.to_flat_state(nnx.state(model)) if not isinstance(v, nnx.RngState)]
-    query = _has_query_head(path for path, _ in flat)
-    return {torch_name(path, query): (path, variable) for path, variable in flat}
+    style = _head_style([path for path, _ in flat])
+    return {torch_name(path, **style): (path, variable) for path, variable in flat}
 
 
-def _has_query_head(paths: Any) -> bool:
-    return any(path[0] == "query_head" for path in paths)
+def _head_style(paths: Collection[ModelPath]) -> dict[str, bool]:
+    """What decides the names of a detection head; see ``torch_name``."""
+    return {
+        "query": any(path[0] == "query_head" for path in paths),
+        "normed": any(path[0] == "head" and "norm" in path for path in paths),
+    }
 
 
 def _match(
     tensors: dict[str, Any], variables: dict[str, tuple[ModelPath, nnx.Variable[Any]]], where: str
 ) -> tuple[dict[str, str], list[str]]:
     """Official names of the model to names of the source, and the source's names left over."""
-    query = _has_query_head(path for path, _ in variables.values())
+    head = _head_style([path for path, _ in variables.values()])
     style = naming_style(tensors)
     named: dict[str, str] = {}
     unexpected = []
     for name in tensors:
-        official = official_name(name, query, style)
+        official = official_name(name, **head, style=style)
         if official is None:
             continue
         if official not in variables:
@@ -165,7 +169,7 @@ def _match(
     if not named or (unexpected and not set(named) - set(_PIXELS)):
         seen = f" (it has {unexpected[0]})" if unexpected else ""
         raise WeightsError(
-            f"{where}: no tensor of this model{seen}; give weights of a QueryDet, RetinaNet or its backbone"
+            f"{where}: no tensor of this model{seen}; give weights of a QueryDet, RetinaNet, FCOS or a backbone"
         )
     return named, unexpected
 

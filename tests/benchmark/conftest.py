@@ -64,6 +64,13 @@ def retinanet_folder(run_folder: Path, tmp_path_factory: pytest.TempPathFactory)
     )
 
 
+@pytest.fixture(scope="package")
+def fcos_folder(run_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of QueryDet on FCOS on the same data."""
+    config = override(CONFIG, {"model.detector": "fcos"})
+    return leave_run(tmp_path_factory.mktemp("fcos"), config, build_model(config.model, seed=1), run_folder / "data")
+
+
 def leave_run(folder: Path, config: Config, detector: DenseDetector, data: Path) -> Path:
     save_config(
         dataclasses.replace(config, data=dataclasses.replace(config.data, root=str(data))), folder / "config.json"

@@ -100,6 +100,19 @@ def test_ablation_of_runs(monkeypatch, tmp_path, run_folder, retinanet_folder):
     assert alone["rows"][0]["AP"] == found["rows"][0]["AP"]
 
 
+def test_the_papers_numbers_beside_fcos_are_those_of_its_table(monkeypatch, tmp_path, run_folder, fcos_folder):
+    found = call(monkeypatch, tmp_path / "3", "table3", "--runs", str(fcos_folder), str(run_folder))
+    published = {row["method"]: row["paper_AP"] for row in found["rows"]}
+    name, other = fcos_folder.name, run_folder.name
+    assert published == {f"{name} dense": 40.05, f"{name} csq": 39.49, f"{other} dense": 38.53, f"{other} csq": 38.36}
+    # Tables 4 to 6 are of RetinaNet alone.
+    found = call(monkeypatch, tmp_path / "6", "table6", "--run", str(fcos_folder), "--contexts", "2")
+    assert [row["paper_AP"] for row in found["rows"]] == [None, None]
+    assert_numbers(found["rows"], "ms_p50", "speed_up")
+    found = call(monkeypatch, tmp_path / "end", "end-to-end", "--run", str(fcos_folder))
+    assert found["not_run"][0].startswith("FCOS P3..P7: needs --plain-run")
+
+
 def test_ablation_refuses_what_cannot_be_compared(monkeypatch, tmp_path, run_folder):
     with pytest.raises(ConfigError, match="--runs: table3 needs trained models"):
         call(monkeypatch, tmp_path, "table3")

@@ -55,6 +55,19 @@ def image_b() -> np.ndarray:
 
 
 @pytest.fixture(scope="session")
+def batch() -> tuple[np.ndarray, ...]:
+    """Images a and c on one canvas, with their boxes."""
+    images, sizes = np.zeros((2, 128, 192, 3), np.uint8), []
+    for i, (tag, height, width) in enumerate((("a", 120, 180), ("c", 128, 160))):
+        images[i, :height, :width] = rgb(tag, height, width)
+        sizes.append((height, width))
+    boxes, classes = np.zeros((2, 16, 4), np.float32), np.full((2, 16), -1, np.int32)
+    boxes[0, :12], classes[0, :12] = recipe.boxes("a12", 12, 120, 180, 10)
+    boxes[1, :5], classes[1, :5] = recipe.boxes("c5", 5, 128, 160, 10, smin=4.0, smax=60.0)
+    return images, boxes, classes, np.asarray(sizes, np.int32)
+
+
+@pytest.fixture(scope="session")
 def recorded():
     """Recorded arrays by file name."""
     cache: dict[str, Any] = {}

@@ -10,7 +10,8 @@ import pytest
 
 import querydet_jax as qd
 from querydet_jax.evaluation import rescale_to_original
-from querydet_jax.ops.anchors import cell_anchors, grid_anchors, query_points
+from querydet_jax.ops.anchors import cell_anchors, grid_anchors
+from querydet_jax.ops.points import grid_points
 
 STEPS_CLS = {2: 10, 3: 5}  # the fixtures keep every 10th or 5th channel of the large maps
 STEPS_BOX = {2: 4, 3: 2}
@@ -49,7 +50,7 @@ def test_anchors_and_query_points(outputs, recorded, level):
     step = {2: 97, 3: 31}.get(level, 1)
     np.testing.assert_allclose(np.asarray(anchors).reshape(-1, 4)[::step], z[f"p{level}_anchors"], atol=1e-4, rtol=0)
     if level in (3, 4):
-        centers = np.asarray(query_points(height, width, 2**level)).reshape(-1, 2)
+        centers = np.asarray(grid_points(height, width, 2**level)).reshape(-1, 2)
         np.testing.assert_array_equal(centers, z[f"p{level}_query_centers"])
 
 

@@ -66,3 +66,9 @@ def small_half_model() -> DenseDetector:
 def small_model() -> DenseDetector:
     """Levels P3..P6, queries on P3 and P4, three classes. Not to be changed by a test."""
     return with_means(SMALL)
+
+
+@pytest.fixture(scope="session")
+def small_fcos() -> DenseDetector:
+    """FCOS of the same configuration. Not to be changed by a test."""
+    return with_means(dataclasses.replace(SMALL, detector="fcos"))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from querydet_jax.config import AnchorConfig
-from querydet_jax.ops.anchors import anchors_at, cell_anchors, grid_anchors, level_shape, query_points
+from querydet_jax.ops.anchors import anchors_at, cell_anchors, grid_anchors, level_shape
 
 RATIOS = (0.5, 1.0, 2.0)
 
@@ -62,13 +62,6 @@ def test_anchors_of_chosen_cells_are_those_of_the_grid() -> None:
     np.testing.assert_array_equal(
         anchors_at(cells, y.reshape(2, 2), x.reshape(2, 2), 4), grid[y, x].reshape(2, 2, 9, 4)
     )
-
-
-def test_query_points_are_cell_middles() -> None:
-    points = query_points(2, 3, 8)
-    assert points.dtype == jnp.float32
-    np.testing.assert_array_equal(points[..., 0], [[4, 12, 20], [4, 12, 20]])
-    np.testing.assert_array_equal(points[..., 1], [[4, 4, 4], [12, 12, 12]])
 
 
 @pytest.mark.parametrize(

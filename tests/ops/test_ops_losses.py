@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from querydet_jax.ops.losses import binary_cross_entropy, focal_loss, smooth_l1
+from querydet_jax.ops.losses import binary_cross_entropy, focal_loss, giou_loss, smooth_l1
 
 LOGITS = np.concatenate([np.linspace(-12, 12, 97), [-100, -30, 0, 30, 100]]).astype(np.float32)
 
@@ -92,3 +92,40 @@ def test_smooth_l1_gradient_joins_smoothly() -> None:
     np.testing.assert_allclose(
         slope(jnp.asarray([0.0, 0.05, -0.05, 0.0999, 0.1001, -5.0])), [0, 0.5, -0.5, 0.999, 1, -1], rtol=1e-5
     )
+
+
+def giou_in_float64(a: np.ndarray, b: np.ndarray) -> float:
+    """Rezatofighi et al. 2019, algorithm 1."""
+    a, b = np.float64(a), np.float64(b)
+    width, height = (max(0.0, min(a[i + 2], b[i + 2]) - max(a[i], b[i])) for i in (0, 1))
+    hull = (max(a[2], b[2]) - min(a[0], b[0])) * (max(a[3], b[3]) - min(a[1], b[1]))
+    union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - width * height
+    return 1 - (width * height / union - (hull - union) / hull)
+
+
+def test_giou_loss_equals_its_formula() -> None:
+    rng = np.random.default_rng(0)
+    first = rng.uniform(0, 80, (2, 300, 2))
+    boxes, targets = np.concatenate([first, first + rng.uniform(1, 60, (2, 300, 2))], axis=-1).astype(np.float32)
+    found = jax.jit(giou_loss)(boxes, targets)
+    expected = [giou_in_float64(a, b) for a, b in zip(boxes, targets, strict=True)]
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    assert min(expected) < 0.7 and max(expected) > 1.3  # overlapping and far apart
+
+
+@pytest.mark.parametrize(
+    ("box", "value"),
+    [
+        ((0, 0, 10, 10), 0.0),
+        ((0, 0, 10, 5), 0.5),
+        ((10, 0, 20, 10), 1.0),  # side by side: the hull is the union
+        ((20, 0, 30, 10), 1 + 1 / 3),
+        ((5, 5, 5, 5), 1.0),  # empty, inside
+        ((20, 10, 20, 10), 1.5),  # empty, outside
+    ],
+)
+def test_giou_loss_by_hand_has_finite_gradients(box: tuple[float, ...], value: float) -> None:
+    target = jnp.asarray([0.0, 0.0, 10.0, 10.0])
+    loss, gradient = jax.value_and_grad(giou_loss)(jnp.asarray(box, jnp.float32), target)
+    assert float(loss) == pytest.approx(value, abs=1e-6)
+    assert np.isfinite(gradient).all()

@@ -97,6 +97,17 @@ def test_counts_by_hand(monkeypatch, capsys, folder):
     assert float(rows[2]["active_share_P2"]) == 0 < float(rows[1]["active_share_P3"])
 
 
+def test_fcos_has_no_anchors_and_the_same_queries(monkeypatch, capsys, folder):
+    anchors = call(monkeypatch, folder, "--split val")
+    capsys.readouterr()
+    points = call(monkeypatch, folder, "--split val --model.detector fcos")
+    assert points["anchors"] is None and "best anchor" not in capsys.readouterr().out
+    assert points["queries"] == anchors["queries"] and points["inference"] == anchors["inference"]
+    # s_l is the lower end of the distances that P_l learns.
+    nearer = call(monkeypatch, folder, "--split val --model.detector fcos --model.fcos.range-scale 2")
+    assert [row["below_px"] for row in nearer["queries"]] == [row["below_px"] / 2 for row in points["queries"]]
+
+
 def test_training_rule_and_images_that_fit_nothing(monkeypatch, capsys, folder):
     words = "--data.train-short 32 64 --data.train-max 96 --data.train-canvases 64 64 --data.no-crop"
     found = call(monkeypatch, folder, words + " --data.test-canvases 64 64")

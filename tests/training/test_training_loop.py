@@ -113,12 +113,14 @@ def test_classes_must_agree(root, tmp_path):
         train(small(root, **{"model.num_classes": 5}), tmp_path / "run")
 
 
-def test_overfits_eight_images(root, tmp_path):
+@pytest.mark.parametrize(("detector", "steps"), [("retinanet", 220), ("fcos", 160)])
+def test_overfits_eight_images(root, tmp_path, capsys, detector, steps):
     """AP50 above 0.9 on the eight images it was trained on, densely and with CSQ."""
     config = small(
         root,
         **{
-            "train.steps": 220,
+            "model.detector": detector,
+            "train.steps": steps,
             "train.batch_size": 8,
             "train.optimizer": "adamw",
             "train.learning_rate": 2e-3,
@@ -133,6 +135,9 @@ def test_overfits_eight_images(root, tmp_path):
         },
     )
     model = train(config, tmp_path / "run")
+    assert (" centerness " in capsys.readouterr().out) == (detector == "fcos")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert ("centerness" in lines[-1]) == (detector == "fcos") and lines[-1]["box"] < lines[0]["box"] / 2
     dataset = open_dataset(config.data, "train")
     assert len(dataset) == 8
     detectors = {

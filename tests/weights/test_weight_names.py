@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 from flax import nnx
 
-from querydet_jax.config import BackboneConfig, ModelConfig, QueryConfig
+from querydet_jax.config import BackboneConfig, FPNConfig, HeadConfig, ModelConfig, QueryConfig
 from querydet_jax.errors import WeightsError
 from querydet_jax.models import build_model
 from querydet_jax.weights.names import (
@@ -66,8 +68,8 @@ def published_shapes(num_classes: int, query: bool) -> dict[str, tuple[int, ...]
 
 def model_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     model = nnx.eval_shape(lambda: build_model(config))
-    query = config.query.enabled
-    return {torch_name(p, query): torch_shape(v.shape, p) for p, v in nnx.to_flat_state(nnx.state(model))}
+    style = {"query": config.query.enabled, "normed": config.head.norm == "group"}
+    return {torch_name(p, **style): torch_shape(v.shape, p) for p, v in nnx.to_flat_state(nnx.state(model))}
 
 
 @pytest.mark.parametrize("num_classes", [10, 80])
@@ -97,6 +99,47 @@ def test_live_norms_have_names(norm: str) -> None:
     if norm == "group":
         frozen = {name: shape for name, shape in frozen.items() if "running" not in name}
     assert live == frozen
+
+
+@pytest.mark.parametrize("norm", ["none", "group"])
+def test_fcos_has_detectron2s_tensors(norm: Any) -> None:
+    """RetinaNet's, but for one anchor a cell, the centerness, and P6 from P5; group norms count in nn.Sequential."""
+    published = published_shapes(10, query=False)
+    for layer, outputs in (("cls_score", 10), ("bbox_pred", 4), ("ctrness", 1)):
+        published |= {f"head.{layer}.weight": (outputs, 256, 3, 3), f"head.{layer}.bias": (outputs,)}
+    published["backbone.top_block.p6.weight"] = (256, 256, 3, 3)
+    if norm == "group":
+        for tower, i in itertools.product(("cls", "bbox"), range(4)):
+            for leaf in ("weight", "bias"):
+                conv = published.pop(f"head.{tower}_subnet.{2 * i}.{leaf}")
+                published[f"seq.{tower}_subnet.{3 * i}.{leaf}"] = conv
+                published[f"seq.{tower}_subnet.{3 * i + 1}.{leaf}"] = (256,)
+        published = {name.replace("seq.", "head."): shape for name, shape in published.items()}
+    config = ModelConfig(
+        detector="fcos",
+        num_classes=10,
+        min_level=3,
+        fpn=FPNConfig(top_source="p5"),
+        head=HeadConfig(norm=norm),
+        query=QueryConfig(enabled=False),
+    )
+    assert model_shapes(config) == published
+
+
+@pytest.mark.parametrize(
+    "detectron2, querydet",
+    [
+        ("head.cls_subnet.3.weight", "det_head.cls_layer_1.weight"),
+        ("head.bbox_subnet.10.bias", "det_head.bbox_layer_3.norm.bias"),
+        ("head.ctrness.bias", "det_head.ctrness.bias"),
+    ],
+)
+def test_both_head_styles_with_norms(detectron2: str, querydet: str) -> None:
+    for name in (detectron2, querydet):
+        assert official_name(name, query=True, style="detectron2", normed=True) == querydet
+        assert official_name(name, query=False, style="detectron2", normed=True) == detectron2
+    relu = "head.cls_subnet.2.weight"
+    assert official_name(relu, query=True, style="detectron2", normed=True) == relu
 
 
 def test_unknown_variable_is_an_error() -> None:

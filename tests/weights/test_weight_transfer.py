@@ -219,6 +219,33 @@ def test_source_may_change_after_loading() -> None:
     assert_holds(model, copies)
 
 
+@pytest.mark.parametrize("query", [True, False])
+def test_fcos_with_group_norm_round_trip(tmp_path: Path, query: bool) -> None:
+    head = HeadConfig(channels=32, num_convs=2, norm="group")
+    enabled = dataclasses.replace(SMALL.query, enabled=query)
+    model = build(detector="fcos", head=head, query=enabled)
+    weights = random_weights(model)
+    load_weights(model, weights)
+    export_weights(model, tmp_path / "w.npz")
+    norm = "det_head.bbox_layer_1.norm.weight" if query else "head.bbox_subnet.4.weight"
+    center = "det_head.ctrness.weight" if query else "head.ctrness.weight"
+    np.testing.assert_array_equal(model.head.box_tower[1].norm.scale[...], weights[norm])
+    np.testing.assert_array_equal(np.asarray(model.head.ctrness.kernel[...])[0, 2, :, 0], weights[center][0, :, 0, 2])
+    # The other model, with or without a query head, takes the same head.
+    other = build(detector="fcos", head=head, query=dataclasses.replace(enabled, enabled=not query))
+    report = load_weights(other, tmp_path / "w.npz")
+    assert len(report.unexpected if query else report.missing) == 6  # the query head
+    np.testing.assert_array_equal(other.head.box_tower[1].norm.scale[...], weights[norm])
+
+
+def test_weights_of_heads_without_norm_are_told_from_those_with() -> None:
+    head = HeadConfig(channels=32, num_convs=3)
+    without = {"detector": "fcos", "head": head, "query": QueryConfig(enabled=False)}
+    weights = random_weights(build(**without))
+    with pytest.raises(WeightsError, match=r"head\.bbox_subnet\.4\.weight has shape .* set model\.head\.norm"):
+        load_weights(build(**without | {"head": dataclasses.replace(head, norm="group")}), weights)
+
+
 def changed(weights: dict[str, np.ndarray], **arrays: Any) -> dict[str, Any]:
     return weights | {name.replace("__", "."): array for name, array in arrays.items()}
 

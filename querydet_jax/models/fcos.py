@@ -1,0 +1,213 @@
+"""FCOS (Tian et al. 2019), and QueryDet on it (paper Table 8): points, their targets, losses, candidates."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from querydet_jax.config import HeadConfig, ModelConfig
+from querydet_jax.models.heads import DetectionHead
+from querydet_jax.models.layers import Conv, normal_init, run_tower, zeros_bias
+from querydet_jax.models.skeleton import Candidates, DenseDetector, Losses, Outputs, best_candidates
+from querydet_jax.ops.losses import binary_cross_entropy, focal_loss, giou_loss
+from querydet_jax.ops.matching import assign_points, per_image
+from querydet_jax.ops.points import boxes_around, centerness, distances, grid_points, points_at
+from querydet_jax.sparse import Conv as ConvWeights
+from querydet_jax.sparse import Sites, Stack
+
+_BOX = 4  # channels of the box branch before the centerness
+
+
+@partial(
+    jax.tree_util.register_dataclass, data_fields=["features", "cls", "box", "query", "centerness"], meta_fields=[]
+)
+@dataclasses.dataclass(frozen=True)
+class FCOSOutputs(Outputs):
+    """A = 1: a point a cell. ``box`` is the distances (left, top, right, bottom) to a box's sides in strides, before
+    the ReLU; centerness logits ``{l: [B, h, w]}``."""
+
+    centerness: dict[int, Array]
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["cls", "box", "query", "total", "num_foreground", "normalizer", "per_level", "centerness"],
+    meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True)
+class FCOSLosses(Losses):
+    """``box`` is the GIoU loss; foreground are the points that have an object."""
+
+    centerness: Array
+
+    def terms(self) -> dict[str, Array]:
+        return {**super().terms(), "centerness": self.centerness}
+
+
+class PointTargets(NamedTuple):
+    """Over the points of all levels, finest level first, then y, x: R of them an image.
+
+    labels int32 ``[B, R]``, class or -1; boxes ``[B, R, 4]`` xyxy px, of the object or, for background, the point's
+    cell; centerness ``[B, R]``, 0 for background.
+    """
+
+    labels: Array
+    boxes: Array
+    centerness: Array
+
+
+class FCOSHead(DetectionHead):
+    """Class and box towers shared over levels; the box tower also carries the centerness.
+
+    The box's four channels and the centerness leave by one convolution's worth of channels, so that on sites, too,
+    the tower before them runs once.
+    """
+
+    def __init__(
+        self, config: HeadConfig, in_channels: int, num_classes: int, dtype: jnp.dtype, rng: np.random.Generator
+    ):
+        # Random biases outweigh the first features and can close the ReLU of both sides of an axis at almost every
+        # point, which then have no gradient: with 2 or 3 of 8 seeds (HIT-UAV's model, the demo's).
+        super().__init__(dataclasses.replace(config, box_bias="zero"), in_channels, 1, num_classes, dtype, rng)
+        last = config.channels if config.num_convs else in_channels
+        self.ctrness = Conv(last, 1, 3, init=normal_init(0.01), bias=zeros_bias, dtype=dtype, rng=rng)
+
+    def __call__(self, x: Array) -> tuple[Array, Array]:
+        """``[B, h, w, C]`` to float32 class logits ``[B, h, w, K]`` and ``[B, h, w, 5]``: distances in strides before
+        the ReLU, then the centerness logit."""
+        cls = self.cls_score(run_tower(self.cls_tower, x))
+        shared = run_tower(self.box_tower, x)
+        box = jnp.concatenate([self.bbox_pred(shared), self.ctrness(shared)], axis=-1)
+        return cls.astype(jnp.float32), box.astype(jnp.float32)
+
+    def stacks(self) -> tuple[Stack, Stack]:
+        cls, box = super().stacks()
+        last = [box[-1], self.ctrness.weights()]
+        joint = ConvWeights(
+            jnp.concatenate([conv.kernel for conv in last], axis=-1), jnp.concatenate([conv.bias for conv in last])
+        )
+        return cls, [*box[:-1], joint]
+
+
+class FCOS(DenseDetector):
+    """FCOS on P_min..P_max; with P2 and a query head it is QueryDet on FCOS.
+
+    As detectron2 has it: centre sampling, distances in strides without a learnt scale a level, GIoU loss, centerness
+    on the box tower, score sqrt(class * centerness). Methods as ``RetinaNet``'s.
+    """
+
+    def __init__(self, config: ModelConfig, rng: np.random.Generator):
+        super().__init__(config, rng)
+        self.head = FCOSHead(config.head, config.fpn.channels, config.num_classes, self.dtype, rng)
+
+    def __call__(self, images: Array, sizes: Array | None = None) -> FCOSOutputs:
+        """Dense outputs of uint8 RGB images ``[B, H, W, 3]`` (``sizes``: see the class's base)."""
+        features = self.features(jnp.asarray(images), sizes)
+        cls, box, center = {}, {}, {}
+        for level, x in features.items():
+            logits, sides = self.head(x)
+            cls[level], box[level], center[level] = logits[..., None, :], sides[..., None, :_BOX], sides[..., _BOX]
+        return FCOSOutputs(features, cls, box, self.query_logits(features), center)
+
+    def losses(
+        self,
+        images: Array,
+        boxes: Array,
+        classes: Array,
+        normalizer: Array | float,
+        sizes: Array | None = None,
+        axis_name: str | None = None,
+    ) -> FCOSLosses:
+        """Training losses of a batch.
+
+        loss_cls = sum_l beta_l sum focal / N over all points, loss_box = sum_l beta_l sum (1 - GIoU) / N and
+        loss_centerness = sum_l beta_l sum BCE / N over foreground points, loss_query = sum_q w_q mean focal;
+        total is their sum. Arguments as of ``RetinaNet.losses``; N averages max(1, foreground).
+        """
+        config, loss = self.config, self.config.loss
+        boxes, classes = jnp.asarray(boxes, jnp.float32), jnp.asarray(classes, jnp.int32)
+        outputs = self(images, sizes)
+        shapes = [(x.shape[1], x.shape[2]) for x in outputs.features.values()]
+        targets = self.targets(shapes, boxes, classes)
+        num_foreground, average = self.foreground_average(targets.labels >= 0, normalizer, axis_name, at_least=1.0)
+
+        sums: dict[str, list[Array]] = {"cls": [], "box": [], "centerness": []}
+        start = 0
+        for level, (height, width) in zip(config.levels, shapes, strict=True):
+            end = start + height * width
+            label, target, center = (x[:, start:end].reshape(x.shape[0], height, width, *x.shape[2:]) for x in targets)
+            one_hot = label[..., None] == jnp.arange(config.num_classes)[None, None, None]
+            focal = focal_loss(outputs.cls[level][..., 0, :], one_hot, alpha=loss.focal_alpha, gamma=loss.focal_gamma)
+            sides = jax.nn.relu(outputs.box[level][..., 0, :]) * 2**level
+            giou = giou_loss(boxes_around(grid_points(height, width, 2**level)[None], sides), target)
+            entropy = binary_cross_entropy(outputs.centerness[level], center)
+            sums["cls"].append(jnp.sum(focal))
+            sums["box"].append(jnp.sum(jnp.where(label >= 0, giou, 0.0)))
+            sums["centerness"].append(jnp.sum(jnp.where(label >= 0, entropy, 0.0)))
+            start = end
+        terms, per_level = self.weigh(sums, average, outputs.query, boxes, classes)
+        total = terms["cls"] + terms["box"] + terms["centerness"] + terms["query"]
+        return FCOSLosses(**terms, total=total, num_foreground=num_foreground, normalizer=average, per_level=per_level)
+
+    def targets(self, shapes: list[tuple[int, int]], boxes: Array, classes: Array) -> PointTargets:
+        """Targets of points on levels of these (h, w), the finest first; boxes ``[B, G, 4]``, classes ``[B, G]``."""
+        config = self.config.fcos
+        levels = self.config.levels
+        points = jnp.concatenate(
+            [grid_points(*shape, 2**level).reshape(-1, 2) for level, shape in zip(levels, shapes, strict=True)]
+        )
+        cells = np.array([height * width for height, width in shapes])
+        strides = jnp.asarray(np.repeat(np.float32(2) ** np.array(levels, np.float32), cells))
+        ranges = jnp.asarray(np.repeat(_ranges(levels, config.range_scale), cells, axis=0))
+        background = boxes_around(points, 0.5 * jnp.broadcast_to(strides[:, None], (len(points), 4)))
+
+        def assign(boxes: Array, classes: Array) -> PointTargets:
+            labels, matched = assign_points(points, strides, ranges, boxes, classes, center_radius=config.center_radius)
+            if boxes.shape[0] == 0:
+                return PointTargets(labels, background, jnp.zeros(labels.shape))
+            # A box that is not empty for every point: what nobody learns from must stay finite, gradients included.
+            foreground = labels >= 0
+            target = jnp.where(foreground[:, None], boxes[matched], background)
+            center = jnp.where(foreground, centerness(distances(points, target)), 0.0)
+            return PointTargets(labels, target, center)
+
+        return per_image(assign, boxes, classes)
+
+    def head_stacks(self) -> tuple[Stack, ...]:
+        return self.head.stacks()
+
+    def dense_heads(self, x: Array) -> tuple[Array, ...]:
+        return self.head(x)
+
+    def candidates(self, level: int, outputs: list[Array], sites: Sites, *, topk: int) -> Candidates:
+        """Top-k (point, class) pairs a level and image by sqrt(class probability * centerness), decoded.
+
+        Args:
+          outputs: class logits ``[N, K]`` and ``[N, 5]``, distances in strides before the ReLU and centerness.
+
+        Returns:
+          M = min(topk, K * h * w) candidates an image.
+        """
+        cls, box = outputs
+        scores = jnp.sqrt(jax.nn.sigmoid(cls) * jax.nn.sigmoid(box[:, _BOX:]))
+
+        def describe(scores: Array, row: Array, column: Array) -> Candidates:
+            points = points_at(sites.y[row], sites.x[row], 2**level)
+            sides = jax.nn.relu(box[row, :_BOX]) * 2**level
+            return Candidates(boxes_around(points, sides), scores, column.astype(jnp.int32))
+
+        return best_candidates(scores, sites, topk=topk, per_key=self.config.num_classes, describe=describe)
+
+
+def _ranges(levels: tuple[int, ...], scale: float) -> np.ndarray:
+    """Distances ``[L, 2]`` in px between which a level's points learn boxes."""
+    low = scale * np.float32(2) ** np.array(levels, np.float32)
+    ranges = np.stack([low, 2 * low], axis=1)
+    ranges[0, 0], ranges[-1, 1] = 0.0, np.inf
+    return ranges

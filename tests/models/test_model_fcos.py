@@ -1,0 +1,134 @@
+"""FCOS's training: losses are their parts' sum, and stay finite whatever the truth."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from querydet_jax.models import FCOS
+from querydet_jax.models.fcos import FCOSLosses
+
+IMAGES = np.random.default_rng(0).integers(0, 256, (2, 64, 96, 3), dtype=np.uint8)
+ROWS = 500
+# P3..P6 learn boxes of up to 64, 128, 256 px from a point to the farthest side, and what is larger.
+LEARNT = (20.0, 10.0, 50.0, 44.0)
+BETWEEN = (9.0, 9.0, 11.0, 11.0)  # holds no point of any level
+HUGE = (-3000.0, -3000.0, 3100.0, 3100.0)
+
+
+@pytest.fixture(scope="module")
+def compute(small_fcos: FCOS) -> Any:
+    """Losses and gradients of boxes and classes, padded to 500 rows."""
+    graph, params, rest = nnx.split(small_fcos, nnx.Param, ...)
+
+    @jax.jit
+    def run(boxes: jax.Array, classes: jax.Array, normalizer: float) -> tuple[FCOSLosses, Any]:
+        def total(params: Any) -> tuple[jax.Array, FCOSLosses]:
+            losses = nnx.merge(graph, params, rest).losses(IMAGES, boxes, classes, normalizer)
+            return losses.total, losses
+
+        (_, losses), gradients = jax.value_and_grad(total, has_aux=True)(params)
+        return losses, gradients
+
+    def padded(boxes: Any, classes: Any, normalizer: float = 300.0) -> tuple[FCOSLosses, Any]:
+        """``boxes [B, g, 4]``."""
+        missing = ROWS - np.shape(classes)[1]
+        boxes = np.pad(np.float32(boxes), ((0, 0), (0, missing), (0, 0)))
+        return run(boxes, np.pad(np.int32(classes), ((0, 0), (0, missing)), constant_values=-1), normalizer)
+
+    return padded
+
+
+def many() -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(1)
+    first = rng.uniform(0, 60, (2, ROWS, 2))
+    boxes = np.concatenate([first, first + rng.uniform(4, 40, (2, ROWS, 2))], axis=-1)
+    return boxes, rng.integers(0, 3, (2, ROWS))
+
+
+TRUTHS = {
+    "no boxes": (np.zeros((2, 1, 4)), [[-1], [-1]]),
+    "boxes that no point learns": ([[BETWEEN], [BETWEEN]], [[0], [2]]),
+    "one object": ([[LEARNT], [BETWEEN]], [[1], [-1]]),
+    "an empty box": ([[(30, 30, 30, 30)], [LEARNT]], [[1], [0]]),
+    "a box beyond the image": ([[HUGE], [LEARNT]], [[1], [0]]),
+    "500 objects": many(),
+}
+
+
+@pytest.mark.parametrize("name", list(TRUTHS))
+def test_losses_and_gradients_are_finite(compute: Any, name: str) -> None:
+    losses, gradients = compute(*TRUTHS[name])
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves((losses, gradients)))
+    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(losses))
+    count = float(losses.num_foreground)
+    assert float(losses.cls) > 0 and float(losses.query) > 0
+    assert (count > 0) == (float(losses.box) > 0) == (float(losses.centerness) > 0)
+    assert (count > 0) == (name not in ("no boxes", "boxes that no point learns"))
+    for layer in ("bbox_pred", "ctrness"):
+        assert np.any(gradients["head"][layer]["kernel"][...]) == (count > 0)
+    assert count > 50 or name != "500 objects"
+
+
+def test_total_is_the_sum_of_weighted_levels(compute: Any) -> None:
+    losses, _ = compute(*TRUTHS["500 objects"])
+    weights = np.array([1.0, 1.5, 2.0, 4.0])
+    average = 0.9 * 300 + 0.1 * float(losses.num_foreground)
+    assert float(losses.normalizer) == pytest.approx(average, rel=1e-6)
+    for name in ("cls", "box", "centerness"):
+        sums = np.asarray(losses.per_level[name])
+        assert sums.shape == (4,)
+        assert float(getattr(losses, name)) == pytest.approx((weights * sums).sum() / average, rel=1e-5)
+    assert float(losses.query) == pytest.approx(
+        (np.array([10, 5]) * np.asarray(losses.per_level["query"])).sum(), rel=1e-5
+    )
+    assert list(losses.terms()) == ["cls", "box", "query", "centerness"]
+    assert float(losses.total) == pytest.approx(float(sum(losses.terms().values())), rel=1e-6)
+
+
+def test_the_average_takes_no_foreground_for_one(compute: Any) -> None:
+    losses, _ = compute(*TRUTHS["no boxes"], normalizer=20.0)
+    assert float(losses.num_foreground) == 0 and float(losses.normalizer) == pytest.approx(18.1)
+
+
+def test_no_rows_equal_rows_of_padding(small_fcos: FCOS, compute: Any) -> None:
+    graph, state = nnx.split(small_fcos)
+    none = jax.jit(
+        lambda state: nnx.merge(graph, state).losses(
+            IMAGES, np.zeros((2, 0, 4), np.float32), np.zeros((2, 0), np.int32), 300.0
+        )
+    )(state)
+    padded, _ = compute(*TRUTHS["no boxes"])
+    for a, b in zip(jax.tree.leaves(none), jax.tree.leaves(padded), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5)
+
+
+def test_each_level_learns_its_range(small_fcos: FCOS) -> None:
+    """Centred squares at growing sizes move up the pyramid; the coarsest level takes what is larger still."""
+    shapes = [(64, 64), (32, 32), (16, 16), (8, 8)]
+    ends = np.cumsum([h * w for h, w in shapes])
+    for side, level in ((20, 3), (100, 3), (160, 4), (300, 5), (512, 6), (6000, 6)):
+        box = np.float32([[[256 - side / 2] * 2 + [256 + side / 2] * 2]])
+        targets = small_fcos.targets(shapes, jnp.asarray(box), jnp.zeros((1, 1), jnp.int32))
+        found = np.flatnonzero(np.asarray(targets.labels[0]) == 0)
+        assert level in 3 + np.searchsorted(ends, found, side="right"), side
+        np.testing.assert_array_equal(np.asarray(targets.boxes[0])[found], np.broadcast_to(box[0], (len(found), 4)))
+
+
+def test_sides_start_at_zero_not_at_random(small_fcos: FCOS) -> None:
+    assert small_fcos.config.head.box_bias == "torch"  # RetinaNet's default
+    assert not np.any(small_fcos.head.bbox_pred.bias[...])
+    assert np.any(small_fcos.head.bbox_pred.kernel[...]) and np.any(small_fcos.head.ctrness.kernel[...])
+
+
+def test_outputs_and_query_scales(small_fcos: FCOS) -> None:
+    out = jax.jit(lambda images: small_fcos(images))(IMAGES)
+    for level, (height, width) in {3: (8, 12), 4: (4, 6), 5: (2, 3), 6: (1, 2)}.items():
+        assert out.cls[level].shape == (2, height, width, 1, 3) and out.box[level].shape == (2, height, width, 1, 4)
+        assert out.centerness[level].shape == (2, height, width)
+    assert [small_fcos.query_scale_range(level) for level in (3, 4)] == [(0.0, 32.0), (0.0, 64.0)]
