@@ -61,23 +61,26 @@ def backbone_flavors(name: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class FPNConfig:
-    """Feature pyramid (Lin et al. 2017), no norm, P6 and P7 by strided convolutions."""
+    """Feature pyramid (Lin et al. 2017), no norm."""
 
     channels: int = 256
-    top_source: Literal["c5", "p5"] = "c5"  # what P6 is computed from
+    # c5, p5: P6 and P7 by strided convolutions, P6 of C5 or of P5. pool: P6 is every other cell of P5, as Faster R-CNN
+    # has it, and there is no P7.
+    top_source: Literal["c5", "p5", "pool"] = "c5"
 
 
 @dataclass(frozen=True)
 class HeadConfig:
-    """Detection head shared over levels: a class and a box tower."""
+    """Detection head shared over levels: a class and a box tower; Faster R-CNN's is the one tower of its RPN."""
 
     channels: int = 256
     num_convs: int = 4
     # none: the same weights run densely and on sites. group: GroupNorm(32) after each convolution of the towers, for
     # dense inference, since its statistics need the whole map.
     norm: Literal["none", "group"] = "none"
-    prior: float = 0.01  # initial foreground probability of the class logits
-    box_bias: Literal["torch", "zero"] = "torch"  # torch: U(+-1/sqrt(fan_in)), as published; FCOS: always zero
+    prior: float = 0.01  # initial foreground probability of the class logits (not of an RPN: 0.5)
+    # torch: U(+-1/sqrt(fan_in)), as published for RetinaNet; FCOS and the RPN: always zero.
+    box_bias: Literal["torch", "zero"] = "torch"
 
 
 @dataclass(frozen=True)
@@ -104,12 +107,28 @@ class FCOSConfig:
 
 
 @dataclass(frozen=True)
+class FasterRCNNConfig:
+    """The second stage and what both stages are trained on (Ren et al. 2015; defaults are detectron2's)."""
+
+    train_topk: int = 2000  # boxes a level before NMS in training; at inference inference.topk
+    proposals: int = 1000  # boxes an image after NMS
+    proposal_iou: float = 0.7  # of that NMS, which is by level
+    rpn_samples: int = 256  # anchors an image that the RPN learns from
+    rpn_foreground: float = 0.5  # at most this share of them foreground
+    roi_samples: int = 512  # proposals an image that the second stage learns from
+    roi_foreground: float = 0.25
+    roi_iou: float = 0.5  # a proposal with this IoU with an object is foreground
+    roi_size: int = 7  # bins a side that a proposal is pooled to
+    channels: int = 1024  # of the two fully connected layers
+
+
+@dataclass(frozen=True)
 class QueryConfig:
     """The query head (paper section 3.2) and what it is trained on."""
 
     enabled: bool = True
     levels: tuple[int, ...] = (3, 4)  # levels it is trained on
-    channels: int = 256
+    channels: int = 256  # of its own tower; Faster R-CNN's query branch sits on the RPN's
     num_convs: int = 4
 
 
@@ -119,8 +138,9 @@ class LossConfig:
 
     The paper's own text differs in three named options: ``level_weighting="linear"`` (beta_l from
     1 to ``linear_max``), ``query_radius="level"`` (s_l of eq. 3 in place of the object's own scale)
-    and ``InferenceConfig.threshold=0.15``. The matcher, its IoUs and smooth L1 are RetinaNet's; FCOS has its own
-    targets (``FCOSConfig``) and the GIoU loss.
+    and ``InferenceConfig.threshold=0.15``. The matcher, its IoUs and smooth L1 are RetinaNet's and the RPN's; FCOS has
+    its own targets (``FCOSConfig``) and the GIoU loss. Faster R-CNN has no focal loss but the query head's, and divides
+    by numbers of samples (``FasterRCNNConfig``), not by the running average.
     """
 
     matcher: Literal["loop", "standard"] = "loop"  # loop: QueryDet's; standard: detectron2's
@@ -144,15 +164,16 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    detector: Literal["retinanet", "fcos"] = "retinanet"
+    detector: Literal["retinanet", "fcos", "faster_rcnn"] = "retinanet"
     num_classes: int = 80
-    min_level: int = 2  # 2: QueryDet's high resolution; 3: plain RetinaNet or FCOS
+    min_level: int = 2  # 2: QueryDet's high resolution and Faster R-CNN; 3: plain RetinaNet or FCOS
     max_level: int = 7
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     fpn: FPNConfig = field(default_factory=FPNConfig)
     head: HeadConfig = field(default_factory=HeadConfig)
-    anchors: AnchorConfig = field(default_factory=AnchorConfig)  # of detector retinanet
+    anchors: AnchorConfig = field(default_factory=AnchorConfig)  # of detectors retinanet and faster_rcnn
     fcos: FCOSConfig = field(default_factory=FCOSConfig)  # of detector fcos
+    faster_rcnn: FasterRCNNConfig = field(default_factory=FasterRCNNConfig)  # of detector faster_rcnn
     query: QueryConfig = field(default_factory=QueryConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     # Arithmetic of convolutions. Parameters, losses, boxes and scores stay float32.
@@ -366,6 +387,12 @@ def check(config: Config) -> None:
             f"model.head.norm group, inference.query {inference.query}: group norm needs the whole map; "
             "set inference.query dense, or train with model.head.norm none"
         )
+    if model.fpn.top_source == "pool" and model.max_level > 6:
+        raise ConfigError(
+            f"model.fpn.top_source pool, model.max_level {model.max_level}: pooling makes P6 only; set max_level 6"
+        )
+    if model.detector == "faster_rcnn":
+        _check_faster_rcnn(model)
     for name in ("range_scale", "center_radius"):
         if getattr(model.fcos, name) <= 0:
             raise ConfigError(f"model.fcos.{name} {getattr(model.fcos, name)}: must be above 0")
@@ -440,3 +467,18 @@ def check(config: Config) -> None:
             raise ConfigError(f"train.{name} {getattr(train, name)}: must be at least 1")
     if model.backbone.norm == "group" and model.backbone.width % 32:
         raise ConfigError(f"model.backbone.width {model.backbone.width}: must be a multiple of 32 with group norm")
+
+
+def _check_faster_rcnn(model: ModelConfig) -> None:
+    stages = model.faster_rcnn
+    if model.head.norm != "none" or model.head.num_convs < 1:
+        raise ConfigError(
+            f"model.head.norm {model.head.norm}, model.head.num_convs {model.head.num_convs}: an RPN has at least one "
+            "convolution and no norm; set norm none and num_convs 1 (Faster R-CNN) or 3 (QueryDet's)"
+        )
+    for name in ("train_topk", "proposals", "rpn_samples", "roi_samples", "roi_size", "channels"):
+        if getattr(stages, name) < 1:
+            raise ConfigError(f"model.faster_rcnn.{name} {getattr(stages, name)}: must be at least 1")
+    for name in ("proposal_iou", "rpn_foreground", "roi_foreground", "roi_iou"):
+        if not 0 < getattr(stages, name) <= 1:
+            raise ConfigError(f"model.faster_rcnn.{name} {getattr(stages, name)}: must be above 0 and at most 1")

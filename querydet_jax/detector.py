@@ -158,8 +158,10 @@ def split_for_inference(model: DenseDetector) -> tuple[nnx.GraphDef, PyTree]:
 
 def _detect(graph: nnx.GraphDef, config: InferenceConfig, state: PyTree, images: Array, sizes: Array) -> Detections:
     model = nnx.merge(graph, state)
-    found, results = _candidates(model, config, images, sizes)
+    pyramid = _pyramid(model, config, images, sizes)
+    found, results = _candidates(model, config, pyramid)
     joined = Candidates(*(jnp.concatenate(parts, axis=1) for parts in zip(*found, strict=True)))
+    joined = model.refine(joined, pyramid.dense, sizes)
     scores = jnp.where(joined.scores > config.score_threshold, joined.scores, -jnp.inf)
 
     def finish(boxes: Array, scores: Array, classes: Array) -> tuple[Array, Array, Array, Array]:
@@ -202,7 +204,7 @@ def _trace(
 
 
 class Pyramid(NamedTuple):
-    """The levels that are computed densely, and what the others are made from. By level."""
+    """The levels whose features are computed densely, and what the others are made from. By level."""
 
     dense: dict[int, Array]  # P_l [B, h, w, C]
     stages: dict[int, Array]  # C_l
@@ -211,19 +213,19 @@ class Pyramid(NamedTuple):
 
 def _pyramid(model: DenseDetector, config: InferenceConfig, images: Array, sizes: Array) -> Pyramid:
     finest = model.config.min_level
-    dense_from = finest if config.query == "dense" else config.start_level
+    everywhere = config.query == "dense" or model.second_stage
+    dense_from = finest if everywhere else config.start_level
     stages = model.backbone(model.normalize(images, sizes))
     # A sparse finest level makes its part of the top-down path itself, at its sites.
-    merged = model.fpn.merge(stages, min(finest if config.query == "dense" else finest + 1, 5))
+    merged = model.fpn.merge(stages, min(finest if everywhere else finest + 1, 5))
     # Levels above P5 are made from C5 or P5; as sparse levels they are taken as they come.
     return Pyramid(model.fpn.outputs(stages, merged, dense_from if dense_from <= 5 else 6), stages, merged)
 
 
 def _candidates(
-    model: DenseDetector, config: InferenceConfig, images: Array, sizes: Array
+    model: DenseDetector, config: InferenceConfig, pyramid: Pyramid
 ) -> tuple[list[Candidates], dict[int, LevelResult]]:
     """Candidates in the published order of levels: sparse ones coarse to fine, then dense fine to coarse."""
-    pyramid = _pyramid(model, config, images, sizes)
     results: dict[int, LevelResult] = {}
     if config.query != "dense":
         _, results = _run_cascade(model, config, pyramid, config.threshold)
@@ -244,9 +246,9 @@ def _run_cascade(
     assert query_head is not None, "Detector has checked that the model has a query head"
     start = query_head(pyramid.dense[config.start_level])
     levels = [
-        model.fpn.sparse_level(level, pyramid.stages, pyramid.merged)
-        if level <= 5
-        else CascadeLevel(level, pyramid.dense[level])
+        CascadeLevel(level, pyramid.dense[level])
+        if level in pyramid.dense
+        else model.fpn.sparse_level(level, pyramid.stages, pyramid.merged)
         for level in range(config.start_level - 1, model.config.min_level - 1, -1)
     ]
     method = config.query

@@ -123,12 +123,11 @@ class FCOS(DenseDetector):
         normalizer: Array | float,
         sizes: Array | None = None,
         axis_name: str | None = None,
+        key: Array | None = None,
     ) -> FCOSLosses:
-        """Training losses of a batch.
-
-        loss_cls = sum_l beta_l sum focal / N over all points, loss_box = sum_l beta_l sum (1 - GIoU) / N and
+        """loss_cls = sum_l beta_l sum focal / N over all points, loss_box = sum_l beta_l sum (1 - GIoU) / N and
         loss_centerness = sum_l beta_l sum BCE / N over foreground points, loss_query = sum_q w_q mean focal;
-        total is their sum. Arguments as of ``RetinaNet.losses``; N averages max(1, foreground).
+        total is their sum. N averages max(1, foreground points); nothing is drawn from ``key``.
         """
         config, loss = self.config, self.config.loss
         boxes, classes = jnp.asarray(boxes, jnp.float32), jnp.asarray(classes, jnp.int32)

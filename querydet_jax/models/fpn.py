@@ -1,4 +1,4 @@
-"""Feature pyramid network (Lin et al. 2017a) with P6, P7 as RetinaNet adds them."""
+"""Feature pyramid network (Lin et al. 2017a) with P6, P7 as RetinaNet, FCOS or Faster R-CNN add them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class FPN(nnx.Module):
     """C_l to P_min..P_max, ``channels`` each; no norm, no activation.
 
     merged_5 = lateral_5(C5); merged_l = lateral_l(C_l) + upsample(merged_{l+1}); P_l = output_l(merged_l).
-    P6 = conv stride 2 of C5 (or P5), P7 = conv stride 2 of relu(P6).
+    P6 = conv stride 2 of C5 (or P5), P7 = conv stride 2 of relu(P6); or P6 = P5 at every other cell.
 
     The steps are separate methods since sparse inference needs the outputs of the fine levels only at a few cells.
     """
@@ -40,7 +40,7 @@ class FPN(nnx.Module):
         for level in range(min_level, 6):
             setattr(self, f"lateral{level}", Conv(in_channels[level], channels, 1, **common))
             setattr(self, f"output{level}", Conv(channels, channels, 3, **common))
-        if max_level >= 6:
+        if max_level >= 6 and config.top_source != "pool":
             top_channels = in_channels[5] if config.top_source == "c5" else channels
             self.p6 = Conv(top_channels, channels, 3, stride=2, **common)
         if max_level >= 7:
@@ -70,7 +70,7 @@ class FPN(nnx.Module):
                 source = features[5]
             else:
                 source = out[5] if 5 in out else self.output(5)(merged[5])
-            p6 = self.p6(source)
+            p6 = source[:, ::2, ::2] if self.config.top_source == "pool" else self.p6(source)
             if min_level <= 6:
                 out[6] = p6
             if self.max_level >= 7:

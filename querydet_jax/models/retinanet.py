@@ -49,23 +49,10 @@ class RetinaNet(DenseDetector):
         normalizer: Array | float,
         sizes: Array | None = None,
         axis_name: str | None = None,
+        key: Array | None = None,
     ) -> Losses:
-        """Training losses of a batch.
-
-        loss_cls = sum_l beta_l sum focal / N, loss_box = sum_l beta_l sum smooth L1 / N,
-        loss_query = sum_q w_q mean focal; total is their sum.
-
-        Args:
-          images: uint8 RGB ``[B, H, W, 3]``.
-          boxes: ``[B, G, 4]`` xyxy px of the network input.
-          classes: int ``[B, G]``, 0..K-1, -1 for padding.
-          normalizer: the running average of foreground anchors before this step (start with
-            ``config.loss.normalizer_init``). N = max(1, 0.9 * normalizer + 0.1 * foreground) divides
-            this step's losses; the average to pass on is returned as ``.normalizer``.
-          sizes: int32 ``[B, 2]``, valid (height, width) of each image.
-          axis_name: the pmap axis, if any: foreground is then the mean over replicas of each
-            one's count, so that every replica divides by the same N.
-        """
+        """loss_cls = sum_l beta_l sum focal / N, loss_box = sum_l beta_l sum smooth L1 / N,
+        loss_query = sum_q w_q mean focal; total is their sum. Foreground are anchors; nothing is drawn from ``key``."""
         config, loss = self.config, self.config.loss
         boxes, classes = jnp.asarray(boxes, jnp.float32), jnp.asarray(classes, jnp.int32)
         outputs = self(images, sizes)

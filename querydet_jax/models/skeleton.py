@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -102,6 +102,36 @@ class DenseDetector(nnx.Module):
 
     # What a detector adds ------------------------------------------------------------------
 
+    second_stage: ClassVar[bool] = False
+    """The detector reads all levels of the pyramid everywhere once more, in ``refine``."""
+
+    def losses(
+        self,
+        images: Array,
+        boxes: Array,
+        classes: Array,
+        normalizer: Array | float,
+        sizes: Array | None = None,
+        axis_name: str | None = None,
+        key: Array | None = None,
+    ) -> Losses:
+        """Training losses of a batch (paper section 3.4); ``total`` is what is minimised.
+
+        Args:
+          images: uint8 RGB ``[B, H, W, 3]``.
+          boxes: ``[B, G, 4]`` xyxy px of the network input.
+          classes: int ``[B, G]``, 0..K-1, -1 for padding.
+          normalizer: the running average of foreground before this step (start with
+            ``config.loss.normalizer_init``). N = max(1, 0.9 * normalizer + 0.1 * foreground) divides
+            this step's losses; the average to pass on is returned as ``.normalizer``.
+          sizes: int32 ``[B, 2]``, valid (height, width) of each image.
+          axis_name: the pmap axis, if any: foreground is then the mean over replicas of each
+            one's count, so that every replica divides by the same N.
+          key: PRNG key of the step for detectors that learn from a random sample (Faster R-CNN), the same
+            on every replica.
+        """
+        raise NotImplementedError
+
     def head_stacks(self) -> tuple[Stack, ...]:
         """The detection head's branches as convolution stacks, in the order of ``dense_heads``."""
         raise NotImplementedError
@@ -113,6 +143,16 @@ class DenseDetector(nnx.Module):
     def candidates(self, level: int, outputs: list[Array], sites: Sites, *, topk: int) -> Candidates:
         """The ``topk`` best boxes of each image from head outputs ``[N, O]`` at the keys of ``sites``."""
         raise NotImplementedError
+
+    def refine(self, found: Candidates, features: dict[int, Array], sizes: Array) -> Candidates:
+        """What the final threshold and NMS choose from: with a second stage, other boxes than ``candidates`` found.
+
+        Args:
+          found: of all levels, in the order of ``Detector``.
+          features: ``{l: P_l [B, h, w, C]}``, of all levels if ``second_stage`` says so.
+          sizes: int32 ``[B, 2]``, valid (height, width) of each image.
+        """
+        return found
 
     # Shared ----------------------------------------------------------------------------------
 
@@ -262,7 +302,7 @@ def best_candidates(
 
 def query_scale_range(config: ModelConfig, level: int) -> tuple[float, float]:
     """[0, s_l) in px: objects of such a scale are small on P_l. s_l is the smallest anchor there, or the lower end
-    of the distances that FCOS regresses there."""
+    of the distances that FCOS regresses there (paper section 3.2)."""
     scale = config.fcos.range_scale if config.detector == "fcos" else config.anchors.scale
     return 0.0, scale * 2**level
 

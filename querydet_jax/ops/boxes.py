@@ -42,6 +42,13 @@ def pairwise_iou(a: Array, b: Array) -> Array:
     return jnp.where(intersection > 0, intersection / jnp.where(intersection > 0, union, 1.0), 0.0)
 
 
+def clip(boxes: Array, size: Array) -> Array:
+    """Boxes ``[..., 4]`` cut off at the edges of an image of ``size [2]``, (height, width) px."""
+    height, width = size[0].astype(jnp.float32), size[1].astype(jnp.float32)
+    most = jnp.stack([width, height, width, height])
+    return jnp.clip(boxes, 0.0, most.reshape((1,) * (boxes.ndim - 1) + (4,)))
+
+
 def encode(anchors: Array, boxes: Array) -> Array:
     """Regression targets (dx, dy, dw, dh) ``[..., 4]`` of ``boxes`` seen from ``anchors``, unit weights.
 

@@ -102,6 +102,25 @@ def match_anchors(
     return labels.astype(jnp.int32), matched
 
 
+def match_proposals(boxes: Array, objects: Array, classes: Array, *, foreground_iou: float) -> tuple[Array, Array]:
+    """Assign every proposal the object it overlaps most (the first on ties), if at ``foreground_iou`` or more.
+
+    Args:
+      boxes: ``[P, 4]``, proposals of one image, few enough for a matrix of P x G.
+      objects: ``[G, 4]``; rows with a negative class are padding.
+      classes: ``[G]`` int, 0..K-1, or negative for padding.
+
+    Returns:
+      ``labels`` int32 ``[P]``: class 0..K-1 or ``BACKGROUND``; and ``matched`` int32 ``[P]``: the object.
+    """
+    if objects.shape[0] == 0:
+        return jnp.full((len(boxes),), BACKGROUND, jnp.int32), jnp.zeros((len(boxes),), jnp.int32)
+    iou = jnp.where(classes[None] >= 0, pairwise_iou(boxes[:, None], objects[None]), -1.0)
+    matched = jnp.argmax(iou, axis=1).astype(jnp.int32)
+    foreground = jnp.max(iou, axis=1) >= foreground_iou
+    return jnp.where(foreground, classes.astype(jnp.int32)[matched], BACKGROUND), matched
+
+
 def assign_points(
     points: Array, strides: Array, ranges: Array, boxes: Array, classes: Array, *, center_radius: float = 1.5
 ) -> tuple[Array, Array]:

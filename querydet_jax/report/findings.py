@@ -74,7 +74,7 @@ def measure(dataset: Dataset, config: Config, split: Literal["train", "val"]) ->
         dataset.classes,
         truth,
         view,
-        _best(truth, view, config.model) if config.model.detector == "retinanet" else {},
+        _best(truth, view, config.model) if config.model.detector != "fcos" else {},
         query_shares(truth, view, config.model, (config.inference.start_level, *sparse)) if sparse else {},
         fits,
         demand(truth, inference, fits, config, BINS) if sparse and len(fits) else {},

@@ -36,7 +36,14 @@ from querydet_jax.weights import load_weights
 
 _log = logging.getLogger("querydet_jax")
 
-_TERMS = ("cls", "box", "centerness", "query")  # of the loss, as the progress line shows those there are
+_TERMS = (
+    "rpn_cls",
+    "rpn_box",
+    "cls",
+    "box",
+    "centerness",
+    "query",
+)  # of the loss, as the progress line shows those there are
 
 Evaluate = Callable[[DenseDetector, Dataset], dict[str, float]]
 
@@ -83,7 +90,7 @@ def _train(
     batches = train_batches(
         dataset, config.data, batch_size=config.train.batch_size, seed=config.train.seed, start_step=start
     )
-    step_fn = parallel_step(make_step(model, optimizer, AXIS))
+    step_fn = parallel_step(make_step(model, optimizer, AXIS, config.train.seed))
     state = replicate(state)
     progress = _Progress(config, run / "metrics.jsonl", start)
     _log.info(

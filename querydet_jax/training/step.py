@@ -71,13 +71,13 @@ def merge_into(model: DenseDetector, state: TrainState) -> None:
 
 
 def make_step(
-    model: DenseDetector, optimizer: optax.GradientTransformation, axis_name: str | None
+    model: DenseDetector, optimizer: optax.GradientTransformation, axis_name: str | None, seed: int = 0
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """One optimisation step, to be run under a mapped axis ``axis_name`` (None: a single device).
 
     ``batch`` holds images uint8 ``[B, H, W, 3]``, sizes int32 ``[B, 2]``, boxes ``[B, G, 4]`` and
     classes int32 ``[B, G]``. Gradients and metrics are means over the axis; every replica makes the
-    same update.
+    same update. ``seed`` and the step's number decide what detectors sample that learn from a sample.
     """
     graph, _, _ = split_model(model, axis_name)
     trainable = model.trainable()
@@ -86,7 +86,13 @@ def make_step(
         # copy: running statistics are written inside this trace, so their variables must belong to it.
         net = nnx.merge(graph, params, state.rest, copy=True)
         losses = net.losses(
-            batch["images"], batch["boxes"], batch["classes"], state.normalizer, batch["sizes"], axis_name
+            batch["images"],
+            batch["boxes"],
+            batch["classes"],
+            state.normalizer,
+            batch["sizes"],
+            axis_name,
+            jax.random.fold_in(jax.random.key(seed), state.step),
         )
         return losses.total, (losses, nnx.state(net, nnx.Not(trainable)))
 

@@ -78,6 +78,9 @@ _SHUFFLENET_CONVS = {
         "0": "expand", "1": "expand.norm", "3": "depthwise", "4": "depthwise.norm", "5": "project", "6": "project.norm",
     },
 }  # fmt: skip
+_PIXELS = ("pixel_mean", "pixel_std")
+_RPN = "proposal_generator.rpn_head."
+_RPN_SINGLE = re.compile(r"^proposal_generator\.rpn_head\.conv\.(weight|bias)$")
 _BARE_BACKBONE = re.compile(r"^(?:backbone\.)?(?:bottom_up\.)?((?:stem|res[2-5])\..+)$")
 _TOWER = re.compile(r"^(?:det_head\.(cls|bbox)_layer_|head\.(cls|bbox)_subnet\.)(\d+)\.((?:norm\.)?\w+)$")
 _OUTPUT = re.compile(r"^(?:det_head|head)\.((?:cls_score|bbox_pred|ctrness)\.\w+)$")
@@ -95,7 +98,7 @@ def torch_name(path: ModelPath, query: bool, normed: bool = False) -> str:
       WeightsError: a variable that has no official name.
     """
     match path:
-        case ("pixel_mean" | "pixel_std" as name,):
+        case (str(name),) if name in _PIXELS:
             return name
         case ("backbone", *rest, leaf):
             module = _BACKBONE + ".".join(map(str, rest))
@@ -107,6 +110,16 @@ def torch_name(path: ModelPath, query: bool, normed: bool = False) -> str:
             module = _tower("cls" if tower == "cls_tower" else "bbox", i, bool(norm), query, normed)
         case ("head", "cls_score" | "bbox_pred" | "ctrness" as name, leaf):
             module = f"{_head(query)}.{name}"
+        case ("head", "trunk", int(i), leaf):
+            module = f"{_RPN}conv.conv{i}"
+        case ("head", "objectness", leaf):
+            module = f"{_RPN}objectness_logits"
+        case ("head", "deltas", leaf):
+            module = f"{_RPN}anchor_deltas"
+        case ("box_head", "fc1" | "fc2" as name, leaf):
+            module = f"roi_heads.box_head.{name}"
+        case ("box_head", "cls_score" | "bbox_pred" as name, leaf):
+            module = f"roi_heads.box_predictor.{name}"
         case ("query_head", "tower", int(i), leaf):
             module = f"query_head.layer_{i}"
         case ("query_head", "pred", leaf):
@@ -163,6 +176,8 @@ def official_name(name: str, query: bool, style: Style, normed: bool = False) ->
             if place > normed:
                 return name
         return f"{_tower(published or baseline, number, norm, query, normed)}.{leaf}"
+    if single := _RPN_SINGLE.match(name):  # of an RPN of one convolution
+        return f"{_RPN}conv.conv0.{single[1]}"
     if output := _OUTPUT.match(name):
         return f"{_head(query)}.{output[1]}"
     return name
@@ -266,24 +281,30 @@ def naming_style(names: Iterable[str]) -> Style:
 
 
 def to_torch_layout(array: np.ndarray, path: ModelPath) -> np.ndarray:
-    """HWIO kernels to OIHW, [in, out] matrices to [out, in], pixel statistics [3] to [3, 1, 1]."""
+    """HWIO kernels to OIHW, of fully connected layers then to [O, C * S * S], pixel statistics [3] to [3, 1, 1]."""
     if path[-1] == "kernel":
-        return np.ascontiguousarray(array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T)
-    return array.reshape(3, 1, 1) if path[-1] in ("pixel_mean", "pixel_std") else array
+        array = np.ascontiguousarray(array.transpose(3, 2, 0, 1))
+        return array.reshape(len(array), -1) if _is_linear(path) else array
+    return array.reshape(3, 1, 1) if path[-1] in _PIXELS else array
 
 
-def from_torch_layout(array: np.ndarray, path: ModelPath) -> np.ndarray:
-    """The inverse of ``to_torch_layout``."""
+def from_torch_layout(array: np.ndarray, path: ModelPath, shape: tuple[int, ...]) -> np.ndarray:
+    """The inverse of ``to_torch_layout``, for a variable of this shape."""
     if path[-1] == "kernel":
-        return np.ascontiguousarray(array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T)
-    return array.reshape(3) if path[-1] in ("pixel_mean", "pixel_std") else array
+        return np.ascontiguousarray(array.reshape(shape[3], shape[2], *shape[:2]).transpose(2, 3, 1, 0))
+    return array.reshape(3) if path[-1] in _PIXELS else array
 
 
 def torch_shape(shape: tuple[int, ...], path: ModelPath) -> tuple[int, ...]:
     """Shape in torch layout of a variable of the given shape."""
     if path[-1] == "kernel":
-        return (shape[3], shape[2], shape[0], shape[1]) if len(shape) == 4 else shape[::-1]
-    return (3, 1, 1) if path[-1] in ("pixel_mean", "pixel_std") else tuple(shape)
+        height, width, inputs, outputs = shape
+        return (outputs, inputs * height * width) if _is_linear(path) else (outputs, inputs, height, width)
+    return (3, 1, 1) if path[-1] in _PIXELS else tuple(shape)
+
+
+def _is_linear(path: ModelPath) -> bool:
+    return path[0] == "box_head"
 
 
 def likely_field(name: str, given: tuple[int, ...], wanted: tuple[int, ...]) -> str:
@@ -298,6 +319,11 @@ def likely_field(name: str, given: tuple[int, ...], wanted: tuple[int, ...]) -> 
         if ".cls_score." in name:
             return "model.num_classes (or model.detector)"
         return "model.anchors (or model.detector)" if ".bbox_pred." in name else "model.head.channels"
+    if name.startswith(_RPN):
+        anchors = name.startswith((_RPN + "objectness", _RPN + "anchor"))
+        return "model.anchors" if anchors and not inputs else "model.head.channels (or model.fpn.channels)"
+    if name.startswith("roi_heads."):
+        return "model.num_classes" if "predictor" in name and given[0] != wanted[0] else "model.faster_rcnn.channels"
     if name.startswith("query_head."):
         return "model.fpn.channels" if inputs and name.startswith("query_head.layer_0.") else "model.query.channels"
     if name.startswith("backbone.top_block.p6.") and inputs:

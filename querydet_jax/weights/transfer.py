@@ -63,10 +63,10 @@ def load_weights(model: nnx.Module, source: str | Path | Mapping[str, Any]) -> L
       model: what ``build_model`` returned.
       source: a weight file (see ``read_tensors``), the folder of a training run, arrays by name, or
         ``efficientnet_lite0``: the ImageNet weights of that network's package (an extra).
-        Names of QueryDet and of detectron2's RetinaNet and FCOS are understood, as are torchvision's, timm's and
-        Caffe2's (MSRA) of a ResNet, torchvision's and timm's of MobileNetV2 and torchvision's of ShuffleNetV2, with or
-        without ``module.`` or ``model.`` in front. Arrays are in torch layout (convolutions OIHW) and of any real
-        type; they become float32.
+        Names of QueryDet and of detectron2's RetinaNet, FCOS and Faster R-CNN are understood, as are torchvision's,
+        timm's and Caffe2's (MSRA) of a ResNet, torchvision's and timm's of MobileNetV2 and torchvision's of
+        ShuffleNetV2, with or without ``module.`` or ``model.`` in front. Arrays are in torch layout (convolutions
+        OIHW) and of any real type; they become float32.
 
     Returns:
       Which tensors were loaded, which are missing and which were not expected.
@@ -92,8 +92,9 @@ def load_weights(model: nnx.Module, source: str | Path | Mapping[str, Any]) -> L
     update = []
     for name, array in arrays.items():
         path, variable = variables[name]
-        sharding = getattr(variable.get_value(), "sharding", None)
-        update.append((path, variable.replace(jax.device_put(from_torch_layout(array, path), sharding))))
+        value = variable.get_value()
+        moved = from_torch_layout(array, path, value.shape)
+        update.append((path, variable.replace(jax.device_put(moved, getattr(value, "sharding", None)))))
     nnx.update(model, nnx.from_flat_state(update))
     return LoadReport(
         loaded=tuple(name for name in variables if name in arrays),
@@ -104,7 +105,7 @@ def load_weights(model: nnx.Module, source: str | Path | Mapping[str, Any]) -> L
 
 def state_dict(model: nnx.Module) -> dict[str, np.ndarray]:
     """Every tensor of a model, float32, in torch layout and under the official name: QueryDet's
-    names for a model with a query head, detectron2's RetinaNet's or FCOS's for one without."""
+    names for a model with a query head, detectron2's for one without and for a Faster R-CNN."""
     return {
         name: to_torch_layout(np.asarray(variable.get_value(), np.float32), path)
         for name, (path, variable) in _variables(model).items()
@@ -169,7 +170,8 @@ def _match(
     if not named or (unexpected and not set(named) - set(_PIXELS)):
         seen = f" (it has {unexpected[0]})" if unexpected else ""
         raise WeightsError(
-            f"{where}: no tensor of this model{seen}; give weights of a QueryDet, RetinaNet, FCOS or a backbone"
+            f"{where}: no tensor of this model{seen}; give weights of a QueryDet, RetinaNet, FCOS, Faster R-CNN or "
+            "a backbone"
         )
     return named, unexpected
 

@@ -242,7 +242,11 @@ def test_layouts() -> None:
     torch = to_torch_layout(kernel, ("kernel",))
     assert torch.shape == torch_shape(kernel.shape, ("kernel",)) == (5, 4, 2, 3)
     assert torch[4, 3, 1, 2] == kernel[1, 2, 3, 4]
-    np.testing.assert_array_equal(from_torch_layout(torch, ("kernel",)), kernel)
+    np.testing.assert_array_equal(from_torch_layout(torch, ("kernel",), kernel.shape), kernel)
     mean = to_torch_layout(np.arange(3), ("pixel_mean",))
-    assert mean.shape == (3, 1, 1) and from_torch_layout(mean, ("pixel_mean",)).tolist() == [0, 1, 2]
-    assert to_torch_layout(np.zeros((2, 7)), ("kernel",)).shape == torch_shape((2, 7), ("kernel",)) == (7, 2)
+    assert mean.shape == (3, 1, 1) and from_torch_layout(mean, ("pixel_mean",), (3,)).tolist() == [0, 1, 2]
+    fc1 = ("box_head", "fc1", "kernel")
+    torch = to_torch_layout(kernel, fc1)  # torch flattens [C, S, S]
+    assert torch.shape == torch_shape(kernel.shape, fc1) == (5, 4 * 2 * 3)
+    np.testing.assert_array_equal(torch[1].reshape(4, 2, 3), kernel[..., 1].transpose(2, 0, 1))
+    np.testing.assert_array_equal(from_torch_layout(torch, fc1, kernel.shape), kernel)

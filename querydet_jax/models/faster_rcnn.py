@@ -1,0 +1,366 @@
+"""Faster R-CNN (Ren et al. 2015) on a feature pyramid, and Cascade Sparse Query in its RPN (paper Table 9).
+
+Here queries thin out the first stage: on the fine levels objectness and deltas are computed at the keys only. The
+second stage reads the proposals' features, so all levels of the pyramid are computed.
+Shape letters, beside the usual: P proposals an image, M sampled anchors or proposals an image, S bins a side.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from querydet_jax.config import FasterRCNNConfig, ModelConfig
+from querydet_jax.models.retinanet import level_anchors
+from querydet_jax.models.rpn import RPNHead, RPNQueryHead
+from querydet_jax.models.second_stage import BoxHead
+from querydet_jax.models.skeleton import Candidates, DenseDetector, Losses, Outputs, best_candidates, level_weights
+from querydet_jax.ops.anchors import anchors_at, grid_anchors
+from querydet_jax.ops.boxes import clip, decode, encode
+from querydet_jax.ops.losses import binary_cross_entropy, smooth_l1
+from querydet_jax.ops.matching import BACKGROUND, match_anchors, match_proposals, per_image
+from querydet_jax.ops.nms import class_wise_nms
+from querydet_jax.ops.roi_align import roi_align
+from querydet_jax.ops.sampling import sample_balanced
+from querydet_jax.sparse import Sites, Stack, whole_map
+
+_DELTA_WEIGHTS = (10.0, 10.0, 5.0, 5.0)  # of the second stage's box regression
+_LAST_ROI_LEVEL = 5  # P6 is for large anchors only
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=[
+        "cls", "box", "query", "total", "num_foreground", "normalizer", "per_level", "rpn_cls", "rpn_box",
+    ],
+    meta_fields=[],
+)  # fmt: skip
+@dataclasses.dataclass(frozen=True)
+class FasterRCNNLosses(Losses):
+    """``cls`` and ``box`` are the second stage's, foreground its sampled proposals that have an object; ``per_level``
+    has the RPN's unweighted sums ``rpn_cls`` and ``rpn_box``. ``normalizer`` is handed on as it came."""
+
+    rpn_cls: Array
+    rpn_box: Array
+
+    def terms(self) -> dict[str, Array]:
+        return {"rpn_cls": self.rpn_cls, "rpn_box": self.rpn_box, **super().terms()}
+
+
+class Proposals(NamedTuple):
+    """boxes ``[B, P, 4]`` px, within the image; scores ``[B, P]``, objectness logits, best first; valid ``[B, P]``."""
+
+    boxes: Array
+    scores: Array
+    valid: Array
+
+
+class FasterRCNN(DenseDetector):
+    """Faster R-CNN on P_min..P6; with a query head its RPN runs on the fine levels around queries only.
+
+    ``model(images)`` gives the RPN's outputs, K = 1: class logits are objectness. Both stages as detectron2 has them:
+    one anchor size a level, proposals by NMS within each level, ROIAlign, two fully connected layers, softmax over
+    K + 1 classes, boxes a class.
+    """
+
+    second_stage = True
+
+    def __init__(self, config: ModelConfig, rng: np.random.Generator):
+        own_query = dataclasses.replace(config, query=dataclasses.replace(config.query, enabled=False))
+        super().__init__(own_query, rng)
+        self.config = config
+        channels = config.fpn.channels
+        self.head = RPNHead(config.head, channels, config.anchors.per_cell, self.dtype, rng)
+        if config.query.enabled:
+            self.query_head = RPNQueryHead(self.head, self.dtype, rng)
+        stages = config.faster_rcnn
+        self.box_head = BoxHead(channels, stages.roi_size, stages.channels, config.num_classes, self.dtype, rng)
+
+    def __call__(self, images: Array, sizes: Array | None = None) -> Outputs:
+        """Dense outputs of uint8 RGB images ``[B, H, W, 3]`` (``sizes``: see the class's base)."""
+        features = self.features(jnp.asarray(images), sizes)
+        cls, box, query = {}, {}, {}
+        for level, x in features.items():
+            trunk = self.head.trunk_output(x)
+            objectness, deltas = self.head.branches(trunk)
+            cls[level] = objectness[..., None]
+            box[level] = deltas.reshape(*objectness.shape, 4)
+            if self.query_head is not None and level in self.config.query.levels:
+                query[level] = self.query_head.branch(trunk)
+        return Outputs(features, cls, box, query)
+
+    def losses(
+        self,
+        images: Array,
+        boxes: Array,
+        classes: Array,
+        normalizer: Array | float,
+        sizes: Array | None = None,
+        axis_name: str | None = None,
+        key: Array | None = None,
+    ) -> FasterRCNNLosses:
+        """loss_rpn_cls = sum_l beta_l sum BCE / (M B), loss_rpn_box = sum_l beta_l sum smooth L1 / (M B) over the
+        sampled anchors; loss_cls = mean cross-entropy, loss_box = sum smooth L1 / number over the sampled proposals;
+        loss_query as for the other detectors; total is their sum.
+
+        Without a ``key`` each call draws the same sample. Replicas draw for their images what one device would.
+        """
+        config, stages = self.config, self.config.faster_rcnn
+        boxes, classes = jnp.asarray(boxes, jnp.float32), jnp.asarray(classes, jnp.int32)
+        images = jnp.asarray(images)
+        sizes = _whole(images) if sizes is None else jnp.asarray(sizes, jnp.int32)
+        outputs = self(images, sizes)
+        rpn_key, roi_key = _image_keys(key, len(images), axis_name)
+
+        rpn_sums = self._rpn_sums(outputs, boxes, classes, rpn_key)
+        weights = jnp.asarray(level_weights(config), jnp.float32)
+        count = stages.rpn_samples * len(images)
+        rpn = {name: jnp.sum(weights * sums) / count for name, sums in rpn_sums.items()}
+
+        proposals = self.proposals(self._whole_level_candidates(outputs, stages.train_topk), sizes)
+        roi, num_foreground = self._roi_losses(outputs.features, proposals, boxes, classes, roi_key, axis_name)
+
+        query, per_level = jnp.zeros(()), dict(rpn_sums)
+        if self.query_head is not None:
+            per_level["query"] = self.query_losses(outputs.query, boxes, classes)
+            query = jnp.sum(jnp.asarray(config.loss.query_weights, jnp.float32) * per_level["query"])
+        total = rpn["rpn_cls"] + rpn["rpn_box"] + roi["cls"] + roi["box"] + query
+        return FasterRCNNLosses(
+            **rpn, **roi, query=query, total=total, num_foreground=num_foreground,
+            normalizer=jnp.asarray(normalizer, jnp.float32), per_level=per_level,
+        )  # fmt: skip
+
+    # First stage ---------------------------------------------------------------------------
+
+    def anchors(self, shapes: dict[int, tuple[int, int]]) -> Array:
+        """``[R, 4]`` px, of all levels, the finest first, then y, x, anchor."""
+        return jnp.concatenate(
+            [grid_anchors(self._cells(level), *shape, 2**level).reshape(-1, 4) for level, shape in shapes.items()]
+        )
+
+    def rpn_targets(self, anchors: Array, boxes: Array, classes: Array) -> tuple[Array, Array]:
+        """Of one image: labels int32 ``[R]``, 0 for foreground, else as in ``match_anchors``; and the matched box."""
+        loss = self.config.loss
+        return match_anchors(
+            anchors,
+            boxes,
+            jnp.where(classes >= 0, 0, BACKGROUND),
+            background_iou=loss.iou_background,
+            foreground_iou=loss.iou_foreground,
+            matcher=loss.matcher,
+        )
+
+    def _rpn_sums(self, outputs: Outputs, boxes: Array, classes: Array, keys: Array) -> dict[str, Array]:
+        """Unweighted sums by level ``[L]`` over the sampled anchors of all images."""
+        stages = self.config.faster_rcnn
+        shapes = {level: x.shape[1:3] for level, x in outputs.features.items()}
+        anchors = self.anchors(shapes)
+        num_anchors = self.config.anchors.per_cell
+        cells = np.array([height * width * num_anchors for height, width in shapes.values()])
+        level_of = jnp.asarray(np.repeat(np.arange(len(cells)), cells))
+
+        def sample(boxes: Array, classes: Array, key: Array) -> tuple[Array, Array, Array, Array]:
+            labels, matched = self.rpn_targets(anchors, boxes, classes)
+            found = sample_balanced(
+                key, labels >= 0, labels == BACKGROUND, count=stages.rpn_samples, fraction=stages.rpn_foreground
+            )
+            return found.index, found.foreground, found.valid, _targets(anchors, boxes, matched, found.index)
+
+        index, foreground, valid, targets = per_image(sample, boxes, classes, keys)
+        objectness = jnp.concatenate([x.reshape(len(boxes), -1) for x in outputs.cls.values()], axis=1)
+        deltas = jnp.concatenate([x.reshape(len(boxes), -1, 4) for x in outputs.box.values()], axis=1)
+        logits = jnp.take_along_axis(objectness, index, axis=1)
+        entropy = jnp.where(valid, binary_cross_entropy(logits, foreground.astype(jnp.float32)), 0.0)
+        difference = jnp.take_along_axis(deltas, index[..., None], axis=1) - targets
+        difference = jnp.where(foreground[..., None], difference, 0.0)
+        regression = jnp.sum(smooth_l1(difference, beta=self.config.loss.smooth_l1_beta), axis=-1)
+
+        def by_level(values: Array) -> Array:
+            return jnp.zeros((len(cells),)).at[level_of[index].reshape(-1)].add(values.reshape(-1))
+
+        return {"rpn_cls": by_level(entropy), "rpn_box": by_level(regression)}
+
+    def head_stacks(self) -> tuple[Stack, ...]:
+        return self.head.stacks()
+
+    def dense_heads(self, x: Array) -> tuple[Array, ...]:
+        return (self.head.before_branches(x),)
+
+    def candidates(self, level: int, outputs: list[Array], sites: Sites, *, topk: int) -> Candidates:
+        """Top-k anchors a level and image by objectness, decoded.
+
+        Args:
+          outputs: ``[N, C]``, what ``RPNHead.stacks`` computes.
+
+        Returns:
+          M = min(topk, A * h * w) candidates an image; scores are logits, "classes" the level.
+        """
+        (x,) = outputs
+        objectness, deltas = self.head.branches(jax.nn.relu(x).astype(self.dtype))
+        return self._best(level, objectness, deltas, sites, topk)
+
+    def _best(self, level: int, objectness: Array, deltas: Array, sites: Sites, topk: int) -> Candidates:
+        num_anchors = self.config.anchors.per_cell
+        cells = jnp.asarray(self._cells(level))
+
+        def describe(scores: Array, row: Array, anchor: Array) -> Candidates:
+            anchors = anchors_at(cells, sites.y[row], sites.x[row], 2**level)[jnp.arange(len(row)), anchor]
+            boxes = decode(anchors, deltas.reshape(-1, num_anchors, 4)[row, anchor])
+            return Candidates(boxes, scores, jnp.full(scores.shape, level, jnp.int32))
+
+        return best_candidates(objectness, sites, topk=topk, per_key=num_anchors, describe=describe)
+
+    def _whole_level_candidates(self, outputs: Outputs, topk: int) -> Candidates:
+        found = []
+        for level, objectness in outputs.cls.items():
+            _, height, width, num_anchors, _ = objectness.shape
+            rows = lax.stop_gradient((objectness.reshape(-1, num_anchors), outputs.box[level].reshape(-1, 4)))
+            everywhere = whole_map(jnp.ones((len(objectness), height, width), bool))
+            found.append(self._best(level, *rows, everywhere, topk))
+        return Candidates(*(jnp.concatenate(parts, axis=1) for parts in zip(*found, strict=True)))
+
+    def proposals(self, found: Candidates, sizes: Array) -> Proposals:
+        """The best boxes of all levels after NMS within each level, clipped to the images; empty ones are dropped."""
+        stages = self.config.faster_rcnn
+
+        def choose(boxes: Array, scores: Array, level: Array, size: Array) -> Proposals:
+            boxes = clip(boxes, size)
+            # Infinite and NaN boxes, too, are no proposals.
+            fits = jnp.all(boxes[:, 2:] > boxes[:, :2], axis=1) & jnp.all(jnp.isfinite(boxes), axis=1)
+            scores = jnp.where(fits & (scores > -jnp.inf), scores, -jnp.inf)
+            keep, valid = class_wise_nms(
+                boxes, scores, level, iou_threshold=stages.proposal_iou, max_detections=stages.proposals
+            )
+            return Proposals(
+                jnp.where(valid[:, None], boxes[keep], 0.0), jnp.where(valid, scores[keep], -jnp.inf), valid
+            )
+
+        return per_image(choose, *found, sizes)
+
+    # Second stage --------------------------------------------------------------------------
+
+    def refine(self, found: Candidates, features: dict[int, Array], sizes: Array) -> Candidates:
+        """Proposals, classified and moved: a candidate a proposal and class, clipped to the image."""
+        proposals = self.proposals(found, sizes)
+        probability, deltas = self.classify(features, proposals.boxes, proposals.valid)
+        num_classes = self.config.num_classes
+        boxes = decode(proposals.boxes[:, :, None], deltas / jnp.asarray(_DELTA_WEIGHTS)[None, None, None])
+        boxes = jax.vmap(clip)(boxes.reshape(len(boxes), -1, 4), sizes)
+        scores = jnp.where(proposals.valid[..., None], probability[..., :num_classes], -jnp.inf)
+        classes = jnp.broadcast_to(jnp.arange(num_classes, dtype=jnp.int32)[None, None], scores.shape)
+        return Candidates(boxes, scores.reshape(len(boxes), -1), classes.reshape(len(boxes), -1))
+
+    def classify(self, features: dict[int, Array], boxes: Array, valid: Array) -> tuple[Array, Array]:
+        """Class probabilities ``[B, P, K + 1]``, the background last, and deltas ``[B, P, K, 4]``."""
+        logits, deltas = self._box_head(features, boxes, valid)
+        return jax.nn.softmax(logits), deltas
+
+    def _box_head(self, features: dict[int, Array], boxes: Array, valid: Array) -> tuple[Array, Array]:
+        read = {level: x for level, x in features.items() if level <= _LAST_ROI_LEVEL}
+        pooled = roi_align(read, boxes, valid, size=self.config.faster_rcnn.roi_size)
+        return self.box_head(pooled)
+
+    def _roi_losses(
+        self,
+        features: dict[int, Array],
+        proposals: Proposals,
+        boxes: Array,
+        classes: Array,
+        keys: Array,
+        axis_name: str | None,
+    ) -> tuple[dict[str, Array], Array]:
+        """``cls`` and ``box`` over the sampled proposals of all images, and how many of them are foreground."""
+        config = self.config
+        sample = partial(sample_proposals, config=config.faster_rcnn, num_classes=config.num_classes)
+        found = per_image(sample, proposals.boxes, proposals.valid, boxes, classes, keys)
+        logits, deltas = self._box_head(features, found.boxes, found.valid)
+        # Where nothing is to be learnt labels are negative: any class will do.
+        label = jnp.maximum(found.labels, 0)
+        entropy = -jnp.take_along_axis(jax.nn.log_softmax(logits), label[..., None], axis=-1)[..., 0]
+        mine = jnp.take_along_axis(
+            deltas, jnp.minimum(label, config.num_classes - 1)[..., None, None], axis=2
+        )[:, :, 0]  # fmt: skip
+        foreground = found.valid & (found.labels < config.num_classes)
+        difference = jnp.where(foreground[..., None], mine - found.deltas, 0.0)
+        count, num_foreground = jnp.sum(found.valid), jnp.sum(foreground)
+        if axis_name is not None:
+            count, num_foreground = lax.pmean((count, num_foreground), axis_name)
+        count = jnp.maximum(count.astype(jnp.float32), 1.0)
+        losses = {
+            "cls": jnp.sum(jnp.where(found.valid, entropy, 0.0)) / count,
+            "box": jnp.sum(smooth_l1(difference, beta=config.loss.smooth_l1_beta)) / count,
+        }
+        return losses, num_foreground.astype(jnp.float32)
+
+    def _cells(self, level: int) -> np.ndarray:
+        return level_anchors(self.config.anchors, level)
+
+
+class SampledProposals(NamedTuple):
+    """Of one image: boxes ``[M, 4]``; labels int32 ``[M]``, 0..K-1, K for background; deltas ``[M, 4]`` to the matched
+    object, 0 for background; valid bool ``[M]``."""
+
+    boxes: Array
+    labels: Array
+    deltas: Array
+    valid: Array
+
+
+def sample_proposals(
+    proposals: Array,
+    valid: Array,
+    boxes: Array,
+    classes: Array,
+    key: Array,
+    *,
+    config: FasterRCNNConfig,
+    num_classes: int,
+) -> SampledProposals:
+    """What the second stage learns from in one image: a sample of its proposals and of the objects themselves.
+
+    Args:
+      proposals: ``[P, 4]``; valid: bool ``[P]``.
+      boxes: ``[G, 4]``; classes: ``[G]``, -1 for padding.
+    """
+    proposals = jnp.concatenate([proposals, boxes])
+    valid = jnp.concatenate([valid, classes >= 0])
+    labels, matched = match_proposals(proposals, boxes, classes, foreground_iou=config.roi_iou)
+    found = sample_balanced(
+        key,
+        valid & (labels >= 0),
+        valid & (labels == BACKGROUND),
+        count=config.roi_samples,
+        fraction=config.roi_foreground,
+    )
+    deltas = _targets(proposals, boxes, matched, found.index) * jnp.asarray(_DELTA_WEIGHTS)[None]
+    return SampledProposals(
+        jnp.where(found.valid[:, None], proposals[found.index], 0.0),
+        jnp.where(found.foreground, labels[found.index], num_classes),
+        jnp.where(found.foreground[:, None], deltas, 0.0),
+        found.valid,
+    )
+
+
+def _targets(anchors: Array, boxes: Array, matched: Array, index: Array) -> Array:
+    """Deltas ``[M, 4]`` from the anchors or proposals at ``index`` to their boxes; meaningful for foreground only."""
+    if boxes.shape[0] == 0:
+        return jnp.zeros((len(index), 4))
+    return encode(anchors[index], boxes[matched[index]])
+
+
+def _whole(images: Array) -> Array:
+    return jnp.broadcast_to(jnp.asarray(images.shape[1:3], jnp.int32)[None], (len(images), 2))
+
+
+def _image_keys(key: Array | None, number: int, axis_name: str | None) -> tuple[Array, Array]:
+    """For each of two draws a key an image ``[B]``, by the image's place in the whole batch."""
+    first = 0 if axis_name is None else lax.axis_index(axis_name) * number
+    own = jax.vmap(partial(jax.random.fold_in, jax.random.key(0) if key is None else key))(first + jnp.arange(number))
+    split = jax.vmap(jax.random.split)(own)
+    return split[:, 0], split[:, 1]

@@ -1,0 +1,84 @@
+"""The region proposal network's head (Ren et al. 2015) and, on the same trunk, its query branch (paper Table 9)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+
+from querydet_jax.config import HeadConfig
+from querydet_jax.models.layers import Conv, normal_init, xavier_normal_init, zeros_bias
+from querydet_jax.sparse import Conv as ConvWeights
+from querydet_jax.sparse import Stack
+
+
+class RPNHead(nnx.Module):
+    """3x3 convolutions with ReLU, then two 1x1 branches: objectness and box deltas; shared over levels.
+
+    Output channel ``a`` of the objectness, ``a * 4 + c`` of the deltas.
+    """
+
+    def __init__(
+        self, config: HeadConfig, in_channels: int, num_anchors: int, dtype: jnp.dtype, rng: np.random.Generator
+    ):
+        common: dict[str, Any] = dict(init=normal_init(0.01), bias=zeros_bias, dtype=dtype, rng=rng)
+        sizes = [in_channels] + [config.channels] * config.num_convs
+        self.trunk = nnx.List([Conv(i, o, 3, **common) for i, o in zip(sizes, sizes[1:], strict=False)])
+        self.objectness = Conv(config.channels, num_anchors, 1, **common)
+        self.deltas = Conv(config.channels, num_anchors * 4, 1, **common)
+
+    def before_branches(self, x: Array) -> Array:
+        """``[B, h, w, C]`` to ``[B, h, w, C']``, before the last ReLU, as on sites."""
+        *first, last = self.trunk
+        for conv in first:
+            x = jax.nn.relu(conv(x))
+        return last(x)
+
+    def trunk_output(self, x: Array) -> Array:
+        return jax.nn.relu(self.before_branches(x))
+
+    def branches(self, trunk: Array) -> tuple[Array, Array]:
+        """``[..., C']`` to float32 objectness logits ``[..., A]`` and deltas ``[..., A * 4]``."""
+        return _branch(self.objectness, trunk), _branch(self.deltas, trunk)
+
+    def stacks(self) -> tuple[Stack]:
+        """The trunk for computation on sites. It ends before a ReLU, as stacks do; the 1x1 branches see no other cell
+        and are done where its output is read."""
+        return ([conv.weights() for conv in self.trunk],)
+
+
+class RPNQueryHead(nnx.Module):
+    """Query branch: a third 1x1 convolution on the RPN's trunk."""
+
+    def __init__(self, head: RPNHead, dtype: jnp.dtype, rng: np.random.Generator):
+        self.trunk = head.trunk  # the same variables
+        channels = head.objectness.kernel[...].shape[2]
+        self.pred = Conv(channels, 1, 1, init=xavier_normal_init, bias=zeros_bias, dtype=dtype, rng=rng)
+
+    def __call__(self, x: Array) -> Array:
+        """``[B, h, w, C]`` to float32 query logits ``[B, h, w]``."""
+        for conv in self.trunk:
+            x = jax.nn.relu(conv(x))
+        return self.branch(x)
+
+    def branch(self, trunk: Array) -> Array:
+        """The same of the trunk's output ``[B, h, w, C']``."""
+        return _branch(self.pred, trunk)[..., 0]
+
+    def stack(self) -> Stack:
+        """Trunk and branch for computation on sites, the 1x1 one as a 3x3 that is zero but in the middle."""
+        kernel, bias = self.pred.weights()
+        return [
+            *(conv.weights() for conv in self.trunk),
+            ConvWeights(jnp.pad(kernel, ((1, 1), (1, 1), (0, 0), (0, 0))), bias),
+        ]
+
+
+def _branch(conv: Conv, trunk: Array) -> Array:
+    kernel, bias = conv.weights()
+    y = jnp.dot(trunk, kernel[0, 0].astype(trunk.dtype), preferred_element_type=jnp.float32)
+    return y + bias.reshape((1,) * (y.ndim - 1) + (-1,))

@@ -1,0 +1,45 @@
+"""A random balanced sample with static shapes. Shape letters: N candidates, M sampled."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+
+class Sample(NamedTuple):
+    """``index`` int32 ``[M]`` into the candidates, foreground first; ``foreground`` and ``valid`` bool ``[M]``."""
+
+    index: Array
+    foreground: Array
+    valid: Array
+
+
+def sample_balanced(key: Array, foreground: Array, background: Array, *, count: int, fraction: float) -> Sample:
+    """``count`` candidates at random, at most ``fraction`` of them foreground, the rest background.
+
+    Where there is less foreground, more background is taken; where there is too little of both, the last entries are
+    not valid (Faster R-CNN, Ren et al. 2015, section 3.1.3).
+
+    Args:
+      key: PRNG key.
+      foreground, background: bool ``[N]``, of which no candidate is both; one that is neither is never taken.
+    """
+    order = jax.random.uniform(key, foreground.shape)
+    most = int(count * fraction)
+    first = _best(jnp.where(foreground, order, -1.0), most)
+    rest = _best(jnp.where(background, order, -1.0), count)
+    num_foreground = jnp.minimum(jnp.sum(foreground.astype(jnp.int32)), most)
+    num_background = jnp.minimum(jnp.sum(background.astype(jnp.int32)), count - num_foreground)
+    place = jnp.arange(count, dtype=jnp.int32)
+    is_foreground = place < num_foreground
+    index = jnp.where(is_foreground, jnp.pad(first, (0, count - most)), rest[jnp.maximum(place - num_foreground, 0)])
+    return Sample(index, is_foreground, place < num_foreground + num_background)
+
+
+def _best(order: Array, count: int) -> Array:
+    """The ``count`` largest, or all and then zeros."""
+    found = lax.top_k(order, min(count, len(order)))[1].astype(jnp.int32)
+    return jnp.pad(found, (0, count - len(found)))
