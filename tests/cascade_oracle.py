@@ -194,7 +194,7 @@ def suppress(parts: Sequence[Candidates], *, nms_iou: float, max_detections: int
 
 def detect(
     features: dict[int, np.ndarray],
-    heads: tuple[Convs, Convs],
+    heads: Sequence[Convs],
     query: Convs | None,
     *,
     start_level: int,
@@ -228,8 +228,8 @@ def detect(
     detections = []
     for b in range(len(everywhere[max(features)])):
         parts = [
-            candidates(cls[b], box[b], keys[b], level, topk=topk, score_threshold=score_threshold)
-            for level, (cls, box), keys in found
+            candidates(*(output[b] for output in outputs), keys[b], level, topk=topk, score_threshold=score_threshold)
+            for level, outputs, keys in found
         ]
         detections.append(suppress(parts, nms_iou=nms_iou, max_detections=max_detections))
     return detections, counts

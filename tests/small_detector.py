@@ -122,11 +122,15 @@ def counts(result: Detections) -> dict[int, list[int]]:
 
 
 @functools.cache
-def _features():
+def _compiled_features():
     return nnx.jit(lambda model, images: model.features(images))
 
 
-def _weights(stack) -> list[tuple[np.ndarray, np.ndarray]]:
+def features(model: nnx.Module, images: np.ndarray) -> dict[int, np.ndarray]:
+    return {level: np.asarray(x) for level, x in _compiled_features()(model, images).items()}
+
+
+def weights(stack) -> list[tuple[np.ndarray, np.ndarray]]:
     return [(np.asarray(conv.kernel), np.asarray(conv.bias)) for conv in stack]
 
 
@@ -136,9 +140,9 @@ def reference(
     """What ``config`` should find in each image, and [queries, keys, active] by sparse level."""
     cls, box = model.head_stacks()
     return cascade_oracle.detect(
-        {level: np.asarray(x) for level, x in _features()(model, images).items()},
-        (_weights(cls), _weights(box)),
-        _weights(model.query_head.stack()) if config.query == "csq" else None,
+        features(model, images),
+        (weights(cls), weights(box)),
+        weights(model.query_head.stack()) if config.query == "csq" else None,
         start_level=config.start_level,
         threshold=config.threshold,
         context=config.context if context is None else context,

@@ -14,6 +14,7 @@ from jax import Array
 from querydet_jax.models import DenseDetector
 from querydet_jax.models.heads import QueryHead
 from querydet_jax.models.layers import Frozen
+from querydet_jax.models.rpn import RPNQueryHead
 from querydet_jax.sparse import Conv, Stack, children, grow
 
 _FIRES, _SILENT = 20.0, -20.0  # logits
@@ -22,7 +23,7 @@ _FIRES, _SILENT = 20.0, -20.0  # logits
 class ScriptedQueries(QueryHead):
     """A query head that does all of the real one's work and answers what it is told."""
 
-    def __init__(self, head: QueryHead, fires: np.ndarray):  # wraps a head, builds none of its own
+    def __init__(self, head: QueryHead | RPNQueryHead, fires: np.ndarray):  # wraps a head, builds none of its own
         self.head = head
         self.logits = Frozen(jnp.where(jnp.asarray(fires), _FIRES, _SILENT)[None])
 

@@ -72,13 +72,12 @@ class FasterRCNN(DenseDetector):
     second_stage = True
 
     def __init__(self, config: ModelConfig, rng: np.random.Generator):
-        own_query = dataclasses.replace(config, query=dataclasses.replace(config.query, enabled=False))
-        super().__init__(own_query, rng)
-        self.config = config
+        super().__init__(config, rng, query_branch=True)
         channels = config.fpn.channels
         self.head = RPNHead(config.head, channels, config.anchors.per_cell, self.dtype, rng)
-        if config.query.enabled:
-            self.query_head = RPNQueryHead(self.head, self.dtype, rng)
+        self.query_head: RPNQueryHead | None = (
+            RPNQueryHead(self.head, self.dtype, rng) if config.query.enabled else None
+        )
         stages = config.faster_rcnn
         self.box_head = BoxHead(channels, stages.roi_size, stages.channels, config.num_classes, self.dtype, rng)
 
@@ -159,7 +158,7 @@ class FasterRCNN(DenseDetector):
     def _rpn_sums(self, outputs: Outputs, boxes: Array, classes: Array, keys: Array) -> dict[str, Array]:
         """Unweighted sums by level ``[L]`` over the sampled anchors of all images."""
         stages = self.config.faster_rcnn
-        shapes = {level: x.shape[1:3] for level, x in outputs.features.items()}
+        shapes = {level: (x.shape[1], x.shape[2]) for level, x in outputs.features.items()}
         anchors = self.anchors(shapes)
         num_anchors = self.config.anchors.per_cell
         cells = np.array([height * width * num_anchors for height, width in shapes.values()])
@@ -329,7 +328,7 @@ def sample_proposals(
       boxes: ``[G, 4]``; classes: ``[G]``, -1 for padding.
     """
     proposals = jnp.concatenate([proposals, boxes])
-    valid = jnp.concatenate([valid, classes >= 0])
+    valid = jnp.concatenate([valid, (classes >= 0) & jnp.all(jnp.isfinite(boxes), axis=1)])
     labels, matched = match_proposals(proposals, boxes, classes, foreground_iou=config.roi_iou)
     found = sample_balanced(
         key,

@@ -25,6 +25,7 @@ from querydet_jax.models.backbones import build_backbone
 from querydet_jax.models.backbones.resnet import is_bgr, pixel_statistics
 from querydet_jax.models.fpn import FPN
 from querydet_jax.models.heads import QueryHead
+from querydet_jax.models.rpn import RPNQueryHead
 from querydet_jax.ops.losses import focal_loss
 from querydet_jax.ops.matching import per_image, query_targets
 from querydet_jax.ops.nms import top_scores
@@ -90,15 +91,18 @@ class DenseDetector(nnx.Module):
     ``[B, 2]`` gives each one's (height, width): what lies outside is treated as padding.
     """
 
-    def __init__(self, config: ModelConfig, rng: np.random.Generator):
+    query_head: QueryHead | RPNQueryHead | None
+
+    def __init__(self, config: ModelConfig, rng: np.random.Generator, *, query_branch: bool = False):
+        """``query_branch``: the detector sets ``query_head`` itself, a branch of its own head."""
         self.config = config
         self.dtype = jnp.dtype(config.dtype)
         self.pixel_mean, self.pixel_std = pixel_statistics(config.backbone.flavor)
         self.backbone = build_backbone(config.backbone, self.dtype, rng)
         self.fpn = FPN(config.fpn, self.backbone.out_channels, config.min_level, config.max_level, self.dtype, rng)
-        self.query_head = (
-            QueryHead(config.query, config.fpn.channels, self.dtype, rng) if config.query.enabled else None
-        )
+        if not query_branch:
+            enabled = config.query.enabled
+            self.query_head = QueryHead(config.query, config.fpn.channels, self.dtype, rng) if enabled else None
 
     # What a detector adds ------------------------------------------------------------------
 

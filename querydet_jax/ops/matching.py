@@ -115,7 +115,9 @@ def match_proposals(boxes: Array, objects: Array, classes: Array, *, foreground_
     """
     if objects.shape[0] == 0:
         return jnp.full((len(boxes),), BACKGROUND, jnp.int32), jnp.zeros((len(boxes),), jnp.int32)
-    iou = jnp.where(classes[None] >= 0, pairwise_iou(boxes[:, None], objects[None]), -1.0)
+    iou = pairwise_iou(boxes[:, None], objects[None])
+    # Not of a box that is NaN either: argmax would take it for the largest.
+    iou = jnp.where((classes[None] >= 0) & (iou >= 0), iou, -1.0)
     matched = jnp.argmax(iou, axis=1).astype(jnp.int32)
     foreground = jnp.max(iou, axis=1) >= foreground_iou
     return jnp.where(foreground, classes.astype(jnp.int32)[matched], BACKGROUND), matched

@@ -67,7 +67,7 @@ def roi_align(features: dict[int, Array], boxes: Array, valid: Array, *, size: i
     padding = -len(order) % _BOXES
     order = jnp.pad(order, (padding, 0), constant_values=len(order))
     places = jax.tree.map(lambda x: x.at[order].get(mode="fill", fill_value=0), places)
-    pooled = _pool(_Bins(size, most, rows.shape, rows.dtype), rows, places)
+    pooled = _pool(_Bins(size, most, (rows.shape[0], rows.shape[1]), rows.dtype), rows, places)
     out = jnp.zeros((batch * number, size, size, rows.shape[1]), rows.dtype).at[order].set(pooled, mode="drop")
     return out.reshape(batch, number, size, size, -1)
 

@@ -6,10 +6,20 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 
-from querydet_jax.config import BackboneConfig, FPNConfig, HeadConfig, LossConfig, ModelConfig, QueryConfig
+from querydet_jax.config import (
+    AnchorConfig,
+    BackboneConfig,
+    FasterRCNNConfig,
+    FPNConfig,
+    HeadConfig,
+    LossConfig,
+    ModelConfig,
+    QueryConfig,
+)
 from querydet_jax.models import DenseDetector, build_model
 
 
@@ -66,6 +76,25 @@ def small_half_model() -> DenseDetector:
 def small_model() -> DenseDetector:
     """Levels P3..P6, queries on P3 and P4, three classes. Not to be changed by a test."""
     return with_means(SMALL)
+
+
+@pytest.fixture(scope="session")
+def small_faster_rcnn() -> DenseDetector:
+    """Faster R-CNN whose samples hold every anchor and proposal there is. Not to be changed by a test."""
+    config = dataclasses.replace(
+        SMALL,
+        detector="faster_rcnn",
+        fpn=FPNConfig(channels=16, top_source="pool"),
+        anchors=AnchorConfig(scale=2.0, sizes_per_octave=1),
+        loss=dataclasses.replace(SMALL.loss, matcher="standard", iou_background=0.3, iou_foreground=0.7),
+        faster_rcnn=FasterRCNNConfig(proposals=40, rpn_samples=800, roi_samples=2400, roi_size=3, channels=16),
+    )
+    model = with_means(config)
+    rng = np.random.default_rng(3)
+    # As built, all anchors score alike and no box moves.
+    for conv, gain in ((model.head.objectness, 2.0), (model.head.deltas, 0.3), (model.box_head.bbox_pred, 0.3)):
+        conv.kernel[...] = jnp.asarray(rng.normal(0, gain, conv.kernel[...].shape), jnp.float32)
+    return model
 
 
 @pytest.fixture(scope="session")
