@@ -105,6 +105,9 @@ def test_a_wrong_choice_names_the_choices(value: Any, text: str) -> None:
     assert message({"model.loss.matcher": value}) == f"model.loss.matcher: {text}"
 
 
+FASTER = {"model.detector": "faster_rcnn"}
+
+
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
@@ -123,6 +126,12 @@ def test_a_wrong_choice_names_the_choices(value: Any, text: str) -> None:
         ({"model.head.norm": "group", "inference.query": "ccq"}, "model.head.norm group, inference.query ccq"),
         ({"model.head.norm": "group", "model.head.channels": 80}, "model.head.channels 80: must be a multiple of 32"),
         ({"model.head.prior": 1.0}, "model.head.prior 1.0"),
+        ({"model.fpn.top_source": "pool"}, "model.fpn.top_source pool, model.max_level 7: pooling makes P6 only"),
+        ({**FASTER, "model.head.num_convs": 0}, "model.head.num_convs 0: an RPN has at least one convolution"),
+        ({**FASTER, "model.head.norm": "group", "inference.query": "dense"}, "model.head.norm group"),
+        ({**FASTER, "model.faster_rcnn.proposals": 0}, "model.faster_rcnn.proposals 0: must be at least 1"),
+        ({**FASTER, "model.faster_rcnn.roi_iou": 0}, "model.faster_rcnn.roi_iou 0.0: must be above 0 and at most 1"),
+        ({**FASTER, "model.faster_rcnn.rpn_foreground": 1.5}, "model.faster_rcnn.rpn_foreground 1.5"),
         ({"model.loss.smooth_l1_beta": 0}, "model.loss.smooth_l1_beta 0.0"),
         ({"model.loss.level_weights": (1.0, 2.0)}, "model.loss.level_weights has 2 entries for 6 levels P2..P7"),
         ({"model.loss.query_weights": (10.0,)}, "model.loss.query_weights has 1 entries for the 2 levels"),
@@ -343,6 +352,23 @@ def test_the_coco_files_differ_where_the_published_ones_do() -> None:
     }
     assert differences("retinanet_r50", "fcos_r50") == points | {"model.head.norm": "group"}
     assert differences("querydet_r50", "querydet_fcos_r50") == points
+    assert differences("querydet_r50", "querydet_faster_rcnn_r50") == {
+        "model.detector": "faster_rcnn",
+        "model.max_level": 6,
+        "model.fpn.top_source": "pool",
+        "model.head.num_convs": 3,
+        "model.anchors.scale": 8.0,
+        "model.anchors.sizes_per_octave": 1,
+        "model.loss.matcher": "standard",
+        "model.loss.iou_background": 0.3,
+        "model.loss.iou_foreground": 0.7,
+        "model.loss.smooth_l1_beta": 1e-6,
+        "model.loss.level_weighting": "uniform",
+        "train.learning_rate": 0.02,
+        "inference.threshold": 0.15,
+        "inference.score_threshold": 0.05,
+        "inference.max_detections": 100,
+    }
     first = load_config(CONFIGS / "coco_querydet_r50.py")
     assert (first.train.batch_size, first.train.steps, first.train.decay_steps) == (16, 90_000, (60_000, 80_000))
     assert (first.train.learning_rate, first.model.num_classes, first.inference.max_detections) == (0.01, 80, 200)

@@ -16,21 +16,20 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from querydet_jax.config import FasterRCNNConfig, ModelConfig
+from querydet_jax.config import ModelConfig
 from querydet_jax.models.retinanet import level_anchors
 from querydet_jax.models.rpn import RPNHead, RPNQueryHead
-from querydet_jax.models.second_stage import BoxHead
+from querydet_jax.models.second_stage import DELTA_WEIGHTS, BoxHead, sample_proposals
 from querydet_jax.models.skeleton import Candidates, DenseDetector, Losses, Outputs, best_candidates, level_weights
 from querydet_jax.ops.anchors import anchors_at, grid_anchors
-from querydet_jax.ops.boxes import clip, decode, encode
+from querydet_jax.ops.boxes import clip, decode
 from querydet_jax.ops.losses import binary_cross_entropy, smooth_l1
-from querydet_jax.ops.matching import BACKGROUND, match_anchors, match_proposals, per_image
+from querydet_jax.ops.matching import BACKGROUND, match_anchors, matched_deltas, per_image
 from querydet_jax.ops.nms import class_wise_nms
 from querydet_jax.ops.roi_align import roi_align
 from querydet_jax.ops.sampling import sample_balanced
 from querydet_jax.sparse import Sites, Stack, whole_map
 
-_DELTA_WEIGHTS = (10.0, 10.0, 5.0, 5.0)  # of the second stage's box regression
 _LAST_ROI_LEVEL = 5  # P6 is for large anchors only
 
 
@@ -169,7 +168,8 @@ class FasterRCNN(DenseDetector):
             found = sample_balanced(
                 key, labels >= 0, labels == BACKGROUND, count=stages.rpn_samples, fraction=stages.rpn_foreground
             )
-            return found.index, found.foreground, found.valid, _targets(anchors, boxes, matched, found.index)
+            deltas = matched_deltas(anchors[found.index], boxes, matched[found.index])
+            return found.index, found.foreground, found.valid, deltas
 
         index, foreground, valid, targets = per_image(sample, boxes, classes, keys)
         objectness = jnp.concatenate([x.reshape(len(boxes), -1) for x in outputs.cls.values()], axis=1)
@@ -249,7 +249,7 @@ class FasterRCNN(DenseDetector):
         proposals = self.proposals(found, sizes)
         probability, deltas = self.classify(features, proposals.boxes, proposals.valid)
         num_classes = self.config.num_classes
-        boxes = decode(proposals.boxes[:, :, None], deltas / jnp.asarray(_DELTA_WEIGHTS)[None, None, None])
+        boxes = decode(proposals.boxes[:, :, None], deltas / jnp.asarray(DELTA_WEIGHTS)[None, None, None])
         boxes = jax.vmap(clip)(boxes.reshape(len(boxes), -1, 4), sizes)
         scores = jnp.where(proposals.valid[..., None], probability[..., :num_classes], -jnp.inf)
         classes = jnp.broadcast_to(jnp.arange(num_classes, dtype=jnp.int32)[None, None], scores.shape)
@@ -299,58 +299,6 @@ class FasterRCNN(DenseDetector):
 
     def _cells(self, level: int) -> np.ndarray:
         return level_anchors(self.config.anchors, level)
-
-
-class SampledProposals(NamedTuple):
-    """Of one image: boxes ``[M, 4]``; labels int32 ``[M]``, 0..K-1, K for background; deltas ``[M, 4]`` to the matched
-    object, 0 for background; valid bool ``[M]``."""
-
-    boxes: Array
-    labels: Array
-    deltas: Array
-    valid: Array
-
-
-def sample_proposals(
-    proposals: Array,
-    valid: Array,
-    boxes: Array,
-    classes: Array,
-    key: Array,
-    *,
-    config: FasterRCNNConfig,
-    num_classes: int,
-) -> SampledProposals:
-    """What the second stage learns from in one image: a sample of its proposals and of the objects themselves.
-
-    Args:
-      proposals: ``[P, 4]``; valid: bool ``[P]``.
-      boxes: ``[G, 4]``; classes: ``[G]``, -1 for padding.
-    """
-    proposals = jnp.concatenate([proposals, boxes])
-    valid = jnp.concatenate([valid, (classes >= 0) & jnp.all(jnp.isfinite(boxes), axis=1)])
-    labels, matched = match_proposals(proposals, boxes, classes, foreground_iou=config.roi_iou)
-    found = sample_balanced(
-        key,
-        valid & (labels >= 0),
-        valid & (labels == BACKGROUND),
-        count=config.roi_samples,
-        fraction=config.roi_foreground,
-    )
-    deltas = _targets(proposals, boxes, matched, found.index) * jnp.asarray(_DELTA_WEIGHTS)[None]
-    return SampledProposals(
-        jnp.where(found.valid[:, None], proposals[found.index], 0.0),
-        jnp.where(found.foreground, labels[found.index], num_classes),
-        jnp.where(found.foreground[:, None], deltas, 0.0),
-        found.valid,
-    )
-
-
-def _targets(anchors: Array, boxes: Array, matched: Array, index: Array) -> Array:
-    """Deltas ``[M, 4]`` from the anchors or proposals at ``index`` to their boxes; meaningful for foreground only."""
-    if boxes.shape[0] == 0:
-        return jnp.zeros((len(index), 4))
-    return encode(anchors[index], boxes[matched[index]])
 
 
 def _whole(images: Array) -> Array:

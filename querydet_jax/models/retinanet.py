@@ -11,9 +11,9 @@ from querydet_jax.config import AnchorConfig, ModelConfig
 from querydet_jax.models.heads import DetectionHead
 from querydet_jax.models.skeleton import Candidates, DenseDetector, Losses, Outputs, best_candidates
 from querydet_jax.ops.anchors import anchors_at, cell_anchors, grid_anchors
-from querydet_jax.ops.boxes import decode, encode
+from querydet_jax.ops.boxes import decode
 from querydet_jax.ops.losses import focal_loss, smooth_l1
-from querydet_jax.ops.matching import IGNORED, match_anchors, per_image
+from querydet_jax.ops.matching import IGNORED, match_anchors, matched_deltas, per_image
 from querydet_jax.sparse import Sites, Stack
 
 
@@ -98,11 +98,7 @@ class RetinaNet(DenseDetector):
                 foreground_iou=loss.iou_foreground,
                 matcher=loss.matcher,
             )
-            if boxes.shape[0] == 0:
-                return labels, jnp.zeros_like(anchors)
-            # Padding boxes are empty; their targets would be log(0). Nobody reads them.
-            deltas = encode(anchors, boxes[matched])
-            return labels, jnp.where((labels >= 0)[:, None], deltas, 0.0)
+            return labels, jnp.where((labels >= 0)[:, None], matched_deltas(anchors, boxes, matched), 0.0)
 
         return per_image(assign, boxes, classes)
 

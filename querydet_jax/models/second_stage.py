@@ -1,8 +1,13 @@
-"""Faster R-CNN's second stage on pooled proposals (Ren et al. 2015; Lin et al. 2017a, section 4.2)."""
+"""Faster R-CNN's second stage: its head on pooled proposals, and what it learns from.
+
+Ren et al. 2015; for pyramids Lin et al. 2017a, section 4.2.
+Shape letters: B batch, P proposals an image, M sampled ones, G padded boxes, S bins a side, C channels, K classes.
+"""
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +15,13 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
+from querydet_jax.config import FasterRCNNConfig
 from querydet_jax.models.layers import Initializer, fpn_init, normal_init
+from querydet_jax.ops.matching import BACKGROUND, match_proposals, matched_deltas
+from querydet_jax.ops.sampling import sample_balanced
+
+DELTA_WEIGHTS = (10.0, 10.0, 5.0, 5.0)
+"""Box deltas are learnt times these, which brings their spread near one."""
 
 
 class Linear(nnx.Module):
@@ -58,3 +69,48 @@ class BoxHead(nnx.Module):
         x = jax.nn.relu(self.fc2(x))[..., None, None, :]
         deltas = self.bbox_pred(x)
         return self.cls_score(x), deltas.reshape(*deltas.shape[:-1], self.num_classes, 4)
+
+
+class SampledProposals(NamedTuple):
+    """Of one image: boxes ``[M, 4]``; labels int32 ``[M]``, 0..K-1, K for background; deltas ``[M, 4]`` to the matched
+    object, 0 for background; valid bool ``[M]``."""
+
+    boxes: Array
+    labels: Array
+    deltas: Array
+    valid: Array
+
+
+def sample_proposals(
+    proposals: Array,
+    valid: Array,
+    boxes: Array,
+    classes: Array,
+    key: Array,
+    *,
+    config: FasterRCNNConfig,
+    num_classes: int,
+) -> SampledProposals:
+    """What the second stage learns from in one image: a sample of its proposals and of the objects themselves.
+
+    Args:
+      proposals: ``[P, 4]``; valid: bool ``[P]``.
+      boxes: ``[G, 4]``; classes: ``[G]``, -1 for padding.
+    """
+    proposals = jnp.concatenate([proposals, boxes])
+    valid = jnp.concatenate([valid, (classes >= 0) & jnp.all(jnp.isfinite(boxes), axis=1)])
+    labels, matched = match_proposals(proposals, boxes, classes, foreground_iou=config.roi_iou)
+    found = sample_balanced(
+        key,
+        valid & (labels >= 0),
+        valid & (labels == BACKGROUND),
+        count=config.roi_samples,
+        fraction=config.roi_foreground,
+    )
+    deltas = matched_deltas(proposals[found.index], boxes, matched[found.index]) * jnp.asarray(DELTA_WEIGHTS)[None]
+    return SampledProposals(
+        jnp.where(found.valid[:, None], proposals[found.index], 0.0),
+        jnp.where(found.foreground, labels[found.index], num_classes),
+        jnp.where(found.foreground[:, None], deltas, 0.0),
+        found.valid,
+    )

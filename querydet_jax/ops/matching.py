@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from querydet_jax.ops.boxes import areas, pairwise_iou, rounded_product
+from querydet_jax.ops.boxes import areas, encode, pairwise_iou, rounded_product
 from querydet_jax.ops.points import distances, grid_points
 
 BACKGROUND = -1
@@ -121,6 +121,14 @@ def match_proposals(boxes: Array, objects: Array, classes: Array, *, foreground_
     matched = jnp.argmax(iou, axis=1).astype(jnp.int32)
     foreground = jnp.max(iou, axis=1) >= foreground_iou
     return jnp.where(foreground, classes.astype(jnp.int32)[matched], BACKGROUND), matched
+
+
+def matched_deltas(anchors: Array, boxes: Array, matched: Array) -> Array:
+    """Regression targets ``[R, 4]`` from anchors (or proposals) to the boxes ``[G, 4]`` that ``matched [R]`` names.
+
+    Meaningful for foreground only: padding boxes are empty, and their targets infinite. Zeros without boxes.
+    """
+    return encode(anchors, boxes[matched]) if boxes.shape[0] else jnp.zeros_like(anchors)
 
 
 def assign_points(

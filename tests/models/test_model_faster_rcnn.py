@@ -13,7 +13,8 @@ import pytest
 from flax import nnx
 
 from querydet_jax.models import Candidates, FasterRCNN
-from querydet_jax.models.faster_rcnn import FasterRCNNLosses, sample_proposals
+from querydet_jax.models.faster_rcnn import FasterRCNNLosses
+from querydet_jax.models.second_stage import sample_proposals
 from querydet_jax.weights import state_dict
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (2, 64, 96, 3), dtype=np.uint8)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import shutil
 
 import jax
@@ -113,9 +114,39 @@ def test_classes_must_agree(root, tmp_path):
         train(small(root, **{"model.num_classes": 5}), tmp_path / "run")
 
 
-@pytest.mark.parametrize(("detector", "steps"), [("retinanet", 220), ("fcos", 160)])
-def test_overfits_eight_images(root, tmp_path, capsys, detector, steps):
+DETECTORS = {
+    "retinanet": (220, {}),
+    "fcos": (160, {}),
+    "faster_rcnn": (
+        160,
+        {
+            "model.max_level": 6,
+            "model.fpn.top_source": "pool",
+            "model.anchors.scale": 4.0,
+            "model.anchors.sizes_per_octave": 1,
+            "model.loss.matcher": "standard",
+            "model.loss.iou_background": 0.3,
+            "model.loss.iou_foreground": 0.7,
+            "model.loss.level_weighting": "uniform",
+            "model.faster_rcnn.train_topk": 200,
+            "model.faster_rcnn.proposals": 100,
+            "model.faster_rcnn.rpn_samples": 64,
+            "model.faster_rcnn.roi_samples": 64,
+            "model.faster_rcnn.channels": 64,
+        },
+    ),
+}
+TERMS = {
+    "retinanet": {"cls", "box", "query"},
+    "fcos": {"cls", "box", "query", "centerness"},
+    "faster_rcnn": {"cls", "box", "query", "rpn_cls", "rpn_box"},
+}
+
+
+@pytest.mark.parametrize("detector", list(DETECTORS))
+def test_overfits_eight_images(root, tmp_path, capsys, detector):
     """AP50 above 0.9 on the eight images it was trained on, densely and with CSQ."""
+    steps, own = DETECTORS[detector]
     config = small(
         root,
         **{
@@ -132,12 +163,17 @@ def test_overfits_eight_images(root, tmp_path, capsys, detector, steps):
             "model.fpn.channels": 32,
             "model.head.channels": 32,
             "model.query.channels": 32,
+            **own,
         },
     )
     model = train(config, tmp_path / "run")
-    assert (" centerness " in capsys.readouterr().out) == (detector == "fcos")
+    printed = capsys.readouterr().out
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert ("centerness" in lines[-1]) == (detector == "fcos") and lines[-1]["box"] < lines[0]["box"] / 2
+    for term in set().union(*TERMS.values()):
+        assert (term in lines[-1]) == (re.search(rf"[( ]{term} \d", printed) is not None) == (term in TERMS[detector])
+    # Of a second stage's samples the more are foreground the better the proposals: its sum need not fall.
+    regression = "rpn_box" if "rpn_box" in TERMS[detector] else "box"
+    assert lines[-1][regression] < lines[0][regression] / 2
     dataset = open_dataset(config.data, "train")
     assert len(dataset) == 8
     detectors = {
