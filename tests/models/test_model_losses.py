@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from truths import TRUTHS, assert_finite, losses_and_gradients
 
 from querydet_jax.config import LossConfig, ModelConfig
 from querydet_jax.models import DenseDetector, Losses
@@ -132,6 +133,20 @@ def test_no_objects_give_finite_losses_and_gradients(compute: Any) -> None:
     assert float(some.num_foreground) > 0
     assert np.any(gradients["head"]["bbox_pred"]["kernel"][...])
     assert all(np.isfinite(x).all() for x in jax.tree.leaves((some, gradients)))
+
+
+@pytest.fixture(scope="module")
+def of_any_truth(small_model: DenseDetector) -> Any:
+    return losses_and_gradients(small_model)
+
+
+@pytest.mark.parametrize("name", list(TRUTHS))
+def test_losses_and_gradients_are_finite(of_any_truth: Any, name: str) -> None:
+    losses, gradients = of_any_truth(*TRUTHS[name])
+    assert_finite(losses, gradients)
+    assert (
+        (float(losses.num_foreground) > 0) == (float(losses.box) > 0) == (name not in ("no boxes", "nothing to learn"))
+    )
 
 
 def test_no_rows_equal_rows_of_padding(small_model: DenseDetector, compute: Any) -> None:
