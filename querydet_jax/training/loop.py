@@ -36,14 +36,8 @@ from querydet_jax.weights import load_weights
 
 _log = logging.getLogger("querydet_jax")
 
-_TERMS = (
-    "rpn_cls",
-    "rpn_box",
-    "cls",
-    "box",
-    "centerness",
-    "query",
-)  # of the loss, as the progress line shows those there are
+# Of the loss, as the progress line shows those there are.
+_TERMS = ("rpn_cls", "rpn_box", "cls", "box", "centerness", "query")
 
 Evaluate = Callable[[DenseDetector, Dataset], dict[str, float]]
 
