@@ -64,7 +64,7 @@ def end_to_end(arguments: EndToEnd) -> None:
     rows, not_run = _of_run(arguments) if arguments.run else _of_random_weights(arguments)
     detector = load_config(config_path(arguments.run)).model.detector if arguments.run else "retinanet"
     for row in rows:
-        number, name = _PUBLISHED[detector].get(row["method"].split()[0], (None, ""))
+        number, name = _PUBLISHED.get(detector, {}).get(row["method"].split()[0], (None, ""))
         row["paper_speed_up"] = paper.columns(number, name)["paper_speed_up"]
     arithmetic = "" if arguments.run else f", {arguments.dtype}, {arguments.kernel}"
     Report(

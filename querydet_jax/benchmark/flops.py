@@ -20,6 +20,7 @@ from querydet_jax.benchmark.queries import at_level
 from querydet_jax.benchmark.subject import LAYOUT_LEVEL
 from querydet_jax.config import InferenceConfig, override
 from querydet_jax.detector import Detector, sparse_levels, split_for_inference
+from querydet_jax.errors import QueryDetError
 from querydet_jax.models import DenseDetector
 from querydet_jax.ops.anchors import level_shape
 from querydet_jax.sparse import (
@@ -40,7 +41,19 @@ from querydet_jax.sparse.methods import room_needed
 
 def gflop(function: Callable[..., Any], *arguments: Any) -> float:
     """GFLOP of a function of arrays, or of their shapes."""
-    return jax.jit(function).lower(*arguments).cost_analysis()["flops"] / 1e9
+    return counted(jax.jit(function).lower(*arguments))
+
+
+def counted(program: jax.stages.Lowered) -> float:
+    """GFLOP of a lowered program.
+
+    Raises:
+      QueryDetError: this backend does not count.
+    """
+    cost = program.cost_analysis()
+    if cost is None:
+        raise QueryDetError(f"backend {jax.default_backend()} counts no FLOPs: set JAX_PLATFORMS=cpu")
+    return cost["flops"] / 1e9
 
 
 def inference_gflop(
@@ -61,7 +74,8 @@ def inference_gflop(
     options = SparseOptions(inference.threshold, inference.context, inference.capacities, inference.chunk)
     for level, stacks, keys in _levels(model, inference, shape, queries):
         if inference.query == "cq":
-            total += _crops(level, stacks, keys) - gflop(_heads_everywhere, level.features, stacks)
+            features = jax.eval_shape(dense_input, level)
+            total += _crops(features, stacks, keys) - gflop(_heads_everywhere, features, stacks)
         else:
             total += sum(sparse_level_gflop(level, stacks, keys, options)) - gflop(_level_everywhere, level, stacks)
     return total
@@ -99,7 +113,7 @@ def sparse_level_gflop(
 
 
 def _whole(model: DenseDetector, inference: InferenceConfig, shape: tuple[int, int]) -> float:
-    return Detector(model, inference).lower((1, *shape)).cost_analysis()["flops"] / 1e9
+    return counted(Detector(model, inference).lower((1, *shape)))
 
 
 def _levels(
@@ -136,7 +150,7 @@ def _level_everywhere(level: CascadeLevel, stacks: list[Stack]) -> Any:
     return _heads_everywhere(dense_input(level), stacks)
 
 
-def _crops(level: CascadeLevel, stacks: list[Stack], keys: jax.Array) -> float:
+def _crops(features: Any, stacks: list[Stack], keys: jax.Array) -> float:
     """GFLOP of the heads on a crop around every key."""
     count = int(jnp.sum(keys.astype(jnp.int32)))
     if not count:
@@ -145,7 +159,7 @@ def _crops(level: CascadeLevel, stacks: list[Stack], keys: jax.Array) -> float:
     def crops(features: jax.Array, stacks: list[Stack], sites: Sites) -> Any:
         return crop_stacks(features, sites, stacks, chunk=count)
 
-    return gflop(crops, jax.eval_shape(dense_input, level), stacks, _sites(count, 0, keys.shape))
+    return gflop(crops, features, stacks, _sites(count, 0, keys.shape))
 
 
 def _sites(capacity: int, context: int, shape: tuple[int, ...]) -> Sites:

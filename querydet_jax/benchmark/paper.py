@@ -268,10 +268,11 @@ def columns(number: int | None, name: str) -> dict[str, float | None]:
 
 
 def ablation(detector: str, *, HR: bool, RB: bool, QH: bool, CSQ: bool) -> dict[str, float | None]:  # noqa: N803
-    """As ``columns``, of the row of Table 3 (RetinaNet), 8 (FCOS) or 9 (Faster R-CNN) that has these parts."""
+    """As ``columns``, of the row of Table 3 (RetinaNet), 8 (FCOS) or 9 (Faster R-CNN) that has these parts, if any."""
     parts = " ".join(name for name, has in {"HR": HR, "RB": RB, "QH": QH, "CSQ": CSQ}.items() if has)
-    table = TABLES[_ABLATIONS[detector]]
-    return _columns(table, next((row for row in table.rows if row.parts == parts), None))
+    table = TABLES[_ABLATIONS[detector]] if detector in _ABLATIONS else None
+    rows = table.rows if table is not None else ()
+    return _columns(table, next((row for row in rows if row.parts == parts), None))
 
 
 def _columns(table: Table | None, row: PaperRow | None) -> dict[str, float | None]:
