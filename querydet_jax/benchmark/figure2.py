@@ -122,8 +122,10 @@ def _parts(model: DenseDetector, image: jax.Array, queries: np.ndarray) -> tuple
         run = jax.jit(lambda state, *values: function(nnx.merge(graph, state), *values))
         return Part(run, (state, *values), gflop(run, state, *values))
 
-    def fpn(finest: int, model: DenseDetector, stages: dict[int, jax.Array]) -> dict[int, jax.Array]:
-        return model.fpn.outputs(stages, model.fpn.merge(stages, min(finest, 3)), finest)
+    def fpn(finest: int, model: DenseDetector, stages: dict[int, jax.Array]) -> tuple[dict[int, jax.Array], jax.Array]:
+        merged = model.fpn.merge(stages, min(finest, 3))
+        # The merged map of P3 is what the sparse levels make their input from: no output of P4..P7 needs it.
+        return model.fpn.outputs(stages, merged, finest), merged[3]
 
     found = {
         "backbone": part(lambda model, image: model.backbone(model.normalize(image)), image),
@@ -131,7 +133,7 @@ def _parts(model: DenseDetector, image: jax.Array, queries: np.ndarray) -> tuple
     stages = found["backbone"]()
     for finest in (2, 3, 4):
         found[f"FPN P{finest}..P7"] = part(partial(fpn, finest), stages)
-    pyramid = found["FPN P2..P7"]()
+    pyramid, _ = found["FPN P2..P7"]()
     coarse = {level: x for level, x in pyramid.items() if level >= 4}
     found["heads P4..P7"] = part(lambda model, pyramid: [model.dense_heads(x) for x in pyramid.values()], coarse)
     for level in (3, 2):
