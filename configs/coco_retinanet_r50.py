@@ -1,7 +1,8 @@
-"""RetinaNet P3..P7, ResNet-50, COCO, 1x schedule: the baseline (paper Table 1, row "RetinaNet").
+"""RetinaNet P3..P7, ResNet-50, COCO, 1x schedule: the baseline (paper Tables 1 and 3, first rows).
 
 Reproduces: AP 37.46, APs 22.64, 13.60 FPS (paper, one RTX 2080Ti).
 Command: python train.py configs/coco_retinanet_r50.py --data.root COCO --train.init R-50.pkl
+Pod: the same command on every host; up to 16 devices in all (coco_querydet_r50.py tells of more).
 Measured here: not measured; needs COCO and an accelerator.
 """
 

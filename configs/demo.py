@@ -2,6 +2,7 @@
 
 Reproduces: nothing of the paper; shows that everything works, in minutes on two CPU cores.
 Command: make demo    (python train.py configs/demo.py && python eval.py runs/demo)
+Pod: made for one computer; on several, python train.py configs/demo.py on every host, up to 8 devices in all.
 Measured: README.md.
 """
 

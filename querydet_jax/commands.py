@@ -63,7 +63,7 @@ class EvalArguments:
     out: str = ""
     """Folder for report.json, detections, curves and pictures (default: the run folder, or runs/NAME)."""
     methods: tuple[str, ...] = ()
-    """Of dense, csq, cq, ccq (default: dense, and csq if the model has a query head)."""
+    """Of dense, csq, cq, ccq (default: dense and, if the model has a query head, inference.query or csq)."""
     images: int = 0
     """Use the first so many images only (0: all)."""
     pictures: int = 6
@@ -170,7 +170,8 @@ def predict() -> None:
 def _detectors(model: DenseDetector, config: Config, methods: tuple[str, ...]) -> dict[str, Detector]:
     """The dense detector first, so that speed-ups are over it."""
     if not methods:
-        methods = ("dense", "csq") if model.query_head is not None else ("dense",)
+        configured = config.inference.query if config.inference.query != "dense" else "csq"
+        methods = ("dense", configured) if model.query_head is not None else ("dense",)
     known = ("dense", "csq", "cq", "ccq")
     for name in methods:
         if name not in known:

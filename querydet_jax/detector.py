@@ -239,18 +239,30 @@ def _candidates(
     return found, results
 
 
+def sparse_levels(
+    model: DenseDetector, config: InferenceConfig, images: Array, sizes: Array
+) -> dict[int, CascadeLevel]:
+    """What the levels below the start level are computed from, by level, coarse to fine."""
+    pyramid = _pyramid(model, config, images, sizes)
+    return {level.level: level for level in _sparse_levels(model, config, pyramid)}
+
+
+def _sparse_levels(model: DenseDetector, config: InferenceConfig, pyramid: Pyramid) -> list[CascadeLevel]:
+    return [
+        CascadeLevel(level, pyramid.dense[level])
+        if level in pyramid.dense
+        else model.fpn.sparse_level(level, pyramid.stages, pyramid.merged)
+        for level in range(config.start_level - 1, model.config.min_level - 1, -1)
+    ]
+
+
 def _run_cascade(
     model: DenseDetector, config: InferenceConfig, pyramid: Pyramid, threshold: float | Array
 ) -> tuple[Array, dict[int, LevelResult]]:
     query_head = model.query_head
     assert query_head is not None, "Detector has checked that the model has a query head"
     start = query_head(pyramid.dense[config.start_level])
-    levels = [
-        CascadeLevel(level, pyramid.dense[level])
-        if level in pyramid.dense
-        else model.fpn.sparse_level(level, pyramid.stages, pyramid.merged)
-        for level in range(config.start_level - 1, model.config.min_level - 1, -1)
-    ]
+    levels = _sparse_levels(model, config, pyramid)
     method = config.query
     assert method != "dense"
     results = cascade(

@@ -11,6 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from small_detector import BASE, MODEL
+from small_detector import model as small_model
+
+from querydet_jax import commands
+from querydet_jax.config import Config, override
 
 ROOT = Path(__file__).parents[1]
 SHORT = (
@@ -61,6 +66,21 @@ def test_train_then_eval(run):
     curves = (run / "run" / "curves_coco.csv").read_text().splitlines()
     assert curves[0].startswith("method,class,iou,AP,R0,R1,") and len(curves) == 1 + 2 * (11 + 3)
     assert not list((run / "run").glob("*visdrone*"))
+
+
+@pytest.mark.parametrize(
+    ("configured", "asked", "expected"),
+    [
+        ("csq", (), ["dense", "csq"]),
+        ("dense", (), ["dense", "csq"]),
+        ("cq", (), ["dense", "cq"]),
+        ("cq", ("ccq", "dense"), ["dense", "ccq"]),
+    ],
+)
+def test_what_eval_compares(configured: str, asked: tuple[str, ...], expected: list[str]):
+    config = Config(model=MODEL, inference=override(BASE, {"query": configured}))
+    detectors = commands._detectors(small_model(), config, asked)
+    assert [detector.config.query for detector in detectors.values()] == list(detectors) == expected
 
 
 def test_predict_on_a_folder_of_either_orientation(run, tmp_path):

@@ -310,7 +310,8 @@ def test_the_files_provided(path: Path, tmp_path: Path) -> None:
     docstring = path.read_text().split('"""')[1]
     assert f"configs/{path.name}" in docstring  # the command that runs it
     lines = docstring.splitlines()
-    assert all(any(line.startswith(word) for line in lines) for word in ("Reproduces:", "Command:", "Measured"))
+    for word in ("Reproduces:", "Command:", "Pod:", "Measured"):
+        assert sum(line.startswith(word) for line in lines) == 1, word
     save_config(config, tmp_path / "config.json")
     assert load_config(tmp_path / "config.json") == config
 
@@ -325,6 +326,7 @@ def test_the_coco_files_differ_where_the_published_ones_do() -> None:
         return {key: flat[1][key] for key in flat[0] if flat[0][key] != flat[1][key] and key != "name"}
 
     longer = {"train.steps": 270_000, "train.decay_steps": (210_000, 250_000)}
+    no_query = {"model.query.enabled": False, "inference.query": "dense"}
     assert differences("querydet_r50", "querydet_r50_3x") == longer
     assert differences("retinanet_r50", "retinanet_r50_3x") == longer
     assert differences("querydet_r50", "retinanet_r50") == {
@@ -336,6 +338,20 @@ def test_the_coco_files_differ_where_the_published_ones_do() -> None:
         "inference.query": "dense",
         "inference.score_threshold": 0.05,
     }
+    # Table 3: one part more a row.
+    assert differences("querydet_r50", "highres_rebalanced_r50") == no_query
+    assert differences("highres_rebalanced_r50", "highres_r50") == {"model.loss.level_weighting": "uniform"}
+    rescaled = differences("retinanet_r50", "rebalanced_r50")
+    assert rescaled.pop("model.loss.level_weights") == pytest.approx((1, 2.1 / 1.4, 2.5 / 1.4, 2.9 / 1.4, 3.2 / 1.4))
+    assert rescaled == {"model.loss.level_weighting": "table"}
+    # Table 4: where queries start, and what the query head has learnt by then.
+    for start, levels in ((3, (3,)), (5, (3, 4, 5)), (6, (3, 4, 5, 6))):
+        assert differences("querydet_r50", f"querydet_r50_start_p{start}") == {
+            "model.query.levels": levels,
+            "model.loss.query_weights": (10.0,) * len(levels),
+            "model.loss.query_gammas": (1.2,) * len(levels),
+            "inference.start_level": start,
+        }
     for card, network in (("mobilenetv2", "mobilenet_v2"), ("shufflenetv2", "shufflenet_v2")):
         for kind in ("querydet", "retinanet"):
             assert differences(f"{kind}_r50", f"{kind}_{card}") == {

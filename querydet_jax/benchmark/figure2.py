@@ -1,8 +1,6 @@
 """Figure 2: where the work is, by module: RetinaNet, RetinaNet with P2, and QueryDet with CSQ.
 
-FLOPs come from XLA's own count of the compiled program. That counts a loop's body once; sparse levels are
-therefore compiled with a buffer as large as the sites need, in one turn, every layer on all of it:
-padding included, an upper bound of what runs.
+FLOPs are XLA's own count, of sparse levels an upper bound (``querydet_jax.benchmark.flops``).
 """
 
 from __future__ import annotations
@@ -18,15 +16,15 @@ import numpy as np
 from flax import nnx
 
 from querydet_jax.benchmark import plots
+from querydet_jax.benchmark.flops import gflop, sparse_level_gflop
 from querydet_jax.benchmark.report import Column, Report, Row, ms
 from querydet_jax.benchmark.subject import laid_out_queries, random_image, random_model
 from querydet_jax.benchmark.timing import interleaved
 from querydet_jax.config import InferenceConfig
 from querydet_jax.detector import split_for_inference
 from querydet_jax.models import DenseDetector
-from querydet_jax.sparse import Sites, SparseOptions, children, grow, neighbour_table, run_stacks
-from querydet_jax.sparse.level import CascadeLevel, input_at_sites
-from querydet_jax.sparse.methods import cascade_sparse_query, room_needed
+from querydet_jax.sparse import Sites, SparseOptions, children, grow
+from querydet_jax.sparse.methods import cascade_sparse_query
 
 RETINANET, WITH_P2, CSQ = "RetinaNet", "RetinaNet + P2", "QueryDet, CSQ"
 MODULES = ("backbone", "FPN", "heads P4..P7", "heads P3", "heads P2", "query head P4")
@@ -122,10 +120,12 @@ def _parts(model: DenseDetector, image: jax.Array, queries: np.ndarray) -> tuple
 
     def part(function: Callable[..., Any], *values: Any) -> Part:
         run = jax.jit(lambda state, *values: function(nnx.merge(graph, state), *values))
-        return Part(run, (state, *values), _gflop(run, state, *values))
+        return Part(run, (state, *values), gflop(run, state, *values))
 
-    def fpn(finest: int, model: DenseDetector, stages: dict[int, jax.Array]) -> dict[int, jax.Array]:
-        return model.fpn.outputs(stages, model.fpn.merge(stages, min(finest, 3)), finest)
+    def fpn(finest: int, model: DenseDetector, stages: dict[int, jax.Array]) -> tuple[dict[int, jax.Array], jax.Array]:
+        merged = model.fpn.merge(stages, min(finest, 3))
+        # The merged map of P3 is what the sparse levels make their input from: no output of P4..P7 needs it.
+        return model.fpn.outputs(stages, merged, finest), merged[3]
 
     found = {
         "backbone": part(lambda model, image: model.backbone(model.normalize(image)), image),
@@ -133,7 +133,7 @@ def _parts(model: DenseDetector, image: jax.Array, queries: np.ndarray) -> tuple
     stages = found["backbone"]()
     for finest in (2, 3, 4):
         found[f"FPN P{finest}..P7"] = part(partial(fpn, finest), stages)
-    pyramid = found["FPN P2..P7"]()
+    pyramid, _ = found["FPN P2..P7"]()
     coarse = {level: x for level, x in pyramid.items() if level >= 4}
     found["heads P4..P7"] = part(lambda model, pyramid: [model.dense_heads(x) for x in pyramid.values()], coarse)
     for level in (3, 2):
@@ -149,7 +149,7 @@ def _parts(model: DenseDetector, image: jax.Array, queries: np.ndarray) -> tuple
         active = int(jnp.sum(grow(keys, options.context)[-1].astype(jnp.int32)))
         shares[level] = active / keys.size
         found[f"heads only CSQ P{level}"], found[f"CSQ P{level}"] = _sparse_parts(
-            graph, state, level, stages, merged, keys, active, options
+            graph, state, level, stages, merged, keys, options
         )
         fired = keys
     return found, shares
@@ -162,7 +162,6 @@ def _sparse_parts(
     stages: dict[int, jax.Array],
     merged: dict[int, jax.Array],
     keys: jax.Array,
-    active: int,
     options: SparseOptions,
 ) -> tuple[Part, Part]:
     """The heads alone (their FLOPs only), and the whole level: input, heads and candidates."""
@@ -183,31 +182,8 @@ def _sparse_parts(
         return cascade_sparse_query(sparse, keys, stacks(model), finish, options).result
 
     run = jax.jit(whole)
-    margin = 1 if level == 2 else 0
-    room = -(-int(room_needed(keys, margin, options)) // options.chunk) * options.chunk
-    buffer = -(-active // options.chunk) * options.chunk
-
-    def sites(capacity: int, context: int) -> Sites:
-        shape: Any = jax.ShapeDtypeStruct
-        batch, height, width = keys.shape
-        counts = shape((context + 1,), jnp.int32)
-        return Sites(shape((capacity,), jnp.int32), shape((capacity,), bool), counts, (batch, height, width))
-
-    def heads(state: Any, rows: jax.Array, sites: Sites) -> Any:
-        every = stacks(nnx.merge(graph, state))
-        return run_stacks(rows, neighbour_table(sites), sites, every, chunk=buffer)
-
-    def level_input(state: Any, stages: dict[int, jax.Array], merged: dict[int, jax.Array], sites: Sites) -> Any:
-        sparse: CascadeLevel = nnx.merge(graph, state).fpn.sparse_level(level, stages, merged)
-        return input_at_sites(sparse, sites, options.context, room)
-
-    channels = merged[3].shape[-1]
-    rows = jax.ShapeDtypeStruct((buffer, channels), merged[3].dtype)
-    heads_gflop = _gflop(jax.jit(heads), state, rows, sites(buffer, options.context))
-    input_gflop = _gflop(jax.jit(level_input), state, stages, merged, sites(room, options.context + margin))
+    source = jax.eval_shape(lambda: nnx.merge(graph, state).fpn.sparse_level(level, stages, merged))
+    every = jax.eval_shape(lambda: stacks(nnx.merge(graph, state)))
+    heads, level_input = sparse_level_gflop(source, every, keys, options)
     arguments = (state, stages, merged, keys)
-    return Part(run, arguments, heads_gflop), Part(run, arguments, heads_gflop + input_gflop)
-
-
-def _gflop(run: Any, *arguments: Any) -> float:
-    return run.lower(*arguments).compile().cost_analysis()["flops"] / 1e9
+    return Part(run, arguments, heads), Part(run, arguments, heads + level_input)

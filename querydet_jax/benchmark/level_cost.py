@@ -20,7 +20,7 @@ from querydet_jax.benchmark.subject import LAYOUT_LEVEL
 from querydet_jax.benchmark.timing import interleaved
 from querydet_jax.config import InferenceConfig
 from querydet_jax.data.loader import EvalBatches
-from querydet_jax.detector import Detector, QueryTrace, split_for_inference
+from querydet_jax.detector import Detector, QueryTrace, sparse_levels, split_for_inference
 from querydet_jax.models import DenseDetector
 from querydet_jax.ops.anchors import level_shape
 from querydet_jax.progress import progress
@@ -260,22 +260,14 @@ def _sparse_levels(
 ) -> dict[int, CascadeLevel]:
     """What the sparse levels are computed from, by level, coarse to fine, as inference makes it."""
     graph, state = split_for_inference(model)
-    finest = model.config.min_level
-    levels = range(inference.start_level - 1, finest - 1, -1)
 
     @jax.jit
     def compute(state: Any, images: Array, sizes: Array) -> dict[int, CascadeLevel]:
-        model = nnx.merge(graph, state)
-        stages = model.backbone(model.normalize(images, sizes))
-        merged = model.fpn.merge(stages, min(finest + 1, 5))
-        above_p5 = model.fpn.outputs(stages, merged, 6)
-        return {
-            level: model.fpn.sparse_level(level, stages, merged) if level <= 5 else CascadeLevel(level, above_p5[level])
-            for level in levels
-        }
+        return sparse_levels(nnx.merge(graph, state), inference, images, sizes)
 
-    examples = compute(state, images, sizes)
-    return {level: examples[level]._replace(level=level) for level in levels}  # compiled, it came as an array
+    # Compiled, levels came as arrays and in ascending order.
+    found = compute(state, images, sizes)
+    return {level: found[level]._replace(level=level) for level in sorted(found, reverse=True)}
 
 
 def _options(inference: InferenceConfig, capacities: tuple[float, ...], chunk: int) -> SparseOptions:

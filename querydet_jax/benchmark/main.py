@@ -12,6 +12,7 @@ from querydet_jax.benchmark.capacities import Capacities, capacities
 from querydet_jax.benchmark.end_to_end import EndToEnd, end_to_end
 from querydet_jax.benchmark.figure2 import Figure2, figure2
 from querydet_jax.benchmark.figure4 import Figure4, figure4
+from querydet_jax.benchmark.listing import Paper, list_paper
 from querydet_jax.benchmark.nms import Nms, nms
 from querydet_jax.benchmark.precision import Precision, precision
 from querydet_jax.benchmark.static_vs_dynamic import StaticVsDynamic, static_vs_dynamic
@@ -23,6 +24,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "figure2": (Figure2, figure2),
     "figure4": (Figure4, figure4),
     "nms": (Nms, nms),
+    "paper": (Paper, list_paper),
     "precision": (Precision, precision),
     "static-vs-dynamic": (StaticVsDynamic, static_vs_dynamic),
     "table1": (Table1, table1),

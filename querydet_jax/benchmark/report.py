@@ -36,7 +36,7 @@ class Report:
     Attributes:
       name: stem of the files.
       title: one line that says what was measured.
-      columns: of the printed table; the first is flush left. Rows may hold more, which the files show.
+      columns: of the printed table; the first ``left`` are flush left. Rows may hold more, which the files show.
       rows: numbers, strings, or None for what was not measured.
       notes: conditions that a reader of the table must know.
       not_run: what was left out and what it needs, e.g. "AP: needs --run RUN".
@@ -52,10 +52,11 @@ class Report:
     not_run: list[str] = field(default_factory=list)
     results: dict[str, Any] = field(default_factory=dict)
     draw: Draw | None = None
+    left: int = 1
 
     def table(self) -> str:
         header = [column.header for column in self.columns]
-        return text_table(header, [[column.cell(row) for column in self.columns] for row in self.rows])
+        return text_table(header, [[column.cell(row) for column in self.columns] for row in self.rows], self.left)
 
     def publish(self, folder: str | Path, arguments: Any) -> None:
         """Print the table with machine and versions; write ``folder/NAME.json``, ``.csv`` and ``.png``.

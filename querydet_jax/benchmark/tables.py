@@ -35,23 +35,23 @@ class Table6(Subject):
 def table4(arguments: Table4) -> None:
     variants = {f"P{level}": {"query": "csq", "start_level": level} for level in arguments.start_levels}
     note = "a query head finds nothing on levels that it was not trained on (model.query.levels)"
-    _table("table4", "Table 4, start layer of the query", arguments, variants, paper.START_LAYER, note)
+    _table("table4", "Table 4, start layer of the query", arguments, variants, 4, note)
 
 
 def table5(arguments: Table5) -> None:
     variants = {name.upper(): {"query": name} for name in ("cq", "ccq", "csq")}
-    _table("table5", "Table 5, query method", arguments, variants, paper.QUERY_METHOD)
+    _table("table5", "Table 5, query method", arguments, variants, 5)
 
 
 def table6(arguments: Table6) -> None:
     variants = {f"{2 * c + 1}x{2 * c + 1}": {"query": "csq", "context": c} for c in arguments.contexts}
-    _table("table6", "Table 6, context around a key", arguments, variants, paper.CONTEXT)
+    _table("table6", "Table 6, context around a key", arguments, variants, 6)
 
 
-def _table(name: str, title: str, arguments: Subject, variants: Variants, published: paper.Rows, *notes: str) -> None:
+def _table(name: str, title: str, arguments: Subject, variants: Variants, published: int | None, *notes: str) -> None:
     rows = measure(arguments, {paper.DENSE: {"query": "dense"}, **variants})
     if arguments.run and load_config(config_path(arguments.run)).model.detector != "retinanet":
-        published = {}  # the paper has these tables of RetinaNet alone
+        published = None  # the paper has these tables of RetinaNet alone
     for row in rows:
         row |= paper.columns(published, row["method"])
     Report(
