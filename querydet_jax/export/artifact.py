@@ -176,10 +176,9 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
     again = "copy it again from where it was made, or export it again"
     try:
         with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-            manifest = json.loads(archive.read(MANIFEST)) if MANIFEST in names else {}
+            manifest = json.loads(archive.read(MANIFEST))
             if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-                raise ArtifactError(f"{path}: holds no {MANIFEST} of an artifact; name one that export.py has written")
+                raise ArtifactError(f"{path}: its {MANIFEST} is of no artifact; name one that export.py has written")
             if manifest.get("format_version") != VERSION:
                 raise ArtifactError(
                     f"{path}: format version {manifest.get('format_version')}, this reader knows {VERSION}; "
