@@ -48,7 +48,7 @@ CONFIG = Config(
         query=dataclasses.replace(small.MODEL.query, num_convs=1),
     ),
     data=DataConfig(test_short=64, test_max=96, test_canvases=(CANVAS,)),
-    inference=dataclasses.replace(small.BASE, capacities=(0.25,)),
+    inference=dataclasses.replace(small.BASE, start_level=3, capacities=(0.25,)),
 )
 ALONE = """
 import sys
