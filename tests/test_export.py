@@ -176,9 +176,6 @@ def test_a_truncated_file_is_refused(folder, tmp_path, share):
 def test_what_is_not_what_was_written_is_refused(folder, tmp_path):
     """Archives without a damaged byte."""
     path = folder / "dense.zip"
-    part = "programs/64x96.bin"
-    parts = json.loads(contents(path)["manifest.json"])["parts"]
-    garbage = b"of another jax"
     cases = {
         "weights.npz is not what was written": rewritten(path, tmp_path / "a.zip", {"weights.npz": b"others"}),
         "format version 2, this reader knows 1": rewritten(path, tmp_path / "b.zip", {}, format_version=2),
@@ -188,11 +185,23 @@ def test_what_is_not_what_was_written_is_refused(folder, tmp_path):
     for message, file in cases.items():
         with pytest.raises(ArtifactError, match=f"{file.name}: .*{message}"):
             Artifact(file)
-    # Whole, but of a jax that writes otherwise.
-    parts[part]["sha256"] = hashlib.sha256(garbage).hexdigest()
-    other = Artifact(rewritten(path, tmp_path / "d.zip", {part: garbage}, parts=parts))
-    with pytest.raises(ArtifactError, match=f"d.zip: {part} was written by jax .* pip install jax=="):
-        other(small.pictures(1, *CANVAS))
+
+
+def test_programs_of_a_jax_that_writes_otherwise_are_refused(folder, tmp_path):
+    part = "programs/64x96.bin"
+    whole = contents(folder / "dense.zip")
+    exported = jax.export.deserialize(bytearray(whole[part]))
+    newer = exported.calling_convention_version + 99
+    for foreign in (
+        b"not what jax.export serializes",
+        bytes(dataclasses.replace(exported, calling_convention_version=newer).serialize()),
+        bytes(dataclasses.replace(exported, mlir_module_serialized=b"newer operations").serialize()),
+    ):
+        parts = json.loads(whole["manifest.json"])["parts"]
+        parts[part]["sha256"] = hashlib.sha256(foreign).hexdigest()
+        other = Artifact(rewritten(folder / "dense.zip", tmp_path / "x.zip", {part: foreign}, parts=parts))
+        with pytest.raises(ArtifactError, match=f"x.zip: {part} was written by jax .* pip install jax=="):
+            other(small.pictures(1, *CANVAS))
 
 
 def test_another_platform_is_refused(tmp_path):

@@ -153,19 +153,18 @@ class Artifact:
 def _deserialize(path: Path, part: str, data: bytes, made_with: str) -> jax.export.Exported:
     oldest = jax.export.minimum_supported_calling_convention_version
     newest = jax.export.maximum_supported_calling_convention_version
+    # The bytes are those that were written. What fails is an older jax, in any of its layers and so in any way, and
+    # with the module's operations only when they are asked for.
     try:
         exported = jax.export.deserialize(bytearray(data))
-        supported = oldest <= exported.calling_convention_version <= newest
-    except (
-        Exception
-    ):  # the bytes are those that were written, so this jax reads another format, and can fail in any way
-        supported = False
-        exported = None
-    if exported is None or not supported:
+        readable = oldest <= exported.calling_convention_version <= newest and bool(exported.mlir_module())
+    except Exception:
+        exported, readable = None, False
+    if exported is None or not readable:
         raise ArtifactError(
-            f"{path}: {part} was written by jax {made_with}, which jax {jax.__version__} cannot read; "
+            f"{path}: {part} was written by jax {made_with}, which jax {jax.__version__} here cannot read; "
             f"pip install jax=={made_with}, or export again with this one"
-        ) from None
+        )
     return exported
 
 
