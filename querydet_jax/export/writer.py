@@ -177,9 +177,10 @@ def _write(path: Path, parts: dict[str, bytes]) -> None:
 @contextlib.contextmanager
 def _without_folders() -> Iterator[None]:
     """A program tells each operation's source line: by the file's name, not by where the file lay on this machine."""
-    before = jax.config.jax_hlo_source_file_canonicalization_regex
-    jax.config.update("jax_hlo_source_file_canonicalization_regex", r".*[/\\]")
+    setting = "jax_hlo_source_file_canonicalization_regex"
+    before = getattr(jax.config, setting)
+    jax.config.update(setting, r".*[/\\]")
     try:
         yield
     finally:
-        jax.config.update("jax_hlo_source_file_canonicalization_regex", before)
+        jax.config.update(setting, before)
