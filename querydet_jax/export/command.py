@@ -54,10 +54,11 @@ def export() -> None:
         batch_sizes=batch_sizes,
         platforms=arguments.platforms,
     )
+    count = len(manifest["programs"])
     shapes = ", ".join(f"{height}x{width}" for height, width in canvases)
     numbers = ", ".join(map(str, batch_sizes)) if batch_sizes else "any"
     print(
-        f"{out}: {out.stat().st_size / 1e6:.1f} MB, {len(manifest['programs'])} programs in "
+        f"{out}: {out.stat().st_size / 1e6:.1f} MB, {count} program{'s' * (count > 1)} in "
         f"{time.perf_counter() - begun:.1f} s; {config.inference.query}, canvases {shapes}, batch size {numbers}, for "
         f"{', '.join(arguments.platforms)}\nuse it with: python predict.py --artifact {out} --images PICTURE_OR_FOLDER"
     )
