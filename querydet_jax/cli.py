@@ -14,7 +14,8 @@ import tyro
 
 from querydet_jax import machine
 from querydet_jax.config import Config, check, load_config
-from querydet_jax.errors import QueryDetError
+from querydet_jax.errors import ConfigError, QueryDetError
+from querydet_jax.export.artifact import ArtifactError
 from querydet_jax.runs import config_path
 
 Arguments = TypeVar("Arguments")
@@ -52,6 +53,21 @@ def parse(
     return arguments, config, source or ""
 
 
+def parse_for_artifact(kind: type[Arguments], description: str) -> Arguments:
+    """The command's own arguments, where ``--artifact`` has the model: a run, or a field of its configuration, is
+    refused, since what it would change is compiled in."""
+    program = Path(sys.argv[0]).name
+    arguments, rest = tyro.cli(kind, args=sys.argv[1:], prog=program, description=description, return_unknown_args=True)
+    if rest:
+        word = rest[0].split("=")[0]
+        if not word.startswith("-"):
+            raise ConfigError(f"{word}: --artifact names the model already; leave out either of the two")
+        if word[2:].replace("-", "_").split(".")[0] in {field.name for field in dataclasses.fields(Config)}:
+            raise ConfigError(f"{word}: fixed in an artifact; give it to export.py and export again, or give a run")
+        raise ConfigError(f"{word}: unknown option; {program} --help lists them")
+    return arguments
+
+
 def run(main: Callable[[], None]) -> None:
     """Call a command; errors that bad input can cause become one line and exit status 2."""
     machine.restart_with_huge_pages()
@@ -60,7 +76,7 @@ def run(main: Callable[[], None]) -> None:
     logging.getLogger("querydet_jax").setLevel(logging.INFO)
     try:
         main()
-    except QueryDetError as error:
+    except (QueryDetError, ArtifactError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

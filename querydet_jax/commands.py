@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,16 @@ import jax
 import numpy as np
 
 from querydet_jax import machine
-from querydet_jax.cli import parse
-from querydet_jax.config import Config
+from querydet_jax.cli import parse, parse_for_artifact
+from querydet_jax.config import Config, DataConfig, InferenceConfig, override
 from querydet_jax.data import Dataset, open_dataset
 from querydet_jax.data.pictures import Pictures
+from querydet_jax.data.plan import both_orientations
 from querydet_jax.detector import Detector
-from querydet_jax.errors import DataError
+from querydet_jax.errors import ConfigError, DataError
 from querydet_jax.evaluation.output import write_scores
 from querydet_jax.evaluation.runner import Evaluation, comparison_table, evaluate_detectors, first_images
+from querydet_jax.export.artifact import Artifact
 from querydet_jax.files import write_json
 from querydet_jax.models import DenseDetector
 from querydet_jax.pictures import look, overview, pictures_of
@@ -120,22 +123,31 @@ class PredictArguments:
     """Weight file or run folder, where the source is a configuration file."""
     min_score: float = 0.3
     """Draw and list detections above this."""
+    artifact: str = ""
+    """What export.py has written, in place of CONFIG_OR_RUN: no pictures of queries, and no field to set."""
 
 
 def predict() -> None:
-    """Detect in pictures and draw what was found and what was computed."""
-    arguments, config, source = parse(PredictArguments, "Detect objects in pictures.")
+    """Detect in pictures and draw what was found and, for a run, what was computed."""
+    description = "Detect objects in pictures."
+    if any(word.split("=")[0] == "--artifact" for word in sys.argv[1:]):
+        arguments = parse_for_artifact(PredictArguments, description)
+        if arguments.weights:
+            raise ConfigError(f"--weights {arguments.weights}: an artifact has its own; export again with these")
+        detector = Artifact(arguments.artifact)
+        config, batch_size = _artifact_config(detector), min(detector.batch_sizes or (1,))
+    else:
+        arguments, config, source = parse(PredictArguments, description)
+        detector = Detector(open_model(config, source, arguments.weights or None), config.inference)
+        canvases = both_orientations(config.data.test_canvases)
+        config, batch_size = override(config, {"data.test_canvases": canvases}), 1
     if not arguments.images:
         raise DataError("--images: name at least one picture or folder")
-    model = open_model(config, source, arguments.weights or None)
     names = config.classes or tuple(f"class {k}" for k in range(config.model.num_classes))
     pictures = Pictures(arguments.images, names)
-    # Pictures of one's own come in either orientation, whatever the data set had.
-    canvases = dict.fromkeys([*config.data.test_canvases, *((w, h) for h, w in config.data.test_canvases)])
-    data = dataclasses.replace(config.data, test_canvases=tuple(canvases))
     out = Path(arguments.out)
     entries, used = [], set()
-    for seen in look(Detector(model, config.inference), pictures, data):
+    for seen in look(detector, pictures, config.data, batch_size=batch_size):
         file = Path(pictures.file_name(seen.index))
         stem = file.stem
         while stem in used:  # pictures of one name from different folders
@@ -164,6 +176,18 @@ def predict() -> None:
         print(f"{file}: {int(kept.sum())} objects; {', '.join(sorted(drawn))} -> {out}/{stem}_*.jpg", flush=True)
     write_json(
         out / "detections.json", {"images": entries, "model": config.name, "query": config.inference.query}, indent=2
+    )
+
+
+def _artifact_config(artifact: Artifact) -> Config:
+    """What an artifact's manifest says about its detector, as a configuration."""
+    manifest = artifact.manifest
+    resize, inference = manifest["preprocessing"], manifest["inference"]
+    return Config(
+        name=manifest["name"],
+        classes=artifact.classes,
+        data=DataConfig(test_short=resize["test_short"], test_max=resize["test_max"], test_canvases=artifact.canvases),
+        inference=InferenceConfig(query=inference["query"], threshold=inference["threshold"]),
     )
 
 

@@ -6,7 +6,7 @@ Shape letters: B batch, H W image, h w map, M candidates, D detections.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -124,6 +124,10 @@ class Detector:
             raise ConfigError("inference.query dense computes no queries; use inference.query csq")
         pyramid = self._dense_part(self._state, *_inputs(images, sizes))
         return (self._trace(self._state, pyramid, jnp.float32(threshold)) for threshold in thresholds)
+
+    def function(self) -> tuple[Callable[[PyTree, Array, Array], Detections], PyTree]:
+        """What a call runs, a pure function of (state, images, sizes), and its state: for other compilers than jit."""
+        return partial(_detect, self._graph, self.config), self._state
 
     def lower(self, shape: tuple[int, int, int]) -> jax.stages.Lowered:
         """The program for images ``[B, H, W, 3]``, for cost analysis or compilation ahead of time."""

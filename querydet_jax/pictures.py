@@ -12,6 +12,7 @@ from querydet_jax.config import DataConfig
 from querydet_jax.data import Dataset, eval_batches
 from querydet_jax.detector import Detector, QueryTrace
 from querydet_jax.evaluation import rescale_to_original
+from querydet_jax.export.artifact import Artifact
 from querydet_jax.visualize import contact_sheet, draw_detections, draw_heatmap, draw_sites
 
 
@@ -38,25 +39,30 @@ class Seen:
 
 
 def look(
-    detector: Detector, dataset: Dataset, data: DataConfig, indices: Sequence[int] | None = None
+    detector: Detector | Artifact,
+    dataset: Dataset,
+    data: DataConfig,
+    indices: Sequence[int] | None = None,
+    *,
+    batch_size: int = 1,
 ) -> Iterator[Seen]:
-    """Run a detector over images one by one, with what the query cascade did."""
+    """Run a detector over images, with what the query cascade did (an artifact has no program for that)."""
     position = {dataset.image_id(i): i for i in range(len(dataset))}
-    batches = eval_batches(dataset, data, batch_size=1, indices=indices)
+    batches = eval_batches(dataset, data, batch_size=batch_size, indices=indices)
     try:
         for batch in batches:
-            i = position[int(batch["image_ids"][0])]
-            net, original = (tuple(batch[key][0].tolist()) for key in ("sizes", "original_sizes"))
-            result = jax.device_get(detector(batch["images"], batch["sizes"]))
-            boxes, scores, classes = rescale_to_original(
-                result.boxes[0], result.scores[0], result.classes[0], result.valid[0], net, original
-            )
-            trace = None
-            if detector.config.query != "dense":
+            result, full = jax.device_get(detector(batch["images"], batch["sizes"])), None
+            if isinstance(detector, Detector) and detector.config.query != "dense":
                 full = jax.device_get(detector.trace(batch["images"], batch["sizes"]))
-                trace = QueryTrace(*({level: x[0] for level, x in maps.items()} for maps in full))
-            scale = max(original[0] / net[0], original[1] / net[1])
-            yield Seen(i, dataset.load(i), boxes, scores, classes, scale, trace)
+            for row in np.flatnonzero(batch["valid"]):
+                i = position[int(batch["image_ids"][row])]
+                net, original = (tuple(batch[key][row].tolist()) for key in ("sizes", "original_sizes"))
+                boxes, scores, classes = rescale_to_original(
+                    result.boxes[row], result.scores[row], result.classes[row], result.valid[row], net, original
+                )
+                trace = full and QueryTrace(*({level: x[row] for level, x in maps.items()} for maps in full))
+                scale = max(original[0] / net[0], original[1] / net[1])
+                yield Seen(i, dataset.load(i), boxes, scores, classes, scale, trace)
     finally:
         batches.close()
 

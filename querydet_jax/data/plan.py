@@ -46,6 +46,11 @@ def choose_canvas(shape: tuple[int, int], canvases: tuple[tuple[int, int], ...])
     return min(fits, key=lambda i: canvases[i][0] * canvases[i][1], default=-1)
 
 
+def both_orientations(canvases: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
+    """The canvases, then each on its side: one's own pictures come in either orientation, whatever a data set had."""
+    return tuple(dict.fromkeys([*canvases, *((width, height) for height, width in canvases)]))
+
+
 def _choose_cropped(shape: tuple[int, int], canvases: tuple[tuple[int, int], ...]) -> int:
     """Position of the canvas, the first of equals, that shows most of an image of ``shape``."""
     return max(range(len(canvases)), key=lambda i: min(shape[0], canvases[i][0]) * min(shape[1], canvases[i][1]))

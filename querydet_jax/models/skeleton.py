@@ -287,7 +287,10 @@ def best_candidates(
 
     def of_image(image: Array) -> Candidates:
         mine = sites.is_key & (sites.batch == image)
-        best, row, column = top_scores(values, jnp.where(mine, row_best, -jnp.inf), k, sites.index)
+        # No more rows than a map has cells: also what lets `jax.export` leave the batch open, of which N is a multiple.
+        best, row, column = top_scores(
+            values, jnp.where(mine, row_best, -jnp.inf), k, sites.index, most_rows=height * width
+        )
         limit = per_key * jnp.sum(mine.astype(jnp.int32))
         present = (best > -jnp.inf) & (jnp.arange(len(row)) < limit)
         found = describe(best, row, column)

@@ -19,7 +19,9 @@ _LOOKED_AT = 256
 _SETTLED = 128
 
 
-def top_scores(scores: Array, row_best: Array, k: int, position: Array | None = None) -> tuple[Array, Array, Array]:
+def top_scores(
+    scores: Array, row_best: Array, k: int, position: Array | None = None, most_rows: int | None = None
+) -> tuple[Array, Array, Array]:
     """The ``k`` best of ``scores [S, M]`` without sorting all of them.
 
     The k best entries lie within the k rows with the best maxima, so one selection over S row maxima
@@ -29,13 +31,15 @@ def top_scores(scores: Array, row_best: Array, k: int, position: Array | None = 
     Args:
       row_best: ``[S]``, the rows' maxima; -inf excludes a row.
       position: int ``[S]``, the rows' places on the map, where the rows do not lie in map order.
+      most_rows: at most so many rows are not excluded; None: S.
 
     Returns:
       ``values [k']``, descending, -inf where there are fewer; ``row [k']`` and ``column [k']``, with
-      k' = min(k, S * M). Equal scores keep their order by position, then column.
+      k' = min(k, min(S, most_rows) * M). Equal scores keep their order by position, then column.
     """
     num_rows, num_columns = scores.shape
-    best, rows = lax.top_k(row_best, min(k, num_rows))
+    most = k if most_rows is None else min(k, most_rows)
+    best, rows = lax.top_k(row_best, min(most, num_rows))
     # Back in map order, so that ties go to the earlier cell.
     order = jnp.argsort(rows if position is None else position[rows])
     rows, best = rows[order], best[order]
