@@ -7,6 +7,7 @@ sends to the others, which so need not see it.
 
 from __future__ import annotations
 
+import logging
 import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from querydet_jax.errors import ConfigError, QueryDetError
+
+_log = logging.getLogger("querydet_jax")
 
 Value = TypeVar("Value")
 
@@ -41,7 +44,7 @@ def join(hosts: Hosts) -> None:
     """Wait for the other hosts. To be called before anything else asks jax for its devices.
 
     Raises:
-      ConfigError: flags that contradict each other, or the hosts did not find together.
+      ConfigError: flags that contradict each other, or no system that ``auto`` knows.
     """
     check(hosts)
     if not hosts.auto and not hosts.coordinator:
@@ -51,12 +54,17 @@ def join(hosts: Hosts) -> None:
         known = dict(coordinator_address=hosts.coordinator, num_processes=hosts.count, process_id=hosts.index)
         # What was said in full is not looked up; jax would also take one device a process from SLURM.
         known["cluster_detection_method"] = "deactivate"
+    # If they do not come, jax ends the process itself, with a long message about an RPC; this line explains it.
+    _log.info(
+        "waiting up to %d s for %s", hosts.timeout,
+        f"{hosts.count} hosts at {hosts.coordinator}" if hosts.coordinator else "the other hosts",
+    )  # fmt: skip
     try:
         jax.distributed.initialize(**known, initialization_timeout=hosts.timeout)
     except (RuntimeError, ValueError) as error:
         raise ConfigError(
-            f"--hosts: the hosts did not find together ({str(error).splitlines()[0][:200]}): start the same command "
-            "on each, give --hosts.coordinator HOST:PORT, --hosts.count and --hosts.index where --hosts.auto knows none"
+            f"--hosts: the hosts did not find together ({str(error).splitlines()[0][:200]}): where --hosts.auto knows "
+            "nothing of them, give --hosts.coordinator HOST:PORT, --hosts.count and --hosts.index"
         ) from None
 
 

@@ -43,7 +43,8 @@ SMALL = Config(
 def a_batch(size: int = 4, seed: int = 0, height: int = 64) -> dict[str, np.ndarray]:
     """Noise, square, with 1 box on the first image, 2 on the next, and so on."""
     rng = np.random.default_rng(seed)
-    boxes, classes = np.zeros((size, 6, 4), np.float32), np.full((size, 6), -1, np.int32)
+    most = max(size, 6)
+    boxes, classes = np.zeros((size, most, 4), np.float32), np.full((size, most), -1, np.int32)
     for i in range(size):
         corner = rng.uniform(0, 40, (i + 1, 2))
         boxes[i, : i + 1] = np.concatenate([corner, corner + rng.uniform(6, 24, (i + 1, 2))], axis=1)

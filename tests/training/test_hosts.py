@@ -112,7 +112,7 @@ def test_two_hosts_of_two_devices_equal_four_devices_and_one(tmp_path):
     shutil.copytree(one / "run", first / "run")
     shutil.rmtree(first / "run" / "checkpoints" / "4")
     pair = zip((first, second), hosts(2), strict=True)
-    finished(*(started(cwd, data, 2, *flags, "--resume") for cwd, flags in pair))
+    finished(*(started(cwd, data, 2, *flags, "--resume", "--train.parallel", "shard_map") for cwd, flags in pair))
     assert_same_run(result(first / "run"), expected)
     assert not list(second.iterdir())
 

@@ -60,21 +60,21 @@ def test_foreground_counted_first_is_that_of_the_losses():
 def with_fine_heads(detector: str, num_convs: int, **changes) -> tuple:
     """First state, batch and compiled step of a model whose heads on P3 hold most of the memory."""
     model = {"detector": detector, "min_level": 3, "query.levels": (3,), "backbone.freeze_at": 5}
-    model |= {"head.channels": 64, "head.num_convs": num_convs}
+    model |= {"head.channels": 128, "head.num_convs": num_convs}
     config = override(SMALL, {f"model.{key}": value for key, value in model.items()})
-    (state, step), batch = start(override(config, changes), None), a_batch(height=128)
+    (state, step), batch = start(override(config, changes), None), a_batch(8, height=128)
     return state, batch, jax.jit(step).lower(state, batch).compile()
 
 
 def test_the_same_in_less_memory():
-    """Heads recomputed, one image's at a time of four; in parts, one image's of everything."""
+    """Heads recomputed, of one image at a time, out of eight; in parts, everything of two images."""
     ways = ({}, {"train.remat": True}, {"train.accumulate": 4})
-    states, batches, steps = zip(*(with_fine_heads("retinanet", 4, **changes) for changes in ways), strict=True)
+    states, batches, steps = zip(*(with_fine_heads("retinanet", 2, **changes) for changes in ways), strict=True)
     results = [step(state, batch) for step, state, batch in zip(steps, states, batches, strict=True)]
     for result in results[1:]:  # rounded more than above: there are more terms to add
         assert_same_run(result, results[0], rtol=5e-5, rtol_metrics=1e-4)
     needed = [step.memory_analysis().temp_size_in_bytes for step in steps]
-    assert needed[1] < 0.85 * needed[0] and needed[2] < 0.6 * needed[0]
+    assert needed[1] < 0.75 * needed[0] and needed[2] < 0.5 * needed[0]
 
 
 def test_remat_of_fcos_computes_the_same():
