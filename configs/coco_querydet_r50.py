@@ -5,7 +5,7 @@ Command: python train.py configs/coco_querydet_r50.py --data.root COCO --train.i
   COCO: a folder with annotations/instances_{train,val}2017.json, train2017/, val2017/; or, with --data.source tfds,
   the data directory of a copy in ArrayRecord (python -m querydet_jax.data prepare-coco).
   R-50.pkl: detectron2's ImageNetPretrained/MSRA/R-50.pkl.
-Learning rate and schedule are for 16 images a step, over any number of devices.
+Learning rate and schedule are for 16 images a step, over any number of devices and hosts; docs/scaling.md for others.
 Measured here: not measured; needs COCO and an accelerator.
 """
 

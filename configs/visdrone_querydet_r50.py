@@ -6,7 +6,7 @@ Command: python train.py configs/visdrone_querydet_r50.py --data.root VISDRONE -
   VISDRONE: a folder with VisDrone2019-DET-train/ and VisDrone2019-DET-val/ as distributed. Of patches cut before
   (python -m querydet_jax.data prepare-visdrone) the run reads --data.train-images PATCHES --data.no-patches.
   R-50.pkl: detectron2's ImageNetPretrained/MSRA/R-50.pkl.
-Learning rate and schedule are for 8 images a step, over any number of devices.
+Learning rate and schedule are for 8 images a step, over any number of devices and hosts; docs/scaling.md for others.
 Measured here: not measured; needs VisDrone and an accelerator.
 """
 
