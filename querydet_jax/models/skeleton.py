@@ -32,7 +32,7 @@ from querydet_jax.ops.nms import top_scores
 from querydet_jax.sparse import Sites, Stack
 
 PyTree = Any
-_REMAT_UP_TO = 3  # the finest levels; P4 and above have a sixteenth of the cells of P2 and P3 and less
+_REMAT_UP_TO = 3  # P2 and P3; all above together have about a fifteenth of their cells
 SIZE_DIVISOR = 32  # the stride of C5: P2..P5 are then exact halves of one another
 
 

@@ -48,7 +48,7 @@ def test_live_batch_norm_on_two_devices_equals_one_with_the_same_batch():
     batches = [a_batch(seed=0), a_batch(seed=1)]
     one, two = (run_steps(config, batches, devices=devices) for devices in (False, True))
     assert sum(path[-1] == "mean" for path, _ in nnx.to_flat_state(one[0].rest)) == 12  # stem, 4 x 2, 3 shortcuts
-    assert_same_run(two, one, rtol=1e-4, rtol_metrics=1e-4)  # norms over 4 images of 2 x 2 cells magnify rounding
+    assert_same_run(two, one, rtol=2e-4, rtol_metrics=2e-3)  # norms over 4 images of 2 x 2 cells magnify rounding
 
 
 @pytest.mark.parametrize(
