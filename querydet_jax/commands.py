@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from querydet_jax.evaluation.output import write_scores
 from querydet_jax.evaluation.runner import Evaluation, comparison_table, evaluate_detectors, first_images
 from querydet_jax.export.artifact import Artifact
 from querydet_jax.files import write_json
+from querydet_jax.hosts import Hosts, is_first, join, on_every
 from querydet_jax.models import DenseDetector
 from querydet_jax.pictures import look, overview, pictures_of
 from querydet_jax.runs import check_classes, open_model
@@ -36,11 +37,13 @@ class TrainArguments:
     """Folder of the run: configuration, metrics, checkpoints (default: runs/NAME, or the run folder given)."""
     resume: bool = False
     """Go on from the run's newest checkpoint."""
+    hosts: Hosts = field(default_factory=Hosts)
 
 
 def train() -> None:
     """Train a detector."""
-    arguments, config, source = parse(TrainArguments, "Train a detector on all local devices.")
+    arguments, config, source = parse(TrainArguments, "Train a detector on all devices, of one host or several.")
+    join(arguments.hosts)
     run = Path(arguments.run or (source if Path(source).is_dir() else f"runs/{config.name}"))
 
     def evaluate(model: DenseDetector, dataset: Dataset) -> dict[str, float]:
@@ -48,7 +51,8 @@ def train() -> None:
             _detectors(model, config, ()), dataset, config.data, batch_size=config.inference.batch_size,
             indices=first_images(dataset, config.train.eval_images), size_bins=(),
         )  # fmt: skip
-        print(comparison_table(runs), flush=True)
+        if is_first():
+            print(comparison_table(runs), flush=True)
         return {
             f"{name}/{key}": value
             for name, result in runs.items()
@@ -56,7 +60,8 @@ def train() -> None:
         }
 
     run_training(config, run, resume=arguments.resume, evaluate=evaluate)
-    print(f"trained; evaluate with: python eval.py {run}")
+    if is_first():
+        print(f"trained; evaluate with: python eval.py {run}")
 
 
 @dataclass(frozen=True)
@@ -73,13 +78,15 @@ class EvalArguments:
     """Images to draw."""
     query_recall: bool = True
     """Also count which objects the queries reach, at several thresholds (a second, untimed pass)."""
+    hosts: Hosts = field(default_factory=Hosts)
 
 
 def evaluate() -> None:
     """Evaluate a trained detector, densely and with Cascade Sparse Query."""
     arguments, config, source = parse(EvalArguments, "Evaluate a detector, densely and with Cascade Sparse Query.")
+    join(arguments.hosts)
     model = open_model(config, source, arguments.weights or None)
-    dataset = open_dataset(config.data, "val")
+    dataset = on_every(lambda: open_dataset(config.data, "val"))
     check_classes(config, dataset)
     out = Path(arguments.out or (source if Path(source).is_dir() else f"runs/{config.name}"))
     detectors = _detectors(model, config, arguments.methods)
@@ -92,6 +99,8 @@ def evaluate() -> None:
         indices=indices,
         query_recall=arguments.query_recall,
     )
+    if not is_first():
+        return
     for name, result in runs.items():
         print(f"\n{name}: {result.scores.table()}")
         for level, recall in result.recall.items():

@@ -240,7 +240,11 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    batch_size: int = 16  # images a step, over all devices
+    batch_size: int = 16  # images a step, over all hosts and devices
+    accumulate: int = 1  # parts of a device's images that it computes one after another, for one update: less memory
+    # Heads of P2 and P3 image by image, and again in the backward pass: less memory, more time.
+    remat: bool = False
+    parallel: Literal["pmap", "shard_map"] = "pmap"  # what carries the step over the devices; the same results
     steps: int = 90_000
     optimizer: Literal["sgd", "adamw"] = "sgd"
     learning_rate: float = 0.01
@@ -253,6 +257,9 @@ class TrainConfig:
     decay_factor: float = 0.1
     clip_value: float = 0.0  # > 0: clip each gradient element to +- this
     clip_norm: float = 0.0  # > 0: clip the global gradient norm to this
+    # > 0: decay of the moving average of the parameters, which is then what is evaluated and exported. In the first
+    # steps less, (1 + step) / (10 + step).
+    ema: float = 0.0
     seed: int = 0
     # Weights to start from (backbone or whole model): a file, a run, or efficientnet_lite0, which is
     # the ImageNet weights of requirements-efficientnet.txt.
@@ -462,9 +469,11 @@ def check(config: Config) -> None:
         raise ConfigError(
             f"classes has {len(config.classes)} names, model.num_classes is {model.num_classes}: make them agree"
         )
-    for name in ("batch_size", "steps", "log_every", "checkpoint_every"):
+    for name in ("batch_size", "accumulate", "steps", "log_every", "checkpoint_every"):
         if getattr(train, name) < 1:
             raise ConfigError(f"train.{name} {getattr(train, name)}: must be at least 1")
+    if not 0 <= train.ema < 1:
+        raise ConfigError(f"train.ema {train.ema}: must be 0 (no moving average) or below 1, such as 0.999")
     if model.backbone.norm == "group" and model.backbone.width % 32:
         raise ConfigError(f"model.backbone.width {model.backbone.width}: must be a multiple of 32 with group norm")
 

@@ -109,6 +109,13 @@ class QueryRecall:
         self._active += active.mean(axis=(1, 2))
         self._images += 1
 
+    def merge(self, other: QueryRecall) -> None:
+        """Take in the counts of other images, made with the same thresholds and bins."""
+        self.hits += other.hits
+        self.totals += other.totals
+        self._active += other._active
+        self._images += other._images
+
     def recall(self, threshold: float | None = None) -> dict[str, float]:
         """Bin key to percent of boxes found, nan for a bin without boxes.
 

@@ -18,6 +18,7 @@ from querydet_jax.evaluation.coco import ImageDetections, rescale_to_original
 from querydet_jax.evaluation.metrics import DEFAULT_BINS, known, percent, text_table
 from querydet_jax.evaluation.query import QueryRecall
 from querydet_jax.evaluation.scoring import Scores, score
+from querydet_jax.hosts import gather, is_first
 from querydet_jax.ops.anchors import level_shape
 from querydet_jax.progress import progress
 
@@ -50,6 +51,19 @@ class Evaluation:
         """Mean over batches of images a second, as the paper averages."""
         return float(np.mean([1000.0 / ms for ms in self.ms])) if self.ms else float("nan")
 
+    def add(self, other: Evaluation) -> None:
+        """Take in what another host did on its images."""
+        self.ms += other.ms
+        for level, shares in other.active.items():
+            self.active.setdefault(level, []).extend(shares)
+        for level, count in other.dense_rungs.items():
+            self.dense_rungs[level] = self.dense_rungs.get(level, 0) + count
+        for level, recall in other.recall.items():
+            if level in self.recall:
+                self.recall[level].merge(recall)
+            else:
+                self.recall[level] = recall
+
     def active_share(self) -> dict[int, float]:
         return {level: float(np.mean(shares)) for level, shares in self.active.items()}
 
@@ -78,12 +92,13 @@ def evaluate_detectors(
     """Evaluate detectors side by side.
 
     Every batch goes through all of them in turn, so their times are comparable though the machine's
-    speed may drift.
+    speed may drift. Several hosts share the images; each returns the result of all.
 
     Args:
       detectors: name to detector.
       dataset: images and ground truth.
       data: resize rule and canvases.
+      batch_size: images a batch of each host.
       indices: positions of the images to use; None: all.
       query_recall: also count which objects' centre cells are among the keys, at ``THRESHOLDS`` and the
         detector's own, in a second, untimed pass.
@@ -91,13 +106,20 @@ def evaluate_detectors(
     Raises:
       DataError: an image that cannot be read.
     """
-    batches = eval_batches(dataset, data, batch_size=batch_size, indices=indices)
+    batches = eval_batches(
+        dataset,
+        data,
+        batch_size=batch_size,
+        indices=indices,
+        shard=jax.process_index(),
+        num_shards=jax.process_count(),
+    )
     position = {dataset.image_id(i): i for i in range(len(dataset))}
     found: dict[str, list[ImageDetections]] = {name: [] for name in detectors}
     runs = {name: Evaluation() for name in detectors}
     seen: set[tuple[int, ...]] = set()
     try:
-        for batch in progress(batches, "evaluating", "batch", total=len(batches), show=show_progress):
+        for batch in progress(batches, "evaluating", "batch", total=len(batches), show=show_progress and is_first()):
             images, sizes = jax.device_put((batch["images"], batch["sizes"]))
             for name, detector in detectors.items():
                 if images.shape not in seen:
@@ -118,6 +140,11 @@ def evaluate_detectors(
             seen.add(images.shape)
     finally:
         batches.close()
+    (runs, found), *others = gather((runs, found))
+    for of_other, found_there in others:
+        for name in detectors:
+            runs[name].add(of_other[name])
+            found[name] += found_there[name]
     for name, run in runs.items():
         run.scores = score(dataset, found[name], indices=indices, size_bins=size_bins)
     return runs

@@ -20,7 +20,16 @@ from querydet_jax.config import ModelConfig
 from querydet_jax.models.retinanet import level_anchors
 from querydet_jax.models.rpn import RPNHead, RPNQueryHead
 from querydet_jax.models.second_stage import DELTA_WEIGHTS, BoxHead, sample_proposals
-from querydet_jax.models.skeleton import Candidates, DenseDetector, Losses, Outputs, best_candidates, level_weights
+from querydet_jax.models.skeleton import (
+    Candidates,
+    DenseDetector,
+    Losses,
+    Outputs,
+    Whole,
+    best_candidates,
+    level_map,
+    level_weights,
+)
 from querydet_jax.ops.anchors import anchors_at, grid_anchors
 from querydet_jax.ops.boxes import clip, decode
 from querydet_jax.ops.losses import binary_cross_entropy, smooth_l1
@@ -82,15 +91,20 @@ class FasterRCNN(DenseDetector):
 
     def __call__(self, images: Array, sizes: Array | None = None) -> Outputs:
         """Dense outputs of uint8 RGB images ``[B, H, W, 3]`` (``sizes``: see the class's base)."""
-        features = self.features(jnp.asarray(images), sizes)
+        return self._first_stage(self.features(jnp.asarray(images), sizes), remat=False)
+
+    def _first_stage(self, features: dict[int, Array], remat: bool) -> Outputs:
+        def heads(x: Array) -> tuple[Array, Array, Array | None]:
+            trunk = self.head.trunk_output(x)
+            return *self.head.branches(trunk), None if self.query_head is None else self.query_head.branch(trunk)
+
         cls, box, query = {}, {}, {}
         for level, x in features.items():
-            trunk = self.head.trunk_output(x)
-            objectness, deltas = self.head.branches(trunk)
+            objectness, deltas, queries = level_map(heads, level, remat, x)
             cls[level] = objectness[..., None]
             box[level] = deltas.reshape(*objectness.shape, 4)
-            if self.query_head is not None and level in self.config.query.levels:
-                query[level] = self.query_head.branch(trunk)
+            if queries is not None and level in self.config.query.levels:
+                query[level] = queries
         return Outputs(features, cls, box, query)
 
     def losses(
@@ -101,38 +115,58 @@ class FasterRCNN(DenseDetector):
         normalizer: Array | float,
         sizes: Array | None = None,
         axis_name: str | None = None,
-        key: Array | None = None,
+        *,
+        keys: Array | None = None,
+        whole: Whole | None = None,
+        remat: bool = False,
     ) -> FasterRCNNLosses:
         """loss_rpn_cls = sum_l beta_l sum BCE / (M B), loss_rpn_box = sum_l beta_l sum smooth L1 / (M B) over the
         sampled anchors; loss_cls = mean cross-entropy, loss_box = sum smooth L1 / number over the sampled proposals;
         loss_query as for the other detectors; total is their sum.
 
-        Without a ``key`` each call draws the same sample. Replicas draw for their images what one device would.
+        Without ``keys`` each call draws the same sample. Replicas divide by the proposals that all of them have
+        sampled; parts of a batch in time (``whole``) by their own, which differs where an image has too few.
         """
         config, stages = self.config, self.config.faster_rcnn
         boxes, classes = jnp.asarray(boxes, jnp.float32), jnp.asarray(classes, jnp.int32)
         images = jnp.asarray(images)
-        sizes = _whole(images) if sizes is None else jnp.asarray(sizes, jnp.int32)
-        outputs = self(images, sizes)
-        rpn_key, roi_key = _image_keys(key, len(images), axis_name)
+        sizes = _whole_images(images) if sizes is None else jnp.asarray(sizes, jnp.int32)
+        outputs = self._first_stage(self.features(images, sizes), remat)
+        if keys is None:
+            keys = jax.random.split(jax.random.key(0), len(images))
+        rpn_keys, roi_keys = (jax.vmap(partial(jax.random.fold_in, data=draw))(keys) for draw in (0, 1))
 
-        rpn_sums = self._rpn_sums(outputs, boxes, classes, rpn_key)
+        per_level = self._rpn_sums(outputs, boxes, classes, rpn_keys)
         weights = jnp.asarray(level_weights(config), jnp.float32)
         count = stages.rpn_samples * len(images)
-        rpn = {name: jnp.sum(weights * sums) / count for name, sums in rpn_sums.items()}
+        rpn = {name: jnp.sum(weights * sums) / count for name, sums in per_level.items()}
 
         proposals = self.proposals(self._whole_level_candidates(outputs, stages.train_topk), sizes)
-        roi, num_foreground = self._roi_losses(outputs.features, proposals, boxes, classes, roi_key, axis_name)
+        roi, num_foreground = self._roi_losses(outputs.features, proposals, boxes, classes, roi_keys, axis_name)
+        if whole is not None:
+            num_foreground = whole.parts * num_foreground / (1 if axis_name is None else lax.axis_size(axis_name))
 
-        query, per_level = jnp.zeros(()), dict(rpn_sums)
-        if self.query_head is not None:
-            per_level["query"] = self.query_losses(outputs.query, boxes, classes)
+        query, query_head = jnp.zeros(()), self.query_head
+        if query_head is not None:
+            per_level["query"] = self._query_means(outputs.query, boxes, classes)
             query = jnp.sum(jnp.asarray(config.loss.query_weights, jnp.float32) * per_level["query"])
         total = rpn["rpn_cls"] + rpn["rpn_box"] + roi["cls"] + roi["box"] + query
         return FasterRCNNLosses(
             **rpn, **roi, query=query, total=total, num_foreground=num_foreground,
             normalizer=jnp.asarray(normalizer, jnp.float32), per_level=per_level,
         )  # fmt: skip
+
+    def count_foreground(self, size: tuple[int, int], boxes: Array, classes: Array) -> Array:
+        """0: nothing is divided by the foreground."""
+        return jnp.zeros(())
+
+    def _query_means(self, logits: dict[int, Array], boxes: Array, classes: Array) -> Array:
+        """As ``query_losses``, of logits that the RPN's trunk has given already."""
+        means = []
+        for level, gamma in zip(self.config.query.levels, self.config.loss.query_gammas, strict=True):
+            target = self.query_target(level, (logits[level].shape[1], logits[level].shape[2]), boxes, classes)
+            means.append(self.query_focal(logits[level], target, gamma) / target.size)
+        return jnp.stack(means)
 
     # First stage ---------------------------------------------------------------------------
 
@@ -287,10 +321,11 @@ class FasterRCNN(DenseDetector):
         )[:, :, 0]  # fmt: skip
         foreground = found.valid & (found.labels < config.num_classes)
         difference = jnp.where(foreground[..., None], mine - found.deltas, 0.0)
-        count, num_foreground = jnp.sum(found.valid), jnp.sum(foreground)
+        count, num_foreground, parts = jnp.sum(found.valid), jnp.sum(foreground), 1
         if axis_name is not None:
-            count, num_foreground = lax.pmean((count, num_foreground), axis_name)
-        count = jnp.maximum(count.astype(jnp.float32), 1.0)
+            count, num_foreground = lax.psum((count, num_foreground), axis_name)
+            parts = lax.axis_size(axis_name)
+        count = jnp.maximum(count.astype(jnp.float32), 1.0) / parts
         losses = {
             "cls": jnp.sum(jnp.where(found.valid, entropy, 0.0)) / count,
             "box": jnp.sum(smooth_l1(difference, beta=config.loss.smooth_l1_beta)) / count,
@@ -301,13 +336,5 @@ class FasterRCNN(DenseDetector):
         return level_anchors(self.config.anchors, level)
 
 
-def _whole(images: Array) -> Array:
+def _whole_images(images: Array) -> Array:
     return jnp.broadcast_to(jnp.asarray(images.shape[1:3], jnp.int32)[None], (len(images), 2))
-
-
-def _image_keys(key: Array | None, number: int, axis_name: str | None) -> tuple[Array, Array]:
-    """For each of two draws a key an image ``[B]``, by the image's place in the whole batch."""
-    first = 0 if axis_name is None else lax.axis_index(axis_name) * number
-    own = jax.vmap(partial(jax.random.fold_in, jax.random.key(0) if key is None else key))(first + jnp.arange(number))
-    split = jax.vmap(jax.random.split)(own)
-    return split[:, 0], split[:, 1]

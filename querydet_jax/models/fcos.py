@@ -14,7 +14,7 @@ from jax import Array
 from querydet_jax.config import HeadConfig, ModelConfig
 from querydet_jax.models.heads import DetectionHead
 from querydet_jax.models.layers import Conv, normal_init, run_tower, zeros_bias
-from querydet_jax.models.skeleton import Candidates, DenseDetector, Losses, Outputs, best_candidates
+from querydet_jax.models.skeleton import Candidates, DenseDetector, Losses, Outputs, Whole, best_candidates, level_sum
 from querydet_jax.ops.losses import binary_cross_entropy, focal_loss, giou_loss
 from querydet_jax.ops.matching import assign_points, per_image
 from querydet_jax.ops.points import boxes_around, centerness, distances, grid_points, points_at
@@ -123,34 +123,47 @@ class FCOS(DenseDetector):
         normalizer: Array | float,
         sizes: Array | None = None,
         axis_name: str | None = None,
-        key: Array | None = None,
+        *,
+        keys: Array | None = None,
+        whole: Whole | None = None,
+        remat: bool = False,
     ) -> FCOSLosses:
         """loss_cls = sum_l beta_l sum focal / N over all points, loss_box = sum_l beta_l sum (1 - GIoU) / N and
         loss_centerness = sum_l beta_l sum BCE / N over foreground points, loss_query = sum_q w_q mean focal;
-        total is their sum. N averages max(1, foreground points); nothing is drawn from ``key``.
+        total is their sum. N averages max(1, foreground points); nothing is drawn with ``keys``.
         """
         config, loss = self.config, self.config.loss
         boxes, classes = jnp.asarray(boxes, jnp.float32), jnp.asarray(classes, jnp.int32)
-        outputs = self(images, sizes)
-        shapes = [(x.shape[1], x.shape[2]) for x in outputs.features.values()]
+        features = self.features(jnp.asarray(images), sizes)
+        shapes = [(x.shape[1], x.shape[2]) for x in features.values()]
         targets = self.targets(shapes, boxes, classes)
-        num_foreground, average = self.foreground_average(targets.labels >= 0, normalizer, axis_name, at_least=1.0)
+        num_foreground, average, divisor = self.foreground_average(
+            targets.labels >= 0, normalizer, axis_name, whole, at_least=1.0
+        )
 
-        sums: dict[str, list[Array]] = {"cls": [], "box": [], "centerness": []}
-        start = 0
-        for level, (height, width) in zip(config.levels, shapes, strict=True):
-            end = start + height * width
-            label, target, center = (x[:, start:end].reshape(x.shape[0], height, width, *x.shape[2:]) for x in targets)
+        def level_sums(x: Array, *target: Array, stride: int) -> dict[str, Array]:
+            label, box, center = (part.reshape(*x.shape[:3], *part.shape[2:]) for part in target)
+            height, width = x.shape[1:3]
+            logits, outputs = self.head(x)
             one_hot = label[..., None] == jnp.arange(config.num_classes)[None, None, None]
-            focal = focal_loss(outputs.cls[level][..., 0, :], one_hot, alpha=loss.focal_alpha, gamma=loss.focal_gamma)
-            sides = jax.nn.relu(outputs.box[level][..., 0, :]) * 2**level
-            giou = giou_loss(boxes_around(grid_points(height, width, 2**level)[None], sides), target)
-            entropy = binary_cross_entropy(outputs.centerness[level], center)
-            sums["cls"].append(jnp.sum(focal))
-            sums["box"].append(jnp.sum(jnp.where(label >= 0, giou, 0.0)))
-            sums["centerness"].append(jnp.sum(jnp.where(label >= 0, entropy, 0.0)))
+            focal = focal_loss(logits, one_hot, alpha=loss.focal_alpha, gamma=loss.focal_gamma)
+            sides = jax.nn.relu(outputs[..., :_BOX]) * stride
+            giou = giou_loss(boxes_around(grid_points(height, width, stride)[None], sides), box)
+            entropy = binary_cross_entropy(outputs[..., _BOX], center)
+            return {
+                "cls": jnp.sum(focal),
+                "box": jnp.sum(jnp.where(label >= 0, giou, 0.0)),
+                "centerness": jnp.sum(jnp.where(label >= 0, entropy, 0.0)),
+            }
+
+        by_level, start = [], 0
+        for (level, x), (height, width) in zip(features.items(), shapes, strict=True):
+            end = start + height * width
+            of_level = partial(level_sums, stride=2**level)
+            by_level.append(level_sum(of_level, level, remat, x, *(part[:, start:end] for part in targets)))
             start = end
-        terms, per_level = self.weigh(sums, average, outputs.query, boxes, classes)
+        sums = {name: [of_level[name] for of_level in by_level] for name in by_level[0]}
+        terms, per_level = self.weigh(sums, divisor, self.query_losses(features, boxes, classes, remat))
         total = terms["cls"] + terms["box"] + terms["centerness"] + terms["query"]
         return FCOSLosses(**terms, total=total, num_foreground=num_foreground, normalizer=average, per_level=per_level)
 
@@ -177,6 +190,9 @@ class FCOS(DenseDetector):
             return PointTargets(labels, target, center)
 
         return per_image(assign, boxes, classes)
+
+    def labels(self, shapes: list[tuple[int, int]], boxes: Array, classes: Array) -> Array:
+        return self.targets(shapes, boxes, classes).labels
 
     def head_stacks(self) -> tuple[Stack, ...]:
         return self.head.stacks()

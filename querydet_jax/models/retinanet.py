@@ -9,7 +9,7 @@ from jax import Array
 
 from querydet_jax.config import AnchorConfig, ModelConfig
 from querydet_jax.models.heads import DetectionHead
-from querydet_jax.models.skeleton import Candidates, DenseDetector, Losses, Outputs, best_candidates
+from querydet_jax.models.skeleton import Candidates, DenseDetector, Losses, Outputs, Whole, best_candidates, level_sum
 from querydet_jax.ops.anchors import anchors_at, cell_anchors, grid_anchors
 from querydet_jax.ops.boxes import decode
 from querydet_jax.ops.losses import focal_loss, smooth_l1
@@ -33,13 +33,16 @@ class RetinaNet(DenseDetector):
     def __call__(self, images: Array, sizes: Array | None = None) -> Outputs:
         """Dense outputs of uint8 RGB images ``[B, H, W, 3]`` (``sizes``: see the class's base)."""
         features = self.features(jnp.asarray(images), sizes)
-        num_anchors, num_classes = self.config.anchors.per_cell, self.config.num_classes
         cls, box = {}, {}
         for level, x in features.items():
-            class_logits, deltas = self.head(x)
-            cls[level] = class_logits.reshape(*x.shape[:3], num_anchors, num_classes)
-            box[level] = deltas.reshape(*x.shape[:3], num_anchors, 4)
+            cls[level], box[level] = self._heads(x)
         return Outputs(features, cls, box, self.query_logits(features))
+
+    def _heads(self, x: Array) -> tuple[Array, Array]:
+        """Class logits ``[B, h, w, A, K]`` and deltas ``[B, h, w, A, 4]`` of a level's features."""
+        cls, box = self.head(x)
+        anchors = self.config.anchors.per_cell
+        return cls.reshape(*x.shape[:3], anchors, self.config.num_classes), box.reshape(*x.shape[:3], anchors, 4)
 
     def losses(
         self,
@@ -49,32 +52,40 @@ class RetinaNet(DenseDetector):
         normalizer: Array | float,
         sizes: Array | None = None,
         axis_name: str | None = None,
-        key: Array | None = None,
+        *,
+        keys: Array | None = None,
+        whole: Whole | None = None,
+        remat: bool = False,
     ) -> Losses:
         """loss_cls = sum_l beta_l sum focal / N, loss_box = sum_l beta_l sum smooth L1 / N,
-        loss_query = sum_q w_q mean focal; total is their sum. Foreground are anchors; nothing is drawn from ``key``."""
+        loss_query = sum_q w_q mean focal; total is their sum. Foreground are anchors; ``keys`` are not used."""
         config, loss = self.config, self.config.loss
         boxes, classes = jnp.asarray(boxes, jnp.float32), jnp.asarray(classes, jnp.int32)
-        outputs = self(images, sizes)
-        shapes = [(x.shape[1], x.shape[2]) for x in outputs.features.values()]
+        features = self.features(jnp.asarray(images), sizes)
+        shapes = [(x.shape[1], x.shape[2]) for x in features.values()]
         labels, targets = self.targets(shapes, boxes, classes)
+        num_foreground, average, divisor = self.foreground_average(labels >= 0, normalizer, axis_name, whole)
 
-        num_foreground, average = self.foreground_average(labels >= 0, normalizer, axis_name)
-
-        cls_sums, box_sums, start = [], [], 0
-        for level in outputs.cls:
-            cls, box = outputs.cls[level], outputs.box[level]
-            end = start + cls.shape[1] * cls.shape[2] * cls.shape[3]
-            label = labels[:, start:end].reshape(cls.shape[:-1])
-            target = targets[:, start:end].reshape(box.shape)
+        def level_sums(x: Array, label: Array, target: Array) -> tuple[Array, Array]:
+            cls, box = self._heads(x)
+            label, target = label.reshape(cls.shape[:-1]), target.reshape(box.shape)
             one_hot = label[..., None] == jnp.arange(config.num_classes)[None, None, None, None]
             focal = focal_loss(cls, one_hot, alpha=loss.focal_alpha, gamma=loss.focal_gamma)
-            cls_sums.append(jnp.sum(jnp.where((label != IGNORED)[..., None], focal, 0.0)))
             difference = jnp.where((label >= 0)[..., None], box - target, 0.0)
-            box_sums.append(jnp.sum(smooth_l1(difference, beta=loss.smooth_l1_beta)))
+            return (
+                jnp.sum(jnp.where((label != IGNORED)[..., None], focal, 0.0)),
+                jnp.sum(smooth_l1(difference, beta=loss.smooth_l1_beta)),
+            )
+
+        sums: dict[str, list[Array]] = {"cls": [], "box": []}
+        start = 0
+        for (level, x), (height, width) in zip(features.items(), shapes, strict=True):
+            end = start + height * width * config.anchors.per_cell
+            cls_sum, box_sum = level_sum(level_sums, level, remat, x, labels[:, start:end], targets[:, start:end])
+            sums["cls"].append(cls_sum)
+            sums["box"].append(box_sum)
             start = end
-        sums = {"cls": cls_sums, "box": box_sums}
-        terms, per_level = self.weigh(sums, average, outputs.query, boxes, classes)
+        terms, per_level = self.weigh(sums, divisor, self.query_losses(features, boxes, classes, remat))
         total = terms["cls"] + terms["box"] + terms["query"]
         return Losses(**terms, total=total, num_foreground=num_foreground, normalizer=average, per_level=per_level)
 
@@ -101,6 +112,9 @@ class RetinaNet(DenseDetector):
             return labels, jnp.where((labels >= 0)[:, None], matched_deltas(anchors, boxes, matched), 0.0)
 
         return per_image(assign, boxes, classes)
+
+    def labels(self, shapes: list[tuple[int, int]], boxes: Array, classes: Array) -> Array:
+        return self.targets(shapes, boxes, classes)[0]
 
     def head_stacks(self) -> tuple[Stack, ...]:
         return self.head.stacks()

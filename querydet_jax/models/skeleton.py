@@ -26,12 +26,14 @@ from querydet_jax.models.backbones.resnet import is_bgr, pixel_statistics
 from querydet_jax.models.fpn import FPN
 from querydet_jax.models.heads import QueryHead
 from querydet_jax.models.rpn import RPNQueryHead
+from querydet_jax.ops.anchors import level_shape
 from querydet_jax.ops.losses import focal_loss
 from querydet_jax.ops.matching import per_image, query_targets
 from querydet_jax.ops.nms import top_scores
 from querydet_jax.sparse import Sites, Stack
 
 PyTree = Any
+_REMAT_UP_TO = 3  # P2 and P3; all above together have about a fifteenth of their cells
 SIZE_DIVISOR = 32  # the stride of C5: P2..P5 are then exact halves of one another
 
 
@@ -73,6 +75,17 @@ class Losses:
     def terms(self) -> dict[str, Array]:
         """What ``total`` is the sum of, by name."""
         return {"cls": self.cls, "box": self.box, "query": self.query}
+
+
+class Whole(NamedTuple):
+    """The batch that the images at hand are one of ``parts`` equal parts of (over devices, over time).
+
+    A part's losses are divided so that their mean over the parts is the loss of the whole batch. ``foreground``:
+    the whole's, scalar float32.
+    """
+
+    foreground: Array
+    parts: int
 
 
 class Candidates(NamedTuple):
@@ -117,7 +130,10 @@ class DenseDetector(nnx.Module):
         normalizer: Array | float,
         sizes: Array | None = None,
         axis_name: str | None = None,
-        key: Array | None = None,
+        *,
+        keys: Array | None = None,
+        whole: Whole | None = None,
+        remat: bool = False,
     ) -> Losses:
         """Training losses of a batch (paper section 3.4); ``total`` is what is minimised.
 
@@ -129,10 +145,13 @@ class DenseDetector(nnx.Module):
             ``config.loss.normalizer_init``). N = max(1, 0.9 * normalizer + 0.1 * foreground) divides
             this step's losses; the average to pass on is returned as ``.normalizer``.
           sizes: int32 ``[B, 2]``, valid (height, width) of each image.
-          axis_name: the pmap axis, if any: foreground is then the mean over replicas of each
-            one's count, so that every replica divides by the same N.
-          key: PRNG key of the step for detectors that learn from a random sample (Faster R-CNN), the same
-            on every replica.
+          axis_name: the mapped axis, if any: foreground is then that of all replicas, and the mean over
+            replicas of the losses is the loss of all their images as one batch.
+          keys: PRNG keys ``[B]``, one an image, for detectors that learn from a random sample (Faster R-CNN).
+          whole: the batch that these images are a part of, where it is more than the replicas': the same
+            holds for the mean over its parts.
+          remat: compute the heads of P2 and P3 (and their losses) image by image, and again in the backward pass:
+            less memory, more time, the same result.
         """
         raise NotImplementedError
 
@@ -142,6 +161,10 @@ class DenseDetector(nnx.Module):
 
     def dense_heads(self, x: Array) -> tuple[Array, ...]:
         """Head outputs ``[B, h, w, O]``, float32, of a level's features ``[B, h, w, C]``."""
+        raise NotImplementedError
+
+    def labels(self, shapes: list[tuple[int, int]], boxes: Array, classes: Array) -> Array:
+        """Class int32 ``[B, R]`` of every anchor or point of levels of these (h, w), below 0 where none."""
         raise NotImplementedError
 
     def candidates(self, level: int, outputs: list[Array], sites: Sites, *, topk: int) -> Candidates:
@@ -186,51 +209,89 @@ class DenseDetector(nnx.Module):
             return {}
         return {level: self.query_head(features[level]) for level in self.config.query.levels}
 
-    def foreground_average(
-        self, foreground: Array, normalizer: Array | float, axis_name: str | None, at_least: float = 0.0
-    ) -> tuple[Array, Array]:
-        """Foreground of this step, and the running average with it.
+    def count_foreground(self, size: tuple[int, int], boxes: Array, classes: Array) -> Array:
+        """Foreground of a batch as ``losses`` counts it, scalar float32, without looking at its images.
 
         Args:
-          foreground: bool, any shape.
+          size: (H, W) of the images.
+          boxes: ``[B, G, 4]`` xyxy px of the network input.
+          classes: int ``[B, G]``, -1 for padding.
+        """
+        height, width = (-(-side // SIZE_DIVISOR) * SIZE_DIVISOR for side in size)
+        shapes = [level_shape(height, width, level) for level in self.config.levels]
+
+        def of_image(truth: tuple[Array, Array]) -> Array:
+            return jnp.sum((self.labels(shapes, *truth) >= 0).astype(jnp.float32))
+
+        # An image at a time: of the labels of a large batch only the counts are kept.
+        return jnp.sum(lax.map(of_image, (boxes[:, None], classes[:, None])))
+
+    def foreground_average(
+        self,
+        foreground: Array,
+        normalizer: Array | float,
+        axis_name: str | None,
+        whole: Whole | None,
+        at_least: float = 0.0,
+    ) -> tuple[Array, Array, Array]:
+        """Foreground of the whole batch, the running average with it, and what divides the losses of this part.
+
+        Args:
+          foreground: bool, any shape, of the images at hand.
           normalizer: the running average before this step.
-          axis_name: the pmap axis, if any: foreground is then the mean over replicas of each one's count, so
-            that every replica divides by the same number.
+          axis_name: the mapped axis, if any, whose replicas' images together are the whole batch.
+          whole: the whole batch where it is more than that.
           at_least: a smaller count goes into the average as this.
         """
-        count = jnp.sum(foreground.astype(jnp.float32))
-        if axis_name is not None:
-            count = lax.pmean(count, axis_name)
+        if whole is None:
+            count, parts = jnp.sum(foreground.astype(jnp.float32)), 1
+            if axis_name is not None:
+                count, parts = lax.psum(count, axis_name), lax.axis_size(axis_name)
+            whole = Whole(count, parts)
         momentum = self.config.loss.normalizer_momentum
         average = momentum * jnp.asarray(normalizer, jnp.float32)
-        return count, average + (1.0 - momentum) * jnp.maximum(count, at_least)
+        average = average + (1.0 - momentum) * jnp.maximum(whole.foreground, at_least)
+        return whole.foreground, average, jnp.maximum(average, 1.0) / whole.parts
 
     def weigh(
-        self, sums: dict[str, list[Array]], average: Array, query: dict[int, Array], boxes: Array, classes: Array
+        self, sums: dict[str, list[Array]], divisor: Array, query: Array | None
     ) -> tuple[dict[str, Array], dict[str, Array]]:
-        """Loss terms and their parts by level (paper eq. 4): sum_l beta_l sum / max(1, average) for each of ``sums``,
-        which are by level; ``query``: sum_q w_q mean focal (0 without a query head)."""
+        """Loss terms and their parts by level (paper eq. 4): sum_l beta_l sum / divisor for each of ``sums``,
+        which are by level; ``query``: sum_q w_q mean focal of ``query_losses`` (0 without a query head)."""
         weights = jnp.asarray(level_weights(self.config), jnp.float32)
         per_level = {name: jnp.stack(values) for name, values in sums.items()}
-        divisor = jnp.maximum(average, 1.0)
         terms = {name: jnp.sum(weights * values) / divisor for name, values in per_level.items()}
         terms["query"] = jnp.zeros(())
-        if self.query_head is not None:
-            per_level["query"] = self.query_losses(query, boxes, classes)
+        if query is not None:
+            per_level["query"] = query
             query_weights = jnp.asarray(self.config.loss.query_weights, jnp.float32)
-            terms["query"] = jnp.sum(query_weights * per_level["query"])
+            terms["query"] = jnp.sum(query_weights * query)
         return terms, per_level
 
-    def query_losses(self, logits: dict[int, Array], boxes: Array, classes: Array) -> Array:
-        """Unweighted mean focal loss a query level, ``[levels]`` (paper section 3.4)."""
-        config, loss = self.config, self.config.loss
-        means = []
-        for level, gamma in zip(config.query.levels, loss.query_gammas, strict=True):
-            _, height, width = logits[level].shape
-            targets = self.query_target(level, (height, width), boxes, classes)
-            terms = focal_loss(logits[level], targets, alpha=loss.query_alpha, gamma=gamma)
-            means.append(jnp.mean(terms))
-        return jnp.stack(means)
+    def query_losses(
+        self, features: dict[int, Array], boxes: Array, classes: Array, remat: bool = False
+    ) -> Array | None:
+        """Unweighted mean focal loss a query level, ``[levels]`` (paper section 3.4); None without a query head.
+
+        ``remat``: see ``losses``.
+        """
+        query_head = self.query_head
+        if query_head is None:
+            return None
+
+        def mean(level: int, gamma: float) -> Array:
+            x = features[level]
+            target = self.query_target(level, (x.shape[1], x.shape[2]), boxes, classes)
+            return (
+                level_sum(lambda x, t: self.query_focal(query_head(x), t, gamma), level, remat, x, target) / target.size
+            )
+
+        loss = self.config.loss
+        return jnp.stack([mean(*entry) for entry in zip(self.config.query.levels, loss.query_gammas, strict=True)])
+
+    def query_focal(self, logits: Array, target: Array, gamma: float) -> Array:
+        """Sum of the query loss over cells."""
+        return jnp.sum(focal_loss(logits, target, alpha=self.config.loss.query_alpha, gamma=gamma))
 
     def query_target(self, level: int, shape: tuple[int, int], boxes: Array, classes: Array) -> Array:
         """Bool ``[B, h, w]``: where ``level``'s query head should fire."""
@@ -305,6 +366,32 @@ def best_candidates(
         jnp.pad(found.scores, ((0, 0), (0, missing)), constant_values=-jnp.inf),
         jnp.pad(found.classes, ((0, 0), (0, missing))),
     )
+
+
+def level_sum(function: Callable[..., PyTree], level: int, remat: bool, *arrays: Array) -> PyTree:
+    """``function(*arrays)``, sums over the images ``[B, ...]`` of a level; with ``remat`` as ``image_by_image``."""
+    if not remat or level > _REMAT_UP_TO:
+        return function(*arrays)
+    sums = image_by_image(function, *arrays)
+    return jax.tree.map(lambda x: jnp.sum(x, axis=0), sums)
+
+
+def level_map(function: Callable[[Array], PyTree], level: int, remat: bool, x: Array) -> PyTree:
+    """``function(x)``, arrays ``[B, ...]``; with ``remat`` as ``image_by_image``."""
+    if not remat or level > _REMAT_UP_TO:
+        return function(x)
+    return jax.tree.map(lambda y: y[:, 0], image_by_image(function, x))
+
+
+def image_by_image(function: Callable[..., PyTree], *arrays: Array) -> PyTree:
+    """``function`` of one image ``[1, ...]`` after another, and again in the backward pass, stacked.
+
+    Of all that it computes only one image's is in memory at a time. (To compute a level again as a whole would save
+    little: its loss depends on nothing after it, so the compiler can make its gradients before the next level's.)
+    """
+    # Inside a loop nothing can be shared with the first computation, so nothing need be done to prevent it.
+    of_image = jax.checkpoint(lambda *rows: function(*(row[None] for row in rows)), prevent_cse=False)
+    return lax.map(lambda rows: of_image(*rows), arrays)
 
 
 def query_scale_range(config: ModelConfig, level: int) -> tuple[float, float]:

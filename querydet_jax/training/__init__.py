@@ -1,4 +1,4 @@
-"""Training: state, schedule, the step, its replication over devices, checkpoints, the loop."""
+"""Training: state, schedule, the step, its replication over devices and hosts, checkpoints, the loop."""
 
 from querydet_jax.training.loop import train
 

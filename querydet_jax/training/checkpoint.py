@@ -1,7 +1,8 @@
 """Checkpoints with orbax; the only file that names it.
 
 A run's folder holds ``checkpoints/<step>/``. Each has the network under its torch names (``model``),
-readable without this run's optimiser, and what resuming needs besides (``train``).
+readable without this run's optimiser, and what resuming needs besides (``train``). With several hosts
+the first one writes and reads, and no other need see the folder.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from orbax.checkpoint.options import MultiprocessingOptions
 
 from querydet_jax.errors import WeightsError
+from querydet_jax.hosts import from_first, is_first
 from querydet_jax.models.skeleton import DenseDetector
 from querydet_jax.training.step import TrainState, init_state, merge_into
 from querydet_jax.weights import load_weights, state_dict
@@ -24,23 +27,32 @@ FOLDER = "checkpoints"
 
 
 class Checkpoints:
-    """The checkpoints of a run. Saving returns at once; ``close`` waits for what is being written."""
+    """The checkpoints of a run. Saving returns at once; ``close`` waits for what is being written.
+
+    Every host calls the same methods.
+    """
 
     def __init__(self, run: str | Path, keep: int = 3):
         self.folder = Path(run).resolve() / FOLDER
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
-        self._manager = ocp.CheckpointManager(self.folder, options=options)
+        self._manager: ocp.CheckpointManager | None = None
+        if is_first():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._manager = ocp.CheckpointManager(self.folder, options=_alone(max_to_keep=keep))
 
     def latest(self) -> int | None:
-        return self._manager.latest_step()
+        return from_first(lambda: self._first().latest_step())
 
     def save(self, model: DenseDetector, state: TrainState) -> None:
-        """Write the state (of one replica). ``model`` receives its values."""
+        """Write the state (of one replica). ``model`` receives its values, of the moving average where there is one."""
         merge_into(model, state)
+        if self._manager is None:
+            return
         train = {
             "opt_state": [np.asarray(x) for x in jax.tree.leaves(state.opt_state)],
             "normalizer": np.asarray(state.normalizer),
         }
+        if state.ema is not None:  # which is what `model` then holds
+            train["params"] = [np.asarray(x) for x in jax.tree.leaves(state.params)]
         step = int(state.step)
         if step in self._manager.all_steps():
             return
@@ -49,36 +61,64 @@ class Checkpoints:
             args=ocp.args.Composite(model=ocp.args.StandardSave(state_dict(model)), train=ocp.args.StandardSave(train)),
         )
 
-    def restore(self, model: DenseDetector, optimizer: Any) -> TrainState:
+    def restore(self, model: DenseDetector, optimizer: Any, *, ema: bool = False) -> TrainState:
         """The newest state, to go on from exactly where it was saved.
 
         Raises:
-          WeightsError: no checkpoint, or one of another model or optimiser.
+          WeightsError: no checkpoint, or one of another model or optimiser, or with a moving average of the
+            parameters where none is asked for, or the other way round.
         """
-        step = self.latest()
-        if step is None:
-            raise WeightsError(f"{self.folder}: no checkpoint to resume from; start without --resume")
-        load_weights(model, _restore(self._manager, step, "model", self.folder))
-        blank = init_state(model, optimizer)
-        saved = _restore(self._manager, step, "train", self.folder)
-        leaves, structure = jax.tree.flatten(blank.opt_state)
-        values = [np.asarray(x) for x in saved["opt_state"]]
-        if [x.shape for x in values] != [x.shape for x in leaves]:
+        step, tensors, saved = from_first(self._read)
+        load_weights(model, tensors)
+        blank = init_state(model, optimizer, ema=ema)
+        if ema != ("params" in saved):
             raise WeightsError(
-                f"{self.folder}/{step}: optimiser state of another configuration; "
-                "resume with the run's own config.json, or start a new run with train.init"
+                f"{self.folder}/{step}: was trained {'with' if 'params' in saved else 'without'} a moving average of "
+                f"the parameters; resume {'with its train.ema' if 'params' in saved else 'with train.ema 0'}, or start "
+                "a new run with train.init"
             )
-        opt_state = jax.tree.unflatten(structure, [v.astype(x.dtype) for v, x in zip(values, leaves, strict=True)])
+
+        def like(tree: Any, values: list[Any]) -> Any:
+            leaves, structure = jax.tree.flatten(tree)
+            arrays = [np.asarray(value) for value in values]
+            if [x.shape for x in arrays] != [x.shape for x in leaves]:
+                raise WeightsError(
+                    f"{self.folder}/{step}: optimiser state of another configuration; "
+                    "resume with the run's own config.json, or start a new run with train.init"
+                )
+            return jax.tree.unflatten(structure, [v.astype(x.dtype) for v, x in zip(arrays, leaves, strict=True)])
+
         return TrainState(
-            blank.params,
+            like(blank.params, saved["params"]) if ema else blank.params,
             blank.rest,
-            opt_state,
+            like(blank.opt_state, saved["opt_state"]),
             jnp.asarray(saved["normalizer"], jnp.float32),
             jnp.asarray(step, jnp.int32),
+            blank.ema,
         )
 
     def close(self) -> None:
-        self._manager.close()
+        if self._manager is not None:
+            self._manager.close()
+
+    def _first(self) -> ocp.CheckpointManager:
+        assert self._manager is not None, "the first host's alone"
+        return self._manager
+
+    def _read(self) -> tuple[int, dict[str, np.ndarray], dict[str, Any]]:
+        """Newest step and its two items."""
+        step = self._first().latest_step()
+        if step is None:
+            raise WeightsError(f"{self.folder}: no checkpoint to resume from; start without --resume")
+        model, train = (_restore(self._first(), step, item, self.folder) for item in ("model", "train"))
+        return step, model, train
+
+
+def _alone(**options: Any) -> ocp.CheckpointManagerOptions:
+    """Options of a manager that waits for no other host."""
+    mine = jax.process_index()
+    processes = MultiprocessingOptions(primary_host=mine, active_processes={mine})
+    return ocp.CheckpointManagerOptions(create=False, multiprocessing_options=processes, **options)
 
 
 def restore_model_state(path: str | Path) -> dict[str, np.ndarray]:
@@ -97,7 +137,7 @@ def restore_model_state(path: str | Path) -> dict[str, np.ndarray]:
         raise WeightsError(f"{path}: no such folder; give a run folder or a weight file")
     if step is None and not any(re.fullmatch(r"\d+", child.name) for child in path.iterdir()):
         raise WeightsError(f"{path}: holds no checkpoint; give a run folder that train.py has written")
-    with ocp.CheckpointManager(path) as manager:
+    with ocp.CheckpointManager(path, options=_alone()) as manager:
         step = manager.latest_step() if step is None else step
         if step is None:
             raise WeightsError(f"{path}: holds no finished checkpoint; let train.py reach train.checkpoint_every")

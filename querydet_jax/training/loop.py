@@ -1,4 +1,7 @@
-"""The training loop, read top to bottom."""
+"""The training loop, read top to bottom.
+
+Every host runs it on its own images; the first one alone prints and writes.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import dataclasses
 import json
 import logging
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -19,17 +23,11 @@ from querydet_jax.config import Config, save_config
 from querydet_jax.data import open_dataset, train_batches
 from querydet_jax.data.dataset import Dataset
 from querydet_jax.errors import ConfigError, QueryDetError
+from querydet_jax.hosts import is_first, on_every
 from querydet_jax.models import DenseDetector, build_model
 from querydet_jax.runs import check_classes
 from querydet_jax.training.checkpoint import Checkpoints
-from querydet_jax.training.parallel import (
-    AXIS,
-    check_batch_size,
-    parallel_step,
-    replicate,
-    split_batch,
-    unreplicate,
-)
+from querydet_jax.training.parallel import AXIS, carrier, check_batch_size
 from querydet_jax.training.schedule import learning_rate, make_optimizer
 from querydet_jax.training.step import init_state, make_step, merge_into
 from querydet_jax.weights import load_weights
@@ -49,16 +47,16 @@ def train(config: Config, run: str | Path, *, resume: bool = False, evaluate: Ev
       config: everything about the run.
       run: folder of the run; must not hold checkpoints unless ``resume``.
       resume: go on from the newest checkpoint.
-      evaluate: called with the model and the validation set every ``train.eval_every`` steps; what
-        it returns is logged.
+      evaluate: called, on every host, with the model and the validation set every ``train.eval_every``
+        steps; what it returns is logged.
 
     Returns:
-      The trained model, in inference mode.
+      The trained model, in inference mode; of a run with ``train.ema`` the moving average.
 
     Raises:
       QueryDetError: bad configuration, data or checkpoint, or a loss that is not finite.
     """
-    check_batch_size(config.train.batch_size)
+    check_batch_size(config.train.batch_size, config.train.accumulate)
     with contextlib.closing(Checkpoints(run, keep=config.train.keep_checkpoints)) as checkpoints:
         return _train(config, Path(run), checkpoints, resume, evaluate)
 
@@ -68,45 +66,67 @@ def _train(
 ) -> DenseDetector:
     if checkpoints.latest() is not None and not resume:
         raise ConfigError(f"{run}: already holds checkpoints; add --resume to go on, or choose another --run")
-    dataset = open_dataset(config.data, "train")
+    dataset = on_every(lambda: open_dataset(config.data, "train"))
     check_classes(config, dataset)
     config = dataclasses.replace(config, classes=dataset.classes)  # for who uses the model without the data
-    validation = open_dataset(config.data, "val") if evaluate is not None and config.train.eval_every else None
+    validation = None
+    if evaluate is not None and config.train.eval_every:
+        validation = on_every(lambda: open_dataset(config.data, "val"))
 
     model = build_model(config.model, config.train.seed)
     if config.train.init:
-        _log.info("%s: %s", config.train.init, load_weights(model, config.train.init))
+        _log.info("%s: %s", config.train.init, on_every(lambda: load_weights(model, config.train.init)))
     optimizer = make_optimizer(config.train)
-    state = checkpoints.restore(model, optimizer) if resume else init_state(model, optimizer)
+    ema = config.train.ema > 0
+    state = checkpoints.restore(model, optimizer, ema=ema) if resume else init_state(model, optimizer, ema=ema)
     start = int(state.step)
-    save_config(config, run / "config.json")
+    if is_first():
+        save_config(config, run / "config.json")
 
     batches = train_batches(
-        dataset, config.data, batch_size=config.train.batch_size, seed=config.train.seed, start_step=start
+        dataset,
+        config.data,
+        batch_size=config.train.batch_size,
+        seed=config.train.seed,
+        start_step=start,
+        shard=jax.process_index(),
+        num_shards=jax.process_count(),
     )
-    step_fn = parallel_step(make_step(model, optimizer, AXIS, config.train.seed))
-    state = replicate(state)
     progress = _Progress(config, run / "metrics.jsonl", start)
     _log.info(
-        "%s: %d images, %d parameters, %d device(s), steps %d to %d",
+        "%s: %d images, %d parameters, %d device(s) of %d host(s), steps %d to %d",
         config.name,
         len(dataset),
-        sum(x.size for x in jax.tree.leaves(state.params)) // jax.local_device_count(),
-        jax.local_device_count(),
+        sum(x.size for x in jax.tree.leaves(state.params)),
+        jax.device_count(),
+        jax.process_count(),
         start,
         config.train.steps,
     )
+    devices = carrier(config.train.parallel)
+    step_fn = devices.compiled(
+        make_step(
+            model,
+            optimizer,
+            AXIS,
+            seed=config.train.seed,
+            accumulate=config.train.accumulate,
+            remat=config.train.remat,
+            ema_decay=config.train.ema,
+        )
+    )
+    state = devices.replicate(state)
     try:
         for step in range(start, config.train.steps):
             waited = time.perf_counter()
             batch = next(batches)
             waited = time.perf_counter() - waited
             image_ids = batch.pop("image_ids")
-            state, metrics = step_fn(state, split_batch(batch))
+            state, metrics = step_fn(state, devices.split(batch))
             done = step + 1
             last = done == config.train.steps
             if done % config.train.log_every == 0 or done == start + 1 or last:
-                values = {name: float(value) for name, value in unreplicate(metrics).items()}
+                values = {name: float(value) for name, value in devices.unreplicate(metrics).items()}
                 if not math.isfinite(values["loss"]):
                     raise QueryDetError(
                         f"the loss is {values['loss']} at step {done} (images {image_ids.tolist()}): lower "
@@ -118,35 +138,36 @@ def _train(
                 progress.wait(waited)
             if done % config.train.checkpoint_every == 0 or last:
                 # Waits for the step, and finds a loss that went wrong since the last line.
-                if not math.isfinite(float(unreplicate(metrics)["loss"])):
+                if not math.isfinite(float(devices.unreplicate(metrics)["loss"])):
                     raise QueryDetError(
                         f"the loss is not finite at step {done}: nothing saved; lower train.learning_rate"
                     )
-                checkpoints.save(model, unreplicate(state))
+                checkpoints.save(model, devices.unreplicate(state))
             if validation is not None and evaluate is not None and done % config.train.eval_every == 0 and not last:
-                merge_into(model, unreplicate(state))
+                merge_into(model, devices.unreplicate(state))
                 with progress.paused():
                     progress.record(done, evaluate(model, validation))
         if start < config.train.steps:
-            print(progress.summary(config.train.steps), flush=True)
+            progress.say(progress.summary(config.train.steps))
     finally:
         progress.close(batches.skipped)
         batches.close()
-    merge_into(model, unreplicate(state))
+    merge_into(model, devices.unreplicate(state))
     return model
 
 
 class _Progress:
     """One line a few steps: losses, images/s, time left, share of the time spent waiting for data.
 
-    The same numbers go to ``metrics.jsonl``, and to TensorBoard files where tensorboardX is installed.
+    The same numbers go to ``metrics.jsonl``, and to TensorBoard files where tensorboardX is installed. A host that
+    is not the first says and writes nothing.
     """
 
     def __init__(self, config: Config, path: Path, start: int):
         self.config, self.first = config, start
         self.rate = learning_rate(config.train)
-        self.file = path.open("a")
-        self.board = _summary_writer(path.parent)
+        self.file = (path if is_first() else Path(os.devnull)).open("a")
+        self.board = _summary_writer(path.parent) if is_first() else None
         self.begun = time.perf_counter()
         self.total_waited = 0.0
         self._reset(start)
@@ -174,13 +195,16 @@ class _Progress:
         }
         self.record(step, values)
         terms = " ".join(f"{name} {values[name]:.3f}" for name in _TERMS if name in values)
-        print(
+        self.say(
             f"step {step}/{self.config.train.steps}  loss {values['loss']:.3f} ({terms})  "
             f"fg {values['foreground']:.0f}  lr {values['lr']:.2g}  {speed:.1f} images/s  data wait {share:.1%}  "
-            f"left {_duration(left) if step - self.first > 1 else '?'}",
-            flush=True,
+            f"left {_duration(left) if step - self.first > 1 else '?'}"
         )
         self._reset(step)
+
+    def say(self, line: str) -> None:
+        if is_first():
+            print(line, flush=True)
 
     def record(self, step: int, values: dict[str, float]) -> None:
         finite = {k: (v if math.isfinite(v) else None) for k, v in values.items()}

@@ -1,53 +1,99 @@
-"""The training step on all local devices. The only file that names pmap.
+"""The training step on all devices of all hosts. The only file that names pmap and shard_map.
 
 The state is replicated, the batch is split along its first axis; the step itself averages
-gradients over the axis ``AXIS``.
+gradients over the axis ``AXIS``. Two carriers do the same: ``pmap`` and ``shard_map`` over a mesh.
+Every host calls them with the same state and its own rows of the batch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, Protocol
 
 import jax
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from querydet_jax.errors import ConfigError
 from querydet_jax.training.step import Batch, Metrics, TrainState
 
 AXIS = "devices"
 PyTree = Any
+Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 
-def parallel_step(
-    step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]],
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """``step`` mapped over the devices; the state's buffers are donated."""
-    return jax.pmap(step, axis_name=AXIS, donate_argnums=0)
+class Carrier(Protocol):
+    """Places a state and batches on the devices and runs a step there."""
+
+    def compiled(self, step: Step) -> Step:
+        """``step`` mapped over the devices; the state's buffers are donated."""
+        ...
+
+    def replicate(self, tree: PyTree) -> PyTree:
+        """A copy of every array on each device."""
+        ...
+
+    def unreplicate(self, tree: PyTree) -> PyTree:
+        """The copy of this host's first device, as NumPy arrays: the step reuses the buffers of its own."""
+        ...
+
+    def split(self, batch: dict[str, np.ndarray]) -> Batch:
+        """This host's rows ``[B, ...]``, an equal share for each of its devices."""
+        ...
 
 
-def check_batch_size(batch_size: int) -> None:
-    count = jax.local_device_count()
+def carrier(kind: Literal["pmap", "shard_map"]) -> Carrier:
+    return Pmap() if kind == "pmap" else ShardMap()
+
+
+class Pmap:
+    """Arrays have a leading axis of this host's devices."""
+
+    def compiled(self, step: Step) -> Step:
+        return jax.pmap(step, axis_name=AXIS, donate_argnums=0)
+
+    def replicate(self, tree: PyTree) -> PyTree:
+        # The same axis name as the step: arrays laid out over another axis would compile the step twice.
+        spread = jax.pmap(lambda _, x: x, axis_name=AXIS, in_axes=(0, None))
+        return spread(np.zeros((jax.local_device_count(),)), tree)
+
+    def unreplicate(self, tree: PyTree) -> PyTree:
+        return jax.tree.map(lambda x: np.array(x.addressable_data(0))[0], tree)
+
+    def split(self, batch: dict[str, np.ndarray]) -> Batch:
+        count = jax.local_device_count()
+        return {name: value.reshape(count, -1, *value.shape[1:]) for name, value in batch.items()}
+
+
+class ShardMap:
+    """Arrays are global: those of the state whole on each device, those of the batch split over all."""
+
+    def __init__(self):
+        mesh = Mesh(np.array(jax.devices()), (AXIS,))
+        self.mesh = mesh
+        self._whole, self._rows = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec(AXIS))
+
+    def compiled(self, step: Step) -> Step:
+        whole, rows = PartitionSpec(), PartitionSpec(AXIS)
+        # check_vma: the step averages by name, as under pmap, and is not written in the types that would prove it.
+        mapped = jax.shard_map(step, mesh=self.mesh, in_specs=(whole, rows), out_specs=(whole, whole), check_vma=False)
+        return jax.jit(mapped, donate_argnums=0)
+
+    def replicate(self, tree: PyTree) -> PyTree:
+        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(self._whole, np.asarray(x)), tree)
+
+    def unreplicate(self, tree: PyTree) -> PyTree:
+        return jax.tree.map(lambda x: np.array(x.addressable_data(0)), tree)
+
+    def split(self, batch: dict[str, np.ndarray]) -> Batch:
+        return {name: jax.make_array_from_process_local_data(self._rows, value) for name, value in batch.items()}
+
+
+def check_batch_size(batch_size: int, accumulate: int = 1) -> None:
+    count = jax.device_count() * accumulate
     if batch_size % count:
+        parts = f" x train.accumulate {accumulate}" if accumulate > 1 else ""
         raise ConfigError(
-            f"train.batch_size {batch_size} does not divide over {count} devices; "
+            f"train.batch_size {batch_size} does not divide over {jax.device_count()} devices{parts}; "
             f"use {batch_size // count * count or count} or {(batch_size // count + 1) * count}"
         )
-
-
-def replicate(tree: PyTree) -> PyTree:
-    """A copy of every array on each local device, stacked on a new first axis."""
-    count = jax.local_device_count()
-    # The same axis name as the step: arrays laid out over another axis would compile the step twice.
-    return jax.pmap(lambda _, x: x, axis_name=AXIS, in_axes=(0, None))(np.zeros((count,)), tree)
-
-
-def unreplicate(tree: PyTree) -> PyTree:
-    """The first device's copy."""
-    return jax.tree.map(lambda x: x[0], tree)
-
-
-def split_batch(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """``[B, ...]`` to ``[devices, B / devices, ...]``."""
-    count = jax.local_device_count()
-    return {name: value.reshape(count, -1, *value.shape[1:]) for name, value in batch.items()}

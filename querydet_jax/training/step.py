@@ -2,6 +2,8 @@
 
 The state is one pytree; the network's structure (``graph``) is static. Shape letters: B images of
 one device's batch, H W image, G padded boxes.
+
+A step's update is that of its whole batch, however the batch is spread over devices and over time.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import optax
 from flax import nnx
 from jax import Array, lax
 
-from querydet_jax.models.skeleton import DenseDetector
+from querydet_jax.models.skeleton import DenseDetector, Whole
 
 PyTree = Any
 Batch = Mapping[str, Array | np.ndarray]
@@ -27,19 +29,21 @@ Metrics = dict[str, Array]
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["params", "rest", "opt_state", "normalizer", "step"],
+    data_fields=["params", "rest", "opt_state", "normalizer", "step", "ema"],
     meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
 class TrainState:
     """What a step changes. ``params`` are trained; ``rest`` is everything else in the network:
-    frozen parameters, frozen norms, pixel statistics, running statistics of live batch norm."""
+    frozen parameters, frozen norms, pixel statistics, running statistics of live batch norm.
+    ``ema``: moving average of ``params``, or None."""
 
     params: PyTree
     rest: PyTree
     opt_state: PyTree
     normalizer: Array
     step: Array
+    ema: PyTree = None
 
 
 def split_model(model: DenseDetector, axis_name: str | None) -> tuple[nnx.GraphDef, PyTree, PyTree]:
@@ -57,57 +61,113 @@ def split_model(model: DenseDetector, axis_name: str | None) -> tuple[nnx.GraphD
     return graph, params, rest
 
 
-def init_state(model: DenseDetector, optimizer: optax.GradientTransformation) -> TrainState:
+def init_state(model: DenseDetector, optimizer: optax.GradientTransformation, *, ema: bool = False) -> TrainState:
     _, params, rest = split_model(model, None)
     # Copies: the step donates its state, and the model must stay usable.
     params, rest = jax.tree.map(jnp.copy, (params, rest))
     normalizer = jnp.asarray(model.config.loss.normalizer_init, jnp.float32)
-    return TrainState(params, rest, optimizer.init(params), normalizer, jnp.zeros((), jnp.int32))
+    average = jax.tree.map(jnp.copy, params) if ema else None
+    return TrainState(params, rest, optimizer.init(params), normalizer, jnp.zeros((), jnp.int32), average)
 
 
 def merge_into(model: DenseDetector, state: TrainState) -> None:
-    """Write a state's values into the model."""
-    nnx.update(model, jax.tree.map(jnp.copy, state.params), jax.tree.map(jnp.copy, state.rest))
+    """Write a state's values into the model: what is evaluated and exported, so the moving average where there is
+    one."""
+    params = state.params if state.ema is None else state.ema
+    nnx.update(model, jax.tree.map(jnp.copy, params), jax.tree.map(jnp.copy, state.rest))
 
 
 def make_step(
-    model: DenseDetector, optimizer: optax.GradientTransformation, axis_name: str | None, seed: int = 0
+    model: DenseDetector,
+    optimizer: optax.GradientTransformation,
+    axis_name: str | None,
+    *,
+    seed: int = 0,
+    accumulate: int = 1,
+    remat: bool = False,
+    ema_decay: float = 0.0,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """One optimisation step, to be run under a mapped axis ``axis_name`` (None: a single device).
 
     ``batch`` holds images uint8 ``[B, H, W, 3]``, sizes int32 ``[B, 2]``, boxes ``[B, G, 4]`` and
-    classes int32 ``[B, G]``. Gradients and metrics are means over the axis; every replica makes the
-    same update. ``seed`` and the step's number decide what detectors sample that learn from a sample.
+    classes int32 ``[B, G]``. Gradients and metrics are those of the images of all replicas as one
+    batch; every replica makes the same update.
+
+    Args:
+      seed: with the step's number and an image's place in the batch it decides what detectors sample that learn
+        from a sample.
+      accumulate: parts of the batch that are computed one after another, in which case memory is needed for
+        one. Live batch norm takes its statistics from a part; everything else is as with 1.
+      remat: see ``DenseDetector.losses``.
+      ema_decay: of the moving average of the parameters, if the state has one.
     """
     graph, _, _ = split_model(model, axis_name)
     trainable = model.trainable()
 
-    def loss_of(params: PyTree, state: TrainState, batch: Batch) -> tuple[Array, tuple[Any, PyTree]]:
+    def loss_of(
+        params: PyTree, rest: PyTree, normalizer: Array, batch: Batch, whole: Whole | None
+    ) -> tuple[Array, tuple[PyTree, Array, Metrics]]:
         # copy: running statistics are written inside this trace, so their variables must belong to it.
-        net = nnx.merge(graph, params, state.rest, copy=True)
+        net = nnx.merge(graph, params, rest, copy=True)
         losses = net.losses(
             batch["images"],
             batch["boxes"],
             batch["classes"],
-            state.normalizer,
+            normalizer,
             batch["sizes"],
             axis_name,
-            jax.random.fold_in(jax.random.key(seed), state.step),
+            keys=batch["keys"],
+            whole=whole,
+            remat=remat,
         )
-        return losses.total, (losses, nnx.state(net, nnx.Not(trainable)))
+        metrics = {"loss": losses.total, **losses.terms(), "foreground": losses.num_foreground}
+        return losses.total, (nnx.state(net, nnx.Not(trainable)), losses.normalizer, metrics)
+
+    value_and_grad = jax.value_and_grad(loss_of, has_aux=True)
+
+    def in_parts(state: TrainState, batch: Batch) -> tuple[PyTree, PyTree, Array, Metrics]:
+        """Means over the parts of gradients and metrics; every part divides by the foreground of them all."""
+        _, height, width, _ = batch["images"].shape
+        boxes, classes = jnp.asarray(batch["boxes"]), jnp.asarray(batch["classes"])
+        foreground = model.count_foreground((height, width), boxes, classes)
+        whole = Whole(foreground, accumulate)
+        if axis_name is not None:
+            whole = Whole(lax.psum(foreground, axis_name), accumulate * lax.axis_size(axis_name))
+
+        def add(carry: tuple[PyTree, PyTree], part: Batch) -> tuple[tuple[PyTree, PyTree], tuple[Array, Metrics]]:
+            rest, total = carry
+            (_, (rest, normalizer, metrics)), grads = value_and_grad(state.params, rest, state.normalizer, part, whole)
+            return (rest, jax.tree.map(jnp.add, total, grads)), (normalizer, metrics)
+
+        parts = {name: x.reshape(accumulate, -1, *x.shape[1:]) for name, x in batch.items()}
+        nothing = jax.tree.map(jnp.zeros_like, state.params)
+        (rest, total), (normalizers, metrics) = lax.scan(add, (state.rest, nothing), parts)
+        grads = jax.tree.map(lambda x: x / accumulate, total)
+        return grads, rest, normalizers[0], jax.tree.map(lambda x: jnp.mean(x, axis=0), metrics)
+
+    def image_keys(step: Array, number: int) -> Array:
+        first = 0 if axis_name is None else lax.axis_index(axis_name) * number
+        of_step = jax.random.fold_in(jax.random.key(seed), step)
+        return jax.vmap(partial(jax.random.fold_in, of_step))(first + jnp.arange(number))
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        (_, (losses, rest)), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params, state, batch)
-        metrics = {
-            "loss": losses.total,
-            **losses.terms(),
-            "foreground": losses.num_foreground,
-        }
+        batch = {**batch, "keys": image_keys(state.step, len(batch["images"]))}
+        if accumulate > 1:
+            grads, rest, normalizer, metrics = in_parts(state, batch)
+        else:
+            (_, (rest, normalizer, metrics)), grads = value_and_grad(
+                state.params, state.rest, state.normalizer, batch, None
+            )
         if axis_name is not None:
             grads, metrics = lax.pmean((grads, metrics), axis_name)
         metrics["grad_norm"] = optax.tree.norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        return TrainState(params, rest, opt_state, losses.normalizer, state.step + 1), metrics
+        ema = state.ema
+        if ema is not None:
+            # The average of a short run would else be of its first, random parameters.
+            decay = jnp.minimum(ema_decay, (1.0 + state.step) / (10.0 + state.step))
+            ema = jax.tree.map(lambda average, x: average + (1.0 - decay) * (x - average), ema, params)
+        return TrainState(params, rest, opt_state, normalizer, state.step + 1, ema), metrics
 
     return step

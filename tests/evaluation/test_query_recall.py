@@ -15,6 +15,7 @@ from querydet_jax import Detector
 from querydet_jax.errors import ConfigError, DataError
 from querydet_jax.evaluation import QueryRecall, SizeBin, query_recall
 from querydet_jax.evaluation.query import THRESHOLDS
+from querydet_jax.evaluation.runner import Evaluation
 
 BINS = (SizeBin(0, 8), SizeBin(8, 16), SizeBin(0, 16))
 IMAGES = pictures(2, 64, 96, seed=3)
@@ -86,6 +87,26 @@ def test_accumulates_over_images_and_thresholds():
     assert found["threshold"] == 0.3 and found["objects"] == {"0_8": 3, "8_16": 1, "0_16": 4}
     assert found["by_threshold"]["0.5"] == {"recall": recall.recall(0.5), "active_share": recall.active_share()[0.5]}
     assert json.dumps(QueryRecall(0.12).to_dict(), allow_nan=False)  # nothing counted: null, not nan
+
+
+def test_parts_of_several_hosts_add_up():
+    """Also of a host that has nothing on a level, and times and counts of the evaluation around it."""
+    rng = np.random.default_rng(0)
+    images = [
+        (np.float32([[0, 0, 6, 6], [9, 9, 20, 20]]) + shift, rng.random((2, 4, 4)) < 0.5, rng.random((2, 4, 4)) < 0.5)
+        for shift in range(3)
+    ]
+    whole, *parts = (QueryRecall(0.3, (0.5,), BINS) for _ in range(3))
+    for i, image in enumerate(images):
+        whole.add(*image, stride=8)
+        parts[i % 2].add(*image, stride=8)
+    first = Evaluation(ms=[1.0], active={3: [0.25]}, dense_rungs={3: 1}, recall={3: parts[0]})
+    first.add(Evaluation(ms=[3.0, 3.0], active={3: [0.75], 2: [0.5]}, dense_rungs={3: 0, 2: 2}, recall={3: parts[1]}))
+    assert first.recall[3].to_dict() == whole.to_dict() and first.ms_median == 3.0
+    assert first.active_share() == {3: 0.5, 2: 0.5} and first.dense_rungs == {3: 1, 2: 2}
+    empty = Evaluation()
+    empty.add(first)
+    assert empty.recall[3].to_dict() == whole.to_dict()
 
 
 def test_thresholds_against_the_dense_query_logits():

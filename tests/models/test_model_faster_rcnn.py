@@ -161,19 +161,23 @@ def test_replicas_draw_what_one_device_draws(small_faster_rcnn: FasterRCNN) -> N
     few = dataclasses.replace(small_faster_rcnn.config.faster_rcnn, rpn_samples=16, roi_samples=16)
     graph, state = nnx.split(small_faster_rcnn)
 
-    def losses(images: Any, boxes: Any, classes: Any, key: Any, axis_name: str | None) -> FasterRCNNLosses:
+    def losses(
+        images: Any, boxes: Any, classes: Any, keys: Any, axis_name: str | None, remat: bool = False
+    ) -> FasterRCNNLosses:
         net = nnx.merge(graph, state)
         net.config = dataclasses.replace(net.config, faster_rcnn=few)
-        return net.losses(images, boxes, classes, 100.0, None, axis_name, key)
+        return net.losses(images, boxes, classes, 100.0, None, axis_name, keys=keys, remat=remat)
 
-    keys = jax.random.key(1), jax.random.key(2)
+    keys = [jax.random.split(jax.random.key(seed), 2) for seed in (1, 2)]
     one = jax.jit(partial(losses, axis_name=None))
     first, second = (one(IMAGES, BOXES, CLASSES, key) for key in keys)
     assert float(first.rpn_cls) != float(second.rpn_cls) and float(first.cls) != float(second.cls)
-    mapped = jax.pmap(partial(losses, axis_name="devices"), axis_name="devices", in_axes=(0, 0, 0, None))
-    both = mapped(IMAGES[:, None], BOXES[:, None], CLASSES[:, None], keys[0])
-    for name in ("rpn_cls", "rpn_box", "cls", "box"):
+    mapped = jax.pmap(partial(losses, axis_name="devices"), axis_name="devices")
+    both = mapped(IMAGES[:, None], BOXES[:, None], CLASSES[:, None], keys[0][:, None])
+    again = jax.jit(partial(losses, axis_name=None, remat=True))(IMAGES, BOXES, CLASSES, keys[0])
+    for name in ("rpn_cls", "rpn_box", "cls", "box", "query", "num_foreground"):
         np.testing.assert_allclose(np.mean(getattr(both, name)), getattr(first, name), rtol=1e-5, err_msg=name)
+        np.testing.assert_allclose(getattr(again, name), getattr(first, name), rtol=1e-5, err_msg=name)
 
 
 def test_proposals_are_in_the_image_and_not_empty(small_faster_rcnn: FasterRCNN) -> None:

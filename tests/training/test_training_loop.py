@@ -52,7 +52,7 @@ def small(root, **changes):
 
 
 def test_resume_equals_an_uninterrupted_run(root, tmp_path):
-    changes = {"train.steps": 4, "train.checkpoint_every": 2}
+    changes = {"train.steps": 4, "train.checkpoint_every": 2, "train.ema": 0.5}
     whole = train(small(root, **changes), tmp_path / "whole")
     train(small(root, **changes | {"train.steps": 2}), tmp_path / "parts")
     # The schedule depends on train.steps, so the second part states the whole run's again.
@@ -85,6 +85,8 @@ def test_a_run_is_not_overwritten_and_resume_needs_one(root, tmp_path):
         train(config, tmp_path / "empty", resume=True)
     with pytest.raises(WeightsError, match="holds no checkpoint; give a run folder"):
         restore_model_state(tmp_path)
+    with pytest.raises(WeightsError, match="was trained without a moving average .* resume with train.ema 0"):
+        train(small(root, **{"train.steps": 1, "train.ema": 0.9}), tmp_path / "run", resume=True)
     other = small(root, **{"train.steps": 1, "train.optimizer": "sgd"})
     with pytest.raises(WeightsError, match="optimiser state of another configuration"):
         train(other, tmp_path / "run", resume=True)

@@ -1,0 +1,148 @@
+"""Several hosts: real processes over loopback make the run that one process makes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from small_training import assert_same_run
+
+from querydet_jax.errors import ConfigError
+from querydet_jax.hosts import Hosts, check
+from querydet_jax.training.checkpoint import restore_model_state
+
+ROOT = Path(__file__).parents[2]
+LIMIT = 300  # seconds for any of these processes
+SMALL = (
+    "--model.backbone.name resnet10 --model.backbone.norm frozen --model.backbone.freeze-at 5 --model.min-level 4 "
+    "--model.max-level 5 --model.loss.level-weighting uniform --model.fpn.channels 16 --model.head.channels 16 "
+    "--model.head.num-convs 1 --model.query.no-enabled --inference.query dense --data.scenes-train 11 "
+    "--data.scenes-val 3 --data.scenes-size 96 96 --data.scenes-val-size 96 96 --data.train-short 96 "
+    "--data.train-max 96 --data.train-canvases 96 96 --data.test-short 96 --data.test-max 96 "
+    "--data.test-canvases 96 96 --train.batch-size 4 --train.steps 4 --train.log-every 1 --train.checkpoint-every 2 "
+    "--train.eval-every 3 --train.ema 0.9 --train.warmup-steps 0"
+)
+
+
+def started(cwd: Path, data: Path, devices: int, *words: str) -> subprocess.Popen[str]:
+    """``train.py`` with so many virtual devices, in a folder of its own."""
+    environment = {
+        **os.environ,
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "JAX_DEFAULT_MATMUL_PRECISION": "highest",
+        "JAX_COMPILATION_CACHE_DIR": str(data / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    command = [sys.executable, str(ROOT / "train.py"), str(ROOT / "configs/demo.py"), "--run", "run"]
+    command += ["--data.root", str(data), *SMALL.split(), *words]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=cwd, env=environment, stdout=pipe, stderr=subprocess.STDOUT, text=True)
+
+
+def finished(*processes: subprocess.Popen[str], status: int = 0) -> list[str]:
+    """What they printed. None outlives this, and one that fails tells what all said."""
+    outputs, deadline = ["" for _ in processes], time.monotonic() + LIMIT
+    try:
+        for i, process in enumerate(processes):
+            outputs[i], _ = process.communicate(timeout=max(deadline - time.monotonic(), 1))
+    except subprocess.TimeoutExpired:
+        for process in processes:
+            process.kill()
+        outputs = [process.communicate()[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    said = "\n".join(f"--- host {i}, status {p.returncode}\n{outputs[i][-3000:]}" for i, p in enumerate(processes))
+    assert all(process.returncode == status for process in processes), said
+    return outputs
+
+
+def hosts(count: int) -> list[list[str]]:
+    """Flags of each host, with a port that is free."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    common = ["--hosts.coordinator", f"127.0.0.1:{port}", "--hosts.count", str(count), "--hosts.timeout", "120"]
+    return [[*common, "--hosts.index", str(i)] for i in range(count)]
+
+
+def result(run: Path) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+    """Exported parameters, and what was logged of every step except times."""
+    logged = {}
+    for line in (run / "metrics.jsonl").read_text().splitlines():
+        values = json.loads(line)
+        logged |= {
+            f"{values['step']}/{name}": value
+            for name, value in values.items()
+            if value is not None and name not in ("images_per_s", "data_wait_share", "seconds", "dense/ms_per_image")
+        }
+    return restore_model_state(run), logged
+
+
+def test_two_hosts_of_two_devices_equal_four_devices_and_one(tmp_path):
+    """From scratch, and from a checkpoint of another number of hosts that only the first one sees: losses, moving
+    average of the parameters, metrics of an evaluation, with 11 images in batches of 4."""
+    one, four, first, second = (tmp_path / name for name in ("one", "four", "first", "second"))
+    for folder in (one, four, first, second):
+        folder.mkdir()
+    data = tmp_path / "scenes"
+    pair = zip((first, second), hosts(2), strict=True)
+    *outputs, _ = finished(*(started(cwd, data, 2, *flags) for cwd, flags in pair), started(four, data, 4))
+    finished(started(one, data, 1))
+    expected = result(one / "run")
+    assert {"4/loss", "3/dense/AP"} < set(expected[1])
+    for folder in (four, first):
+        assert_same_run(result(folder / "run"), expected)
+
+    # Written and said once.
+    assert "step 4/4  loss" in outputs[0] and "trained; evaluate with" in outputs[0]
+    assert "step" not in outputs[1].replace("steps 0 to 4", "") and "trained" not in outputs[1]
+    assert not list(second.iterdir())
+
+    shutil.rmtree(first / "run")
+    shutil.copytree(one / "run", first / "run")
+    shutil.rmtree(first / "run" / "checkpoints" / "4")
+    pair = zip((first, second), hosts(2), strict=True)
+    finished(*(started(cwd, data, 2, *flags, "--resume", "--train.parallel", "shard_map") for cwd, flags in pair))
+    assert_same_run(result(first / "run"), expected)
+    assert not list(second.iterdir())
+
+
+def test_what_one_host_lacks_stops_all_with_its_name(tmp_path):
+    pair = zip((tmp_path, tmp_path), hosts(2), strict=True)
+    missing = ["--data.source", "yolo"]
+    processes = [
+        started(cwd, tmp_path / ("scenes", "none")[i], 1, *flags, *(missing if i else []))
+        for i, (cwd, flags) in enumerate(pair)
+    ]
+    for output in finished(*processes, status=2):
+        assert "error: host 1 of 2: " in output and "Traceback" not in output
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (Hosts(count=2), "--hosts.count 2: add --hosts.coordinator HOST:PORT"),
+        (Hosts(coordinator="10.0.0.1", count=2), "--hosts.coordinator 10.0.0.1: must be HOST:PORT"),
+        (Hosts(coordinator="10.0.0.1:99999", count=2), "must be HOST:PORT"),
+        (
+            Hosts(coordinator="10.0.0.1:99", count=2, index=2),
+            "--hosts.index 2, --hosts.count 2: the index",
+        ),
+        (Hosts(auto=True, count=2), "--hosts.auto finds coordinator, count and index itself"),
+        (Hosts(timeout=0), "--hosts.timeout 0: must be at least 1"),
+    ],
+)
+def test_flags_that_contradict_each_other(flags, message):
+    with pytest.raises(ConfigError) as error:
+        check(flags)
+    assert message in str(error.value)

@@ -1,0 +1,146 @@
+"""One update, however its batch is carried over devices and time; less memory; moving average; what is communicated."""
+
+from __future__ import annotations
+
+import re
+
+import jax
+import numpy as np
+import pytest
+from small_training import SMALL, a_batch, assert_same_run, run_steps, start
+
+from querydet_jax.config import override
+from querydet_jax.errors import ConfigError
+from querydet_jax.models import build_model
+from querydet_jax.training.parallel import AXIS, carrier, check_batch_size
+from querydet_jax.training.step import merge_into
+from querydet_jax.weights import state_dict
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+BATCHES = [a_batch(seed=seed) for seed in range(3)]
+
+
+@pytest.fixture(scope="module")
+def reference():
+    """Three steps of four images on one device."""
+    return run_steps(SMALL, BATCHES, devices=False)
+
+
+@pytest.mark.parametrize(
+    ("devices", "changes"),
+    [
+        (True, {}),
+        (True, {"train.parallel": "shard_map"}),
+        (False, {"train.accumulate": 4}),
+        (True, {"train.accumulate": 2, "train.parallel": "shard_map"}),
+    ],
+    ids=["pmap", "shard_map", "in 4 parts", "in 2 parts on 2 devices"],
+)
+def test_every_way_makes_the_same_update(reference, devices, changes):
+    """Parts and devices hold 1 to 7 boxes: each must divide by the foreground of the whole batch."""
+    state, metrics = reference
+    assert float(metrics["foreground"]) > 10 and float(metrics["query"]) > 0.01
+    assert float(state.normalizer) != SMALL.model.loss.normalizer_init
+    assert_same_run(run_steps(SMALL, BATCHES, devices, **changes), reference)
+
+
+def test_foreground_counted_first_is_that_of_the_losses():
+    """Of both detectors, and with images that are no multiple of 32."""
+    batch = a_batch()
+    images = batch["images"][:, :50, :60]
+    for detector in ("retinanet", "fcos"):
+        model = build_model(override(SMALL, {"model.detector": detector}).model)
+        labels = model.labels([(4, 4), (2, 2)], batch["boxes"], batch["classes"])
+        counted = model.count_foreground(images.shape[1:3], batch["boxes"], batch["classes"])
+        assert counted == np.sum(np.asarray(labels) >= 0) > 0
+        losses = jax.eval_shape(model.losses, images, batch["boxes"], batch["classes"], 100.0)
+        assert counted.dtype == losses.num_foreground.dtype == np.float32
+
+
+def with_fine_heads(detector: str, num_convs: int, **changes) -> tuple:
+    """First state, batch and compiled step of a model whose heads on P3 hold most of the memory."""
+    model = {"detector": detector, "min_level": 3, "query.levels": (3,), "backbone.freeze_at": 5}
+    model |= {"head.channels": 128, "head.num_convs": num_convs}
+    config = override(SMALL, {f"model.{key}": value for key, value in model.items()})
+    (state, step), batch = start(override(config, changes), None), a_batch(8, height=128)
+    return state, batch, jax.jit(step).lower(state, batch).compile()
+
+
+def test_the_same_in_less_memory():
+    """Heads recomputed, of one image at a time, out of eight; in parts, everything of two images."""
+    ways = ({}, {"train.remat": True}, {"train.accumulate": 4})
+    states, batches, steps = zip(*(with_fine_heads("retinanet", 2, **changes) for changes in ways), strict=True)
+    results = [step(state, batch) for step, state, batch in zip(steps, states, batches, strict=True)]
+    for result in results[1:]:  # rounded more than above: there are more terms to add
+        assert_same_run(result, results[0], rtol=5e-5, rtol_metrics=1e-4)
+    needed = [step.memory_analysis().temp_size_in_bytes for step in steps]
+    assert needed[1] < 0.75 * needed[0] and needed[2] < 0.5 * needed[0]
+
+
+def test_remat_of_fcos_computes_the_same():
+    results = []
+    for remat in (False, True):
+        state, batch, step = with_fine_heads("fcos", 1, **{"train.remat": remat})
+        results.append(step(state, batch))
+    assert_same_run(results[1], results[0], rtol=5e-5, rtol_metrics=1e-4)
+
+
+@pytest.mark.parametrize("parallel", ["pmap", "shard_map"])
+def test_a_step_communicates_the_gradients_once_and_one_number(parallel):
+    """Strong scaling: besides the foreground, one group of all-reduces of as much as there are parameters (and the
+    metrics), whatever the images. Nothing is gathered, no activation travels."""
+    state, step = start(SMALL, AXIS)
+    over = carrier(parallel)
+    program = over.compiled(step).lower(over.replicate(state), over.split(a_batch())).compile().as_text()
+    for other in ("all-gather", "all-to-all", "collective-permute", "reduce-scatter", "collective-broadcast"):
+        assert other not in program
+    reduced = [
+        sum(int(np.prod([int(side) for side in shape.split(",") if side], initial=1)) for shape in shapes)
+        for shapes in (
+            re.findall(r"f32\[([\d,]*)\]", line.split("= ", 1)[1].split(" all-reduce")[0])
+            for line in program.splitlines()
+            if re.search(r" all-reduce(-start)?\(", line)
+        )
+    ]
+    parameters = sum(x.size for x in jax.tree.leaves(state.params))
+    metrics = 5  # loss, cls, box, query, foreground
+    assert sorted(reduced) in ([1, parameters + metrics], [1, parameters + metrics - 1])  # foreground may travel once
+
+
+def test_moving_average_is_that_of_the_parameters_and_what_is_exported():
+    config = override(SMALL, {"train.ema": 0.15})
+    state, step = start(config, None)
+    step = jax.jit(step)
+    average = jax.tree.map(np.asarray, state.params)
+    for decay, batch in zip((0.1, 0.15, 0.15), BATCHES, strict=True):  # (1 + step) / (10 + step) at first
+        state, _ = step(state, batch)
+        average = jax.tree.map(lambda a, x, d=decay: d * a + (1 - d) * np.asarray(x), average, state.params)
+        assert_same_run((state.ema, {}), (average, {}))
+    model = build_model(config.model)
+    merge_into(model, state)
+    exported, name = state_dict(model), "det_head.cls_score.bias"
+    np.testing.assert_array_equal(exported[name], np.asarray(state.ema["head"]["cls_score"]["bias"][...]))
+    assert not np.array_equal(exported[name], np.asarray(state.params["head"]["cls_score"]["bias"][...]))
+
+
+@pytest.mark.parametrize("detector", ["retinanet", "fcos"])
+def test_bfloat16_is_for_convolutions_alone(detector):
+    """Parameters, gradients, optimiser, losses, head outputs and boxes stay float32; features do not."""
+    config = override(SMALL, {"model.dtype": "bfloat16", "model.detector": detector, "train.ema": 0.9})
+    state, step = start(config, None)
+    floats = {x.dtype for x in jax.tree.leaves(jax.eval_shape(step, state, a_batch())) if x.dtype != np.int32}
+    assert floats == {np.dtype(np.float32)}
+    outputs = jax.eval_shape(build_model(config.model), a_batch()["images"])
+    assert {x.dtype for x in outputs.features.values()} == {jax.numpy.bfloat16.dtype}
+    for by_level in (outputs.cls, outputs.box, outputs.query):
+        assert {x.dtype for x in by_level.values()} == {np.dtype(np.float32)}
+
+
+def test_batch_that_does_not_divide_names_the_remedy():
+    with pytest.raises(ConfigError, match="train.batch_size 3 does not divide over 2 devices; use 2 or 4"):
+        check_batch_size(3)
+    with pytest.raises(ConfigError, match="batch_size 6 .* 2 devices x train.accumulate 2; use 4 or 8"):
+        check_batch_size(6, 2)
+    for key, value in (("accumulate", 0), ("ema", 1.0), ("ema", -0.1)):
+        with pytest.raises(ConfigError, match=f"train.{key} {value}: must be"):
+            override(SMALL, {f"train.{key}": value})
