@@ -4,7 +4,7 @@ Reproduces: AP 38.37, APs 22.34, 17.06 FPS (paper, one RTX 2080Ti).
 Command: python train.py configs/coco_fcos_r50.py --data.root COCO --train.init R-50.pkl
 Settings are detectron2's FCOS, group norm in the towers included; the paper does not state its own. QueryDet's heads
 have none (coco_querydet_fcos_r50.py): --model.head.norm none gives the baseline with the same heads.
-Pod: the same command on every host; up to 16 devices in all (coco_querydet_r50.py tells of more).
+Pod: the same command on every host with --hosts.auto; up to 16 devices in all (coco_querydet_r50.py tells of more).
 Measured here: not measured; needs COCO and an accelerator.
 """
 

@@ -3,7 +3,7 @@
 Reproduces: AP 38.11, APs 23.06, 4.83 FPS (paper, one RTX 2080Ti).
 Command: python train.py configs/coco_highres_rebalanced_r50.py --data.root COCO --train.init R-50.pkl
 QueryDet without its query head: the rest, matcher and score threshold included, is coco_querydet_r50.py's.
-Pod: the same command on every host; up to 16 devices in all (coco_querydet_r50.py tells of more).
+Pod: the same command on every host with --hosts.auto; up to 16 devices in all (coco_querydet_r50.py tells of more).
 Measured here: not measured; needs COCO and an accelerator.
 """
 

@@ -2,7 +2,7 @@
 
 Reproduces: AP 38.47, APs 22.98 dense at 17.57 FPS, AP 38.20, APs 22.23 with CSQ at 19.03 FPS (paper, one RTX 2080Ti).
 Command: python train.py configs/coco_querydet_faster_rcnn_r50.py --data.root COCO --train.init R-50.pkl
-Pod: the same command on every host; up to 16 devices in all (coco_querydet_r50.py tells of more).
+Pod: the same command on every host with --hosts.auto; up to 16 devices in all (coco_querydet_r50.py tells of more).
 Rows: python eval.py runs/coco_querydet_faster_rcnn_r50 (dense and CSQ).
 The paper states three shared 3x3 convolutions in the RPN, three 1x1 branches, levels P2..P6, queries from P4, gamma 1.2
 and the threshold 0.15. The rest is detectron2's Faster R-CNN: one anchor size a level, so s_l is 64 px on P3 and 128 on

@@ -5,7 +5,7 @@ Command: python train.py configs/coco_querydet_fcos_r50.py --data.root COCO --tr
 The paper states of this model only s_l, the lower end of the distances regressed on P_l. FCOS's own settings are
 detectron2's, but for the heads, which have no group norm: its statistics need the whole map, which CSQ never computes.
 Query head, level weights and CSQ are those of coco_querydet_r50.py.
-Pod: the same command on every host; up to 16 devices in all (coco_querydet_r50.py tells of more).
+Pod: the same command on every host with --hosts.auto; up to 16 devices in all (coco_querydet_r50.py tells of more).
 Rows: python eval.py runs/coco_querydet_fcos_r50 (dense and CSQ).
 Measured here: not measured; needs COCO and an accelerator.
 """

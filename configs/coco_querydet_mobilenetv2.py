@@ -4,7 +4,7 @@ Reproduces: AP 29.16, APs 16.14 dense at 5.31 FPS, AP 28.94, APs 15.74 with CSQ 
 Command: python train.py configs/coco_querydet_mobilenetv2.py --data.root COCO --train.init mobilenet_v2-b0353104.pth
   mobilenet_v2-b0353104.pth: torchvision's ImageNet weights (or timm's mobilenetv2_100).
   The paper does not say how it normalised pixels nor what P6 is made from: here as the weights were trained, and C5.
-Pod: the same command on every host; up to 16 devices in all (coco_querydet_r50.py tells of more).
+Pod: the same command on every host with --hosts.auto; up to 16 devices in all (coco_querydet_r50.py tells of more).
 Rows: python eval.py runs/coco_querydet_mobilenetv2 (dense and CSQ).
 Measured here: not measured; needs COCO and an accelerator.
 """

@@ -4,7 +4,7 @@ Reproduces: AP 26.07, APs 13.20 dense at 5.26 FPS, AP 25.85, APs 12.81 with CSQ 
 Command: python train.py configs/coco_querydet_shufflenetv2.py --data.root COCO --train.init FILE
   FILE: shufflenetv2_x1-5666bf0f80.pth, torchvision's ImageNet weights.
   The paper does not say how it normalised pixels nor what P6 is made from: here as the weights were trained, and C5.
-Pod: the same command on every host; up to 16 devices in all (coco_querydet_r50.py tells of more).
+Pod: the same command on every host with --hosts.auto; up to 16 devices in all (coco_querydet_r50.py tells of more).
 Rows: python eval.py runs/coco_querydet_shufflenetv2 (dense and CSQ).
 Measured here: not measured; needs COCO and an accelerator.
 """

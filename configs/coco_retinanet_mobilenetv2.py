@@ -3,7 +3,7 @@
 Reproduces: AP 26.72, APs 15.27, 17.75 FPS (paper, one RTX 2080Ti).
 Command: python train.py configs/coco_retinanet_mobilenetv2.py --data.root COCO --train.init mobilenet_v2-b0353104.pth
   mobilenet_v2-b0353104.pth: see coco_querydet_mobilenetv2.py.
-Pod: the same command on every host; up to 16 devices in all (coco_querydet_r50.py tells of more).
+Pod: the same command on every host with --hosts.auto; up to 16 devices in all (coco_querydet_r50.py tells of more).
 Measured here: not measured; needs COCO and an accelerator.
 """
 

@@ -2,7 +2,7 @@
 
 Reproduces: AP 38.76, APs 22.89, 13.83 FPS (paper, one RTX 2080Ti).
 Command: python train.py configs/coco_retinanet_r50_3x.py --data.root COCO --train.init R-50.pkl
-Pod: the same command on every host; up to 16 devices in all (coco_querydet_r50.py tells of more).
+Pod: the same command on every host with --hosts.auto; up to 16 devices in all (coco_querydet_r50.py tells of more).
 Measured here: not measured; needs COCO and an accelerator.
 """
 

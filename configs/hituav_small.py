@@ -3,7 +3,7 @@
 Reproduces: nothing of the paper; real small objects (a third of the boxes below 16x16 px).
 Images: HIT-UAV, CC BY 4.0, as COCO json: instances_train.json, instances_val.json, train/, val/.
 Command: python train.py configs/hituav_small.py --data.root HIT_UAV && python eval.py runs/hituav_small
-Pod: the same command on every host; up to 8 devices in all, since a step has 8 images.
+Pod: the same command on every host with --hosts.auto; up to 8 devices in all, since a step has 8 images.
 Measured: 36 minutes of training (1,500 steps of 8 crops, one seed), then all 407 validation images at 512x640, batch 1;
 2 cores of an AMD EPYC, jax 0.10.2, Python 3.11.7. Medians, methods in turn.
 

@@ -6,8 +6,8 @@ Command: python train.py configs/visdrone_querydet_r50.py --data.root VISDRONE -
   VISDRONE: a folder with VisDrone2019-DET-train/ and VisDrone2019-DET-val/ as distributed. Of patches cut before
   (python -m querydet_jax.data prepare-visdrone) the run reads --data.train-images PATCHES --data.no-patches.
   R-50.pkl: detectron2's ImageNetPretrained/MSRA/R-50.pkl.
-Pod: the same command on every host. Learning rate and schedule are for 8 images a step over all devices of all hosts,
-  so for up to 8 devices (coco_querydet_r50.py tells of more).
+Pod: the same command on every host with --hosts.auto. Learning rate and schedule are for 8 images a step over all
+  devices of all hosts, so for up to 8 devices (coco_querydet_r50.py tells of more).
 Rows: python eval.py runs/visdrone_querydet_r50 (dense and CSQ; COCO's metrics and the official ones).
 Measured here: not measured; needs VisDrone and an accelerator.
 """

@@ -4,7 +4,7 @@ Reproduces: AP 26.21, AP50 44.90, AP75 27.10, AR500 37.21 at 2.63 FPS (paper, va
   RTX 2080Ti).
 Command: python train.py configs/visdrone_retinanet_r50.py --data.root VISDRONE --train.init R-50.pkl
   VISDRONE, R-50.pkl: see configs/visdrone_querydet_r50.py.
-Pod: the same command on every host; up to 8 devices in all.
+Pod: the same command on every host with --hosts.auto; up to 8 devices in all.
 Measured here: not measured; needs VisDrone and an accelerator.
 """
 

@@ -277,6 +277,6 @@ def _notes(
         *(f"  {row['table']}: {row['evaluate']}" for row in figures),
     ]
     for needs in dict.fromkeys(card.needs for card in cards.values()):
-        lines.append(f"train (needs {needs}; on a pod the same command on every host):")
+        lines.append(f"train (needs {needs}; on a pod the same on every host with --hosts.auto):")
         lines += [f"  {card.train}" for card in cards.values() if card.needs == needs]
     return lines
