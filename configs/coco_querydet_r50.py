@@ -6,8 +6,8 @@ Command: python train.py configs/coco_querydet_r50.py --data.root COCO --train.i
   the data directory of a copy in ArrayRecord (python -m querydet_jax.data prepare-coco).
   R-50.pkl: detectron2's ImageNetPretrained/MSRA/R-50.pkl.
 Pod: the same command on every host with --hosts.auto. Learning rate and schedule are for 16 images a step over all
-  devices of all hosts, so for up to 16 devices. For k times as many images (--train.batch-size) multiply --train.learning-rate by k and
-  divide --train.steps and --train.decay-steps by k (linear scaling, Goyal et al. 2017; not tried here).
+  devices of all hosts, so for up to 16 devices. For k times as many images (--train.batch-size) multiply
+  --train.learning-rate by k and divide --train.steps and --train.decay-steps by k (docs/scaling.md; not tried here).
 Rows, all of this one training: python eval.py runs/coco_querydet_r50 (dense and CSQ).
   Table 4, P4: the same; "no query" is dense. P3, P5 and P6: coco_querydet_r50_start_p3.py and its neighbours.
   Table 5: --methods dense cq ccq csq, or python benchmark.py table5 --run runs/coco_querydet_r50 --images 0
