@@ -14,7 +14,7 @@ import tyro
 
 from querydet_jax import machine
 from querydet_jax.config import Config, check, load_config
-from querydet_jax.errors import ConfigError, QueryDetError
+from querydet_jax.errors import ConfigError, Preempted, QueryDetError
 from querydet_jax.export.artifact import ArtifactError
 from querydet_jax.runs import config_path
 
@@ -76,6 +76,9 @@ def run(main: Callable[[], None]) -> None:
     logging.getLogger("querydet_jax").setLevel(logging.INFO)
     try:
         main()
+    except Preempted as error:
+        print(error, file=sys.stderr)
+        sys.exit(143)  # as a shell reports SIGTERM
     except (QueryDetError, ArtifactError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -9,6 +9,10 @@ class QueryDetError(ValueError):
     """Base of all errors that bad input can cause."""
 
 
+class Preempted(QueryDetError):
+    """SIGTERM ended a run that is saved: no fault of anybody's."""
+
+
 class ConfigError(QueryDetError):
     """A configuration file, key or value that cannot be used."""
 

@@ -22,11 +22,12 @@ import numpy as np
 from querydet_jax.config import Config, save_config
 from querydet_jax.data import open_dataset, train_batches
 from querydet_jax.data.dataset import Dataset
-from querydet_jax.errors import ConfigError, QueryDetError
+from querydet_jax.errors import ConfigError, Preempted
 from querydet_jax.hosts import is_first, on_every
 from querydet_jax.models import DenseDetector, build_model
 from querydet_jax.runs import check_classes
 from querydet_jax.training.checkpoint import Checkpoints
+from querydet_jax.training.guards import LossGuard, sigterm
 from querydet_jax.training.parallel import AXIS, carrier, check_batch_size
 from querydet_jax.training.schedule import learning_rate, make_optimizer
 from querydet_jax.training.step import init_state, make_step, merge_into
@@ -55,14 +56,20 @@ def train(config: Config, run: str | Path, *, resume: bool = False, evaluate: Ev
 
     Raises:
       QueryDetError: bad configuration, data or checkpoint, or a loss that is not finite.
+      Preempted: SIGTERM has come; the step under way was finished and saved.
     """
     check_batch_size(config.train.batch_size, config.train.accumulate)
-    with contextlib.closing(Checkpoints(run, keep=config.train.keep_checkpoints)) as checkpoints:
-        return _train(config, Path(run), checkpoints, resume, evaluate)
+    with contextlib.closing(Checkpoints(run, keep=config.train.keep_checkpoints)) as checkpoints, sigterm() as stopped:
+        return _train(config, Path(run), checkpoints, resume, evaluate, stopped)
 
 
 def _train(
-    config: Config, run: Path, checkpoints: Checkpoints, resume: bool, evaluate: Evaluate | None
+    config: Config,
+    run: Path,
+    checkpoints: Checkpoints,
+    resume: bool,
+    evaluate: Evaluate | None,
+    stopped: Callable[[], bool],
 ) -> DenseDetector:
     if checkpoints.latest() is not None and not resume:
         raise ConfigError(f"{run}: already holds checkpoints; add --resume to go on, or choose another --run")
@@ -116,6 +123,7 @@ def _train(
         )
     )
     state = devices.replicate(state)
+    guard = LossGuard(run, devices, checkpoints)
     try:
         for step in range(start, config.train.steps):
             waited = time.perf_counter()
@@ -124,25 +132,20 @@ def _train(
             image_ids = batch.pop("image_ids")
             state, metrics = step_fn(state, devices.split(batch))
             done = step + 1
+            guard.watch(done, metrics, batch, image_ids)
             last = done == config.train.steps
             if done % config.train.log_every == 0 or done == start + 1 or last:
+                guard.check()
                 values = {name: float(value) for name, value in devices.unreplicate(metrics).items()}
-                if not math.isfinite(values["loss"]):
-                    raise QueryDetError(
-                        f"the loss is {values['loss']} at step {done} (images {image_ids.tolist()}): lower "
-                        "train.learning_rate, lengthen train.warmup_steps or set train.clip_norm; "
-                        f"the last checkpoint is {checkpoints.latest() or 'none'}"
-                    )
                 progress.log(done, values, waited)
             else:
                 progress.wait(waited)
-            if done % config.train.checkpoint_every == 0 or last:
-                # Waits for the step, and finds a loss that went wrong since the last line.
-                if not math.isfinite(float(devices.unreplicate(metrics)["loss"])):
-                    raise QueryDetError(
-                        f"the loss is not finite at step {done}: nothing saved; lower train.learning_rate"
-                    )
+            stop = stopped()  # asked once: what comes after is for the next step
+            if done % config.train.checkpoint_every == 0 or last or stop:
+                guard.check()
                 checkpoints.save(model, devices.unreplicate(state))
+            if stop and not last:
+                raise Preempted(f"stopped by SIGTERM: step {done} is saved in {run}; --resume goes on from there")
             if validation is not None and evaluate is not None and done % config.train.eval_every == 0 and not last:
                 merge_into(model, devices.unreplicate(state))
                 with progress.paused():
