@@ -68,7 +68,8 @@ class LossGuard:
         host = "" if jax.process_count() == 1 else f"_host_{jax.process_index()}"
         path = self.run / f"not_finite_step_{step}{host}.npz"
         path.parent.mkdir(parents=True, exist_ok=True)
-        np.savez_compressed(path, **batch, image_ids=image_ids)
+        arrays: dict[str, Any] = {**batch, "image_ids": image_ids}
+        np.savez_compressed(path, **arrays)
         raise QueryDetError(
             f"the loss is {value} at step {step} (images {image_ids.tolist()}; the batch is in {path}): lower "
             "train.learning_rate, lengthen train.warmup_steps or set train.clip_norm; "

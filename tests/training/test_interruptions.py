@@ -17,8 +17,10 @@ import pytest
 
 from querydet_jax.config import Config, load_config, override, save_config
 from querydet_jax.errors import Preempted, QueryDetError
+from querydet_jax.models import build_model
 from querydet_jax.training import train
 from querydet_jax.training.checkpoint import restore_model_state
+from querydet_jax.weights import load_weights, state_dict
 
 ROOT = Path(__file__).parents[2]
 SMALL = {
@@ -74,6 +76,15 @@ def last_line(run: Path) -> dict[str, float]:
     return json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
 
 
+def test_a_checkpoint_is_a_weight_source(config, whole):
+    """By run folder and by step."""
+    for source in (whole, whole / "checkpoints" / "6"):
+        model = build_model(config.model)
+        assert not load_weights(model, source).missing
+        for name, value in restore_model_state(whole).items():
+            np.testing.assert_array_equal(state_dict(model)[name], value, err_msg=name)
+
+
 def test_killed_at_any_moment(config, whole, tmp_path):
     """SIGKILL while steps are computed and checkpoints written, one a step."""
     run = tmp_path / "run"
@@ -120,6 +131,8 @@ def test_a_deleted_newest_checkpoint_costs_its_steps_only(config, whole, tmp_pat
     shutil.rmtree(run / "checkpoints" / "6")
     train(config, run, resume=True)
     assert_equal_runs(run, whole)
+    lines = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert lines == [1, 2, 3, 4, 5, 6, 6]
 
 
 def test_a_half_written_newest_checkpoint_names_the_remedy(config, whole, tmp_path):
