@@ -18,7 +18,7 @@ from jax import Array
 
 from querydet_jax.config import InferenceConfig
 from querydet_jax.errors import ConfigError
-from querydet_jax.models.skeleton import Candidates, DenseDetector
+from querydet_jax.models.skeleton import Candidates, DenseDetector, join_candidates
 from querydet_jax.ops.nms import class_wise_nms, soft_nms
 from querydet_jax.sparse import CascadeLevel, LevelResult, LevelStats, SparseOptions, cascade, whole_map
 
@@ -164,8 +164,7 @@ def _detect(graph: nnx.GraphDef, config: InferenceConfig, state: PyTree, images:
     model = nnx.merge(graph, state)
     pyramid = _pyramid(model, config, images, sizes)
     found, results = _candidates(model, config, pyramid)
-    joined = Candidates(*(jnp.concatenate(parts, axis=1) for parts in zip(*found, strict=True)))
-    joined = model.refine(joined, pyramid.dense, sizes)
+    joined = model.refine(join_candidates(found), pyramid.dense, sizes)
     scores = jnp.where(joined.scores > config.score_threshold, joined.scores, -jnp.inf)
 
     def finish(boxes: Array, scores: Array, classes: Array) -> tuple[Array, Array, Array, Array]:

@@ -40,6 +40,28 @@ SMALL = Config(
 )
 
 
+# Changes to configs/demo.py for runs of the loop: eight pictures of 96 px, 16 channels.
+SCENES = {
+    "data.scenes_train": 8,
+    "data.scenes_val": 2,
+    "data.scenes_size": (96, 96),
+    "data.train_short": (96,),
+    "data.train_max": 96,
+    "data.train_canvases": ((96, 96),),
+    "data.test_short": 96,
+    "data.test_max": 96,
+    "data.test_canvases": ((96, 96),),
+    "model.backbone.name": "resnet10",
+    "model.fpn.channels": 16,
+    "model.head.channels": 16,
+    "model.head.num_convs": 1,
+    "model.query.channels": 16,
+    "model.query.num_convs": 1,
+    "train.batch_size": 4,
+    "train.log_every": 1,
+}
+
+
 def a_batch(size: int = 4, seed: int = 0, height: int = 64) -> dict[str, np.ndarray]:
     """Noise, square, with 1 box on the first image, 2 on the next, and so on."""
     rng = np.random.default_rng(seed)

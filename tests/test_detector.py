@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator
 
 import cascade_oracle
 import jax
@@ -37,13 +36,7 @@ from querydet_jax import Detections, Detector, build_model
 from querydet_jax.config import BackboneConfig, QueryConfig
 from querydet_jax.errors import ConfigError
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _compile_in_a_hurry() -> Iterator[None]:
-    """Most programs here run once or twice; the main one is compiled with all optimisations."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 FOUR = pictures(4, 64, 96)
@@ -51,7 +44,7 @@ ON_SITES = {"capacities": (1.0,), "chunk": 64}  # never densely
 
 
 @pytest.fixture(scope="module")
-def csq(_compile_in_a_hurry) -> Detector:
+def csq(quick_compile) -> Detector:
     """The main detector, compiled as in use."""
     jax.config.update("jax_disable_most_optimizations", False)
     detector()(FOUR)

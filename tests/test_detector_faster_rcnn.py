@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator
 
 import cascade_oracle
 import jax
@@ -27,11 +26,7 @@ FOUR = pictures(4, *IMAGE)
 REACH = 2  # of the trunk's two layers; a branch sees its own cell only
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _compile_in_a_hurry() -> Iterator[None]:
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 @functools.cache

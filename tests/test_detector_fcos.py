@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -23,11 +22,7 @@ from querydet_jax.sparse import SparseOptions, cascade, masked_dense_stacks
 FOUR = pictures(4, 64, 96)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _compile_in_a_hurry() -> Iterator[None]:
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 @functools.cache

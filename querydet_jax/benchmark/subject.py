@@ -12,7 +12,8 @@ import numpy as np
 from querydet_jax.benchmark.queries import at_level, density, script_queries
 from querydet_jax.benchmark.report import Column, Row, decimals, ms, share, times
 from querydet_jax.benchmark.timing import interleaved, percentiles
-from querydet_jax.config import Config, InferenceConfig, ModelConfig, backbone_flavors, load_config, override
+from querydet_jax.config import Config, InferenceConfig, ModelConfig, load_config, override
+from querydet_jax.config_rules import backbone_flavors
 from querydet_jax.data import Dataset, open_dataset
 from querydet_jax.detector import Detector
 from querydet_jax.errors import ConfigError

@@ -17,7 +17,7 @@ import numpy as np
 from jax import Array, lax
 
 from querydet_jax.config import ModelConfig
-from querydet_jax.models.retinanet import level_anchors
+from querydet_jax.models.anchored import decode_chosen, match, pyramid_anchors
 from querydet_jax.models.rpn import RPNHead, RPNQueryHead
 from querydet_jax.models.second_stage import DELTA_WEIGHTS, BoxHead, sample_proposals
 from querydet_jax.models.skeleton import (
@@ -27,13 +27,12 @@ from querydet_jax.models.skeleton import (
     Outputs,
     Whole,
     best_candidates,
+    join_candidates,
     level_map,
-    level_weights,
 )
-from querydet_jax.ops.anchors import anchors_at, grid_anchors
 from querydet_jax.ops.boxes import clip, decode
 from querydet_jax.ops.losses import binary_cross_entropy, smooth_l1
-from querydet_jax.ops.matching import BACKGROUND, match_anchors, matched_deltas, per_image
+from querydet_jax.ops.matching import BACKGROUND, matched_deltas, per_image
 from querydet_jax.ops.nms import class_wise_nms
 from querydet_jax.ops.roi_align import roi_align
 from querydet_jax.ops.sampling import sample_balanced
@@ -127,7 +126,7 @@ class FasterRCNN(DenseDetector):
         Without ``keys`` each call draws the same sample. Replicas divide by the proposals that all of them have
         sampled; parts of a batch in time (``whole``) by their own, which differs where an image has too few.
         """
-        config, stages = self.config, self.config.faster_rcnn
+        stages = self.config.faster_rcnn
         boxes, classes = jnp.asarray(boxes, jnp.float32), jnp.asarray(classes, jnp.int32)
         images = jnp.asarray(images)
         sizes = _whole_images(images) if sizes is None else jnp.asarray(sizes, jnp.int32)
@@ -136,23 +135,25 @@ class FasterRCNN(DenseDetector):
             keys = jax.random.split(jax.random.key(0), len(images))
         rpn_keys, roi_keys = (jax.vmap(partial(jax.random.fold_in, data=draw))(keys) for draw in (0, 1))
 
-        per_level = self._rpn_sums(outputs, boxes, classes, rpn_keys)
-        weights = jnp.asarray(level_weights(config), jnp.float32)
-        count = stages.rpn_samples * len(images)
-        rpn = {name: jnp.sum(weights * sums) / count for name, sums in per_level.items()}
+        query = None
+        if self.query_head is not None:
+            query = self.query_means(
+                outputs.query,
+                boxes,
+                classes,
+                # Of logits that the RPN's trunk has given already.
+                lambda level, target, gamma: self.query_focal(outputs.query[level], target, gamma),
+            )
+        sums = self._rpn_sums(outputs, boxes, classes, rpn_keys)
+        terms, per_level = self.weigh(sums, stages.rpn_samples * len(images), query)
 
         proposals = self.proposals(self._whole_level_candidates(outputs, stages.train_topk), sizes)
         roi, num_foreground = self._roi_losses(outputs.features, proposals, boxes, classes, roi_keys, axis_name)
-        if whole is not None:
-            num_foreground = whole.parts * num_foreground / (1 if axis_name is None else lax.axis_size(axis_name))
-
-        query, query_head = jnp.zeros(()), self.query_head
-        if query_head is not None:
-            per_level["query"] = self._query_means(outputs.query, boxes, classes)
-            query = jnp.sum(jnp.asarray(config.loss.query_weights, jnp.float32) * per_level["query"])
-        total = rpn["rpn_cls"] + rpn["rpn_box"] + roi["cls"] + roi["box"] + query
+        if whole is not None:  # so that the mean over parts in time is the sum
+            num_foreground *= whole.parts / (1 if axis_name is None else lax.axis_size(axis_name))
+        total = terms["rpn_cls"] + terms["rpn_box"] + roi["cls"] + roi["box"] + terms["query"]
         return FasterRCNNLosses(
-            **rpn, **roi, query=query, total=total, num_foreground=num_foreground,
+            **terms, **roi, total=total, num_foreground=num_foreground,
             normalizer=jnp.asarray(normalizer, jnp.float32), per_level=per_level,
         )  # fmt: skip
 
@@ -160,39 +161,17 @@ class FasterRCNN(DenseDetector):
         """0: nothing is divided by the foreground."""
         return jnp.zeros(())
 
-    def _query_means(self, logits: dict[int, Array], boxes: Array, classes: Array) -> Array:
-        """As ``query_losses``, of logits that the RPN's trunk has given already."""
-        means = []
-        for level, gamma in zip(self.config.query.levels, self.config.loss.query_gammas, strict=True):
-            target = self.query_target(level, (logits[level].shape[1], logits[level].shape[2]), boxes, classes)
-            means.append(self.query_focal(logits[level], target, gamma) / target.size)
-        return jnp.stack(means)
-
     # First stage ---------------------------------------------------------------------------
-
-    def anchors(self, shapes: dict[int, tuple[int, int]]) -> Array:
-        """``[R, 4]`` px, of all levels, the finest first, then y, x, anchor."""
-        return jnp.concatenate(
-            [grid_anchors(self._cells(level), *shape, 2**level).reshape(-1, 4) for level, shape in shapes.items()]
-        )
 
     def rpn_targets(self, anchors: Array, boxes: Array, classes: Array) -> tuple[Array, Array]:
         """Of one image: labels int32 ``[R]``, 0 for foreground, else as in ``match_anchors``; and the matched box."""
-        loss = self.config.loss
-        return match_anchors(
-            anchors,
-            boxes,
-            jnp.where(classes >= 0, 0, BACKGROUND),
-            background_iou=loss.iou_background,
-            foreground_iou=loss.iou_foreground,
-            matcher=loss.matcher,
-        )
+        return match(self.config.loss, anchors, boxes, jnp.where(classes >= 0, 0, BACKGROUND))
 
-    def _rpn_sums(self, outputs: Outputs, boxes: Array, classes: Array, keys: Array) -> dict[str, Array]:
-        """Unweighted sums by level ``[L]`` over the sampled anchors of all images."""
+    def _rpn_sums(self, outputs: Outputs, boxes: Array, classes: Array, keys: Array) -> dict[str, list[Array]]:
+        """Unweighted sums by level over the sampled anchors of all images."""
         stages = self.config.faster_rcnn
         shapes = {level: (x.shape[1], x.shape[2]) for level, x in outputs.features.items()}
-        anchors = self.anchors(shapes)
+        anchors = pyramid_anchors(self.config.anchors, shapes)
         num_anchors = self.config.anchors.per_cell
         cells = np.array([height * width * num_anchors for height, width in shapes.values()])
         level_of = jnp.asarray(np.repeat(np.arange(len(cells)), cells))
@@ -214,8 +193,8 @@ class FasterRCNN(DenseDetector):
         difference = jnp.where(foreground[..., None], difference, 0.0)
         regression = jnp.sum(smooth_l1(difference, beta=self.config.loss.smooth_l1_beta), axis=-1)
 
-        def by_level(values: Array) -> Array:
-            return jnp.zeros((len(cells),)).at[level_of[index].reshape(-1)].add(values.reshape(-1))
+        def by_level(values: Array) -> list[Array]:
+            return list(jnp.zeros((len(cells),)).at[level_of[index].reshape(-1)].add(values.reshape(-1)))
 
         return {"rpn_cls": by_level(entropy), "rpn_box": by_level(regression)}
 
@@ -239,15 +218,13 @@ class FasterRCNN(DenseDetector):
         return self._best(level, objectness, deltas, sites, topk)
 
     def _best(self, level: int, objectness: Array, deltas: Array, sites: Sites, topk: int) -> Candidates:
-        num_anchors = self.config.anchors.per_cell
-        cells = jnp.asarray(self._cells(level))
+        config = self.config.anchors
 
         def describe(scores: Array, row: Array, anchor: Array) -> Candidates:
-            anchors = anchors_at(cells, sites.y[row], sites.x[row], 2**level)[jnp.arange(len(row)), anchor]
-            boxes = decode(anchors, deltas.reshape(-1, num_anchors, 4)[row, anchor])
+            boxes = decode_chosen(config, level, sites, deltas, row, anchor)
             return Candidates(boxes, scores, jnp.full(scores.shape, level, jnp.int32))
 
-        return best_candidates(objectness, sites, topk=topk, per_key=num_anchors, describe=describe)
+        return best_candidates(objectness, sites, topk=topk, per_key=config.per_cell, describe=describe)
 
     def _whole_level_candidates(self, outputs: Outputs, topk: int) -> Candidates:
         found = []
@@ -256,7 +233,7 @@ class FasterRCNN(DenseDetector):
             rows = lax.stop_gradient((objectness.reshape(-1, num_anchors), outputs.box[level].reshape(-1, 4)))
             everywhere = whole_map(jnp.ones((len(objectness), height, width), bool))
             found.append(self._best(level, *rows, everywhere, topk))
-        return Candidates(*(jnp.concatenate(parts, axis=1) for parts in zip(*found, strict=True)))
+        return join_candidates(found)
 
     def proposals(self, found: Candidates, sizes: Array) -> Proposals:
         """The best boxes of all levels after NMS within each level, clipped to the images; empty ones are dropped."""
@@ -313,12 +290,9 @@ class FasterRCNN(DenseDetector):
         sample = partial(sample_proposals, config=config.faster_rcnn, num_classes=config.num_classes)
         found = per_image(sample, proposals.boxes, proposals.valid, boxes, classes, keys)
         logits, deltas = self._box_head(features, found.boxes, found.valid)
-        # Where nothing is to be learnt labels are negative: any class will do.
-        label = jnp.maximum(found.labels, 0)
-        entropy = -jnp.take_along_axis(jax.nn.log_softmax(logits), label[..., None], axis=-1)[..., 0]
-        mine = jnp.take_along_axis(
-            deltas, jnp.minimum(label, config.num_classes - 1)[..., None, None], axis=2
-        )[:, :, 0]  # fmt: skip
+        entropy = -jnp.take_along_axis(jax.nn.log_softmax(logits), found.labels[..., None], axis=-1)[..., 0]
+        learnt = jnp.minimum(found.labels, config.num_classes - 1)  # of background: any class will do
+        mine = jnp.take_along_axis(deltas, learnt[..., None, None], axis=2)[:, :, 0]
         foreground = found.valid & (found.labels < config.num_classes)
         difference = jnp.where(foreground[..., None], mine - found.deltas, 0.0)
         count, num_foreground, parts = jnp.sum(found.valid), jnp.sum(foreground), 1
@@ -331,9 +305,6 @@ class FasterRCNN(DenseDetector):
             "box": jnp.sum(smooth_l1(difference, beta=config.loss.smooth_l1_beta)) / count,
         }
         return losses, num_foreground.astype(jnp.float32)
-
-    def _cells(self, level: int) -> np.ndarray:
-        return level_anchors(self.config.anchors, level)
 
 
 def _whole_images(images: Array) -> Array:

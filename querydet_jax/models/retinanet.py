@@ -7,13 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from querydet_jax.config import AnchorConfig, ModelConfig
+from querydet_jax.config import ModelConfig
+from querydet_jax.models.anchored import decode_chosen, match, pyramid_anchors
 from querydet_jax.models.heads import DetectionHead
 from querydet_jax.models.skeleton import Candidates, DenseDetector, Losses, Outputs, Whole, best_candidates, level_sum
-from querydet_jax.ops.anchors import anchors_at, cell_anchors, grid_anchors
-from querydet_jax.ops.boxes import decode
 from querydet_jax.ops.losses import focal_loss, smooth_l1
-from querydet_jax.ops.matching import IGNORED, match_anchors, matched_deltas, per_image
+from querydet_jax.ops.matching import IGNORED, matched_deltas, per_image
 from querydet_jax.sparse import Sites, Stack
 
 
@@ -92,23 +91,11 @@ class RetinaNet(DenseDetector):
     def targets(self, shapes: list[tuple[int, int]], boxes: Array, classes: Array) -> tuple[Array, Array]:
         """Labels int32 ``[B, R]`` and box targets ``[B, R, 4]`` over the anchors of all levels, finest
         level first, then y, x, anchor. Labels as in ``match_anchors``."""
-        loss = self.config.loss
-        anchors = jnp.concatenate(
-            [
-                grid_anchors(self._cell_anchors(level), *shape, 2**level).reshape(-1, 4)
-                for level, shape in zip(self.config.levels, shapes, strict=True)
-            ]
-        )
+        config = self.config
+        anchors = pyramid_anchors(config.anchors, dict(zip(config.levels, shapes, strict=True)))
 
         def assign(boxes: Array, classes: Array) -> tuple[Array, Array]:
-            labels, matched = match_anchors(
-                anchors,
-                boxes,
-                classes,
-                background_iou=loss.iou_background,
-                foreground_iou=loss.iou_foreground,
-                matcher=loss.matcher,
-            )
+            labels, matched = match(config.loss, anchors, boxes, classes)
             return labels, jnp.where((labels >= 0)[:, None], matched_deltas(anchors, boxes, matched), 0.0)
 
         return per_image(assign, boxes, classes)
@@ -134,20 +121,10 @@ class RetinaNet(DenseDetector):
         """
         cls, box = outputs
         num_anchors, num_classes = self.config.anchors.per_cell, self.config.num_classes
-        cells = jnp.asarray(self._cell_anchors(level))
 
         def describe(logits: Array, row: Array, column: Array) -> Candidates:
             anchor, class_id = column // num_classes, column % num_classes
-            deltas = box.reshape(-1, num_anchors, 4)[row, anchor]
-            anchors = anchors_at(cells, sites.y[row], sites.x[row], 2**level)[jnp.arange(len(row)), anchor]
-            return Candidates(decode(anchors, deltas), jax.nn.sigmoid(logits), class_id.astype(jnp.int32))
+            boxes = decode_chosen(self.config.anchors, level, sites, box, row, anchor)
+            return Candidates(boxes, jax.nn.sigmoid(logits), class_id.astype(jnp.int32))
 
         return best_candidates(cls, sites, topk=topk, per_key=num_anchors, describe=describe)
-
-    def _cell_anchors(self, level: int) -> np.ndarray:
-        return level_anchors(self.config.anchors, level)
-
-
-def level_anchors(config: AnchorConfig, level: int) -> np.ndarray:
-    """Anchors ``[A, 4]`` of a cell of P_level around the cell's anchor centre, in px."""
-    return cell_anchors(config.scale * 2**level, config.sizes_per_octave, config.ratios)

@@ -10,7 +10,7 @@ C channels.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
@@ -94,6 +94,11 @@ class Candidates(NamedTuple):
     boxes: Array
     scores: Array
     classes: Array
+
+
+def join_candidates(found: Sequence[Candidates]) -> Candidates:
+    """Of all levels as one, in their order."""
+    return Candidates(*(jnp.concatenate(parts, axis=1) for parts in zip(*found, strict=True)))
 
 
 class DenseDetector(nnx.Module):
@@ -254,7 +259,7 @@ class DenseDetector(nnx.Module):
         return whole.foreground, average, jnp.maximum(average, 1.0) / whole.parts
 
     def weigh(
-        self, sums: dict[str, list[Array]], divisor: Array, query: Array | None
+        self, sums: dict[str, list[Array]], divisor: Array | float, query: Array | None
     ) -> tuple[dict[str, Array], dict[str, Array]]:
         """Loss terms and their parts by level (paper eq. 4): sum_l beta_l sum / divisor for each of ``sums``,
         which are by level; ``query``: sum_q w_q mean focal of ``query_losses`` (0 without a query head)."""
@@ -279,15 +284,27 @@ class DenseDetector(nnx.Module):
         if query_head is None:
             return None
 
-        def mean(level: int, gamma: float) -> Array:
-            x = features[level]
-            target = self.query_target(level, (x.shape[1], x.shape[2]), boxes, classes)
-            return (
-                level_sum(lambda x, t: self.query_focal(query_head(x), t, gamma), level, remat, x, target) / target.size
-            )
+        def sum_over_cells(level: int, target: Array, gamma: float) -> Array:
+            def focal(x: Array, target: Array) -> Array:
+                return self.query_focal(query_head(x), target, gamma)
 
-        loss = self.config.loss
-        return jnp.stack([mean(*entry) for entry in zip(self.config.query.levels, loss.query_gammas, strict=True)])
+            return level_sum(focal, level, remat, features[level], target)
+
+        return self.query_means(features, boxes, classes, sum_over_cells)
+
+    def query_means(
+        self,
+        maps: dict[int, Array],
+        boxes: Array,
+        classes: Array,
+        sum_over_cells: Callable[[int, Array, float], Array],
+    ) -> Array:
+        """``query_losses`` from the sums of a level, its targets ``[B, h, w]`` and gamma; ``maps [B, h, w, ...]``."""
+        means = []
+        for level, gamma in zip(self.config.query.levels, self.config.loss.query_gammas, strict=True):
+            target = self.query_target(level, (maps[level].shape[1], maps[level].shape[2]), boxes, classes)
+            means.append(sum_over_cells(level, target, gamma) / target.size)
+        return jnp.stack(means)
 
     def query_focal(self, logits: Array, target: Array, gamma: float) -> Array:
         """Sum of the query loss over cells."""

@@ -11,7 +11,7 @@ import numpy as np
 from jax import Array
 
 from querydet_jax.config import AnchorConfig
-from querydet_jax.models.retinanet import level_anchors
+from querydet_jax.models.anchored import level_anchors
 from querydet_jax.ops.anchors import anchors_at
 from querydet_jax.ops.boxes import pairwise_iou
 

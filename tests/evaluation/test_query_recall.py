@@ -3,10 +3,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterator
 
 import cascade_oracle
-import jax
 import numpy as np
 import pytest
 from small_detector import BASE, REACH, detector, model, pictures
@@ -21,11 +19,7 @@ BINS = (SizeBin(0, 8), SizeBin(8, 16), SizeBin(0, 16))
 IMAGES = pictures(2, 64, 96, seed=3)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _compile_in_a_hurry() -> Iterator[None]:
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 def test_hits_by_hand():

@@ -14,6 +14,7 @@ import recipe
 
 import querydet_jax as qd
 from querydet_jax.evaluation import rescale_to_original
+from querydet_jax.models.skeleton import join_candidates
 from querydet_jax.sparse import whole_map
 
 HERE = Path(__file__).parent
@@ -76,8 +77,7 @@ def test_proposals(case, recorded, image_a):
             everywhere = whole_map(jnp.ones(x.shape[:3], bool))
             rows = [y.reshape(-1, y.shape[-1]) for y in model.dense_heads(x)]
             found.append(model.candidates(level, rows, everywhere, topk=config.inference.topk))
-        joined = type(found[0])(*(jnp.concatenate(parts, axis=1) for parts in zip(*found, strict=True)))
-        return model.proposals(joined, jnp.asarray([[120, 180]]))
+        return model.proposals(join_candidates(found), jnp.asarray([[120, 180]]))
 
     found = jax.device_get(propose(image_a[None]))
     valid = found.valid[0]

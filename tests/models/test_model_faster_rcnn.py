@@ -14,6 +14,7 @@ from flax import nnx
 from truths import IMAGES, LEARNT, TRUTHS, assert_finite, losses_and_gradients
 
 from querydet_jax.models import Candidates, FasterRCNN
+from querydet_jax.models.anchored import pyramid_anchors
 from querydet_jax.models.faster_rcnn import FasterRCNNLosses
 from querydet_jax.models.second_stage import sample_proposals
 from querydet_jax.weights import state_dict
@@ -70,7 +71,7 @@ def test_losses_written_out(small_faster_rcnn: FasterRCNN, compute: Any) -> None
     def parts(state: Any) -> Any:
         net = nnx.merge(graph, state)
         out, sizes = net(IMAGES), jnp.asarray([[64, 96]] * 2)
-        anchors = net.anchors(SHAPES)
+        anchors = pyramid_anchors(config.anchors, SHAPES)
         matched = [net.rpn_targets(anchors, *row) for row in zip(jnp.asarray(BOXES), jnp.asarray(CLASSES), strict=True)]
         proposals = net.proposals(net._whole_level_candidates(out, config.faster_rcnn.train_topk), sizes)
         key = jax.random.key(5)

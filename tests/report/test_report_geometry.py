@@ -12,7 +12,7 @@ from small_detector import BASE, MODEL, model, pictures
 from querydet_jax.config import AnchorConfig, Config, DataConfig
 from querydet_jax.detector import _pyramid
 from querydet_jax.evaluation.metrics import DEFAULT_BINS
-from querydet_jax.models.retinanet import level_anchors
+from querydet_jax.models.anchored import level_anchors
 from querydet_jax.ops.anchors import grid_anchors, level_shape
 from querydet_jax.ops.boxes import pairwise_iou
 from querydet_jax.ops.matching import query_targets

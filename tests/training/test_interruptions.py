@@ -14,6 +14,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from small_training import SCENES
 
 from querydet_jax.config import Config, load_config, override, save_config
 from querydet_jax.errors import Preempted, QueryDetError
@@ -24,27 +25,11 @@ from querydet_jax.weights import load_weights, state_dict
 
 ROOT = Path(__file__).parents[2]
 SMALL = {
-    "data.scenes_train": 8,
-    "data.scenes_val": 2,
-    "data.scenes_size": (96, 96),
-    "data.train_short": (96,),
-    "data.train_max": 96,
-    "data.train_canvases": ((96, 96),),
-    "data.test_short": 96,
-    "data.test_max": 96,
-    "data.test_canvases": ((96, 96),),
-    "model.backbone.name": "resnet10",
+    **SCENES,
     "model.min_level": 3,
     "model.max_level": 5,
     "model.loss.level_weighting": "linear",
-    "model.fpn.channels": 16,
-    "model.head.channels": 16,
-    "model.head.num_convs": 1,
-    "model.query.channels": 16,
-    "model.query.num_convs": 1,
-    "train.batch_size": 4,
     "train.steps": 6,
-    "train.log_every": 1,
     "train.checkpoint_every": 1,
     "train.ema": 0.5,
 }

@@ -7,6 +7,7 @@ import re
 
 import jax
 import pytest
+from small_training import SCENES
 
 from querydet_jax.config import load_config, override
 from querydet_jax.data import open_dataset
@@ -18,26 +19,6 @@ from querydet_jax.training import train
 from querydet_jax.training.checkpoint import restore_model_state
 from querydet_jax.weights import load_weights
 
-SMALL = {
-    "data.scenes_train": 8,
-    "data.scenes_val": 2,
-    "data.scenes_size": (96, 96),
-    "data.train_short": (96,),
-    "data.test_short": 96,
-    "data.test_max": 96,
-    "data.train_max": 96,
-    "data.train_canvases": ((96, 96),),
-    "data.test_canvases": ((96, 96),),
-    "model.backbone.name": "resnet10",
-    "model.fpn.channels": 16,
-    "model.head.channels": 16,
-    "model.head.num_convs": 1,
-    "model.query.channels": 16,
-    "model.query.num_convs": 1,
-    "train.batch_size": 4,
-    "train.log_every": 1,
-}
-
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
@@ -45,7 +26,7 @@ def root(tmp_path_factory):
 
 
 def small(root, **changes):
-    return override(load_config("configs/demo.py"), {**SMALL, "data.root": str(root), **changes})
+    return override(load_config("configs/demo.py"), {**SCENES, "data.root": str(root), **changes})
 
 
 def test_a_run_is_not_overwritten_and_resume_needs_one(root, tmp_path):

@@ -1,0 +1,51 @@
+"""What detectors with anchors share: their anchors, who learns what, boxes from deltas.
+
+Shape letters: A anchors a cell, R anchors of all levels, M chosen anchors, G padded boxes.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from querydet_jax.config import AnchorConfig, LossConfig
+from querydet_jax.ops.anchors import anchors_at, cell_anchors, grid_anchors
+from querydet_jax.ops.boxes import decode
+from querydet_jax.ops.matching import match_anchors
+from querydet_jax.sparse import Sites
+
+
+def level_anchors(config: AnchorConfig, level: int) -> np.ndarray:
+    """Anchors ``[A, 4]`` of a cell of P_level around the cell's anchor centre, in px."""
+    return cell_anchors(config.scale * 2**level, config.sizes_per_octave, config.ratios)
+
+
+def pyramid_anchors(config: AnchorConfig, shapes: dict[int, tuple[int, int]]) -> Array:
+    """Anchors ``[R, 4]`` px of levels of these (h, w), the finest first, then y, x, anchor."""
+    return jnp.concatenate(
+        [grid_anchors(level_anchors(config, level), *shape, 2**level).reshape(-1, 4) for level, shape in shapes.items()]
+    )
+
+
+def match(config: LossConfig, anchors: Array, boxes: Array, classes: Array) -> tuple[Array, Array]:
+    """``match_anchors`` of one image as the configuration has it."""
+    return match_anchors(
+        anchors,
+        boxes,
+        classes,
+        background_iou=config.iou_background,
+        foreground_iou=config.iou_foreground,
+        matcher=config.matcher,
+    )
+
+
+def decode_chosen(config: AnchorConfig, level: int, sites: Sites, deltas: Array, row: Array, anchor: Array) -> Array:
+    """Boxes ``[M, 4]`` px of the anchors ``anchor [M]`` at the sites ``row [M]``.
+
+    Args:
+      deltas: ``[N, A * 4]`` or ``[N * A, 4]`` at the sites.
+    """
+    cells = jnp.asarray(level_anchors(config, level))
+    anchors = anchors_at(cells, sites.y[row], sites.x[row], 2**level)[jnp.arange(len(row)), anchor]
+    return decode(anchors, deltas.reshape(-1, config.per_cell, 4)[row, anchor])
