@@ -274,7 +274,7 @@ class InferenceConfig:
     # Above the largest: dense computes the level densely, so results never depend on the sizes; cap
     # keeps the best-scoring queries that fit and reports the overflow.
     overflow: Literal["dense", "cap"] = "dense"
-    chunk: int = 256  # rows a turn of the convolution on sites
+    chunk: int = 256  # rows a turn of the convolution on sites, on CPU; other devices compute the whole buffer at once
     # gather: single cells, least work. tiles: aligned blocks of tile x tile cells, for accelerators.
     # Both compute the same.
     kernel: Literal["gather", "tiles"] = "gather"

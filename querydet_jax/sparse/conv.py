@@ -1,4 +1,4 @@
-"""3x3 convolution on sites: gather nine neighbours, one matrix product, in chunks of rows.
+"""3x3 convolution on sites: gather nine neighbours, one matrix product; on CPU in chunks of rows.
 
 The loop over chunks runs only as many turns as there are sites, so a buffer that is far from full
 costs little. Shape letters: N capacity, C input channels, O output channels, R rows.
@@ -44,9 +44,9 @@ def conv_rows(
       rows: ``[R, C]`` features.
       table: int32 ``[N, 9]`` rows of the nine neighbours; R reads as zeros.
       convs: kernels that all read ``rows``.
-      count: int32 ``[]``; outputs are computed for the first ``count`` table rows. The rows after them in
-        the last turn's chunk hold values nobody should read, those after that chunk 0.
-      chunk: table rows a turn; must divide N.
+      count: int32 ``[]``; outputs are computed for the first ``count`` table rows. Rows after them hold values
+        nobody should read.
+      chunk: table rows a turn (see ``in_chunks``); must divide N.
 
     Returns:
       One ``[N, O]`` array a convolution.
@@ -57,9 +57,9 @@ def conv_rows(
     out_dtype = out_dtype or rows.dtype
     kernels = [conv.kernel.reshape(-1, conv.kernel.shape[-1]).astype(rows.dtype) for conv in convs]
 
-    def compute(first: Array) -> list[Array]:
-        neighbours = lax.dynamic_slice_in_dim(table, first, chunk)
-        gathered = rows.at[neighbours].get(mode="fill", fill_value=0).reshape(chunk, -1)
+    def compute(first: Array, number: int) -> list[Array]:
+        neighbours = lax.dynamic_slice_in_dim(table, first, number)
+        gathered = rows.at[neighbours].get(mode="fill", fill_value=0).reshape(number, -1)
         outputs = []
         for kernel, conv in zip(kernels, convs, strict=True):
             y = jnp.dot(gathered, kernel, preferred_element_type=jnp.float32) + conv.bias[None].astype(jnp.float32)
@@ -70,21 +70,33 @@ def conv_rows(
     return in_chunks(count, chunk, outputs, compute)
 
 
-def in_chunks(count: Array, chunk: int, outputs: list[Array], compute: Callable[[Array], list[Array]]) -> list[Array]:
-    """Fill buffers ``[N, ...]`` from the front, ``chunk`` rows a turn, in as many turns as ``count`` rows need.
+def in_chunks(
+    count: Array, chunk: int, outputs: list[Array], compute: Callable[[Array, int], list[Array]]
+) -> list[Array]:
+    """Fill buffers ``[N, ...]`` from the front, on CPU ``chunk`` rows a turn in as many turns as ``count`` rows need.
 
-    ``compute(first)`` gives the ``chunk`` rows from ``first`` on of every buffer. Sparse computation
-    costs what is there, not what there is room for, because of this loop's length.
+    ``compute(first, number)`` gives ``number`` rows from ``first`` on of every buffer. On CPU sparse computation
+    so costs what is there, not what there is room for. Other devices compute the whole buffer at once: there a turn
+    costs more than the rows that it could save (the host of a GPU waits for the device before every turn).
     """
+    capacity = len(outputs[0])
 
-    def turn(i: Array, outputs: list[Array]) -> list[Array]:
-        first = i * chunk
-        computed = compute(first)
-        return [
-            lax.dynamic_update_slice_in_dim(output, y, first, 0) for output, y in zip(outputs, computed, strict=True)
-        ]
+    def whole(count: Array) -> list[Array]:
+        return compute(jnp.int32(0), capacity)
 
-    return lax.fori_loop(0, (count + chunk - 1) // chunk, turn, outputs)
+    def in_turns(count: Array) -> list[Array]:
+        def turn(i: Array, outputs: list[Array]) -> list[Array]:
+            first = i * chunk
+            return [
+                lax.dynamic_update_slice_in_dim(output, y, first, 0)
+                for output, y in zip(outputs, compute(first, chunk), strict=True)
+            ]
+
+        return lax.fori_loop(0, (count + chunk - 1) // chunk, turn, outputs)
+
+    if chunk >= capacity:
+        return whole(count)
+    return lax.platform_dependent(count, cpu=in_turns, default=whole)
 
 
 def run_stacks(rows: Array, table: Array, sites: Sites, stacks: Sequence[Stack], *, chunk: int) -> list[Array]:
@@ -137,7 +149,7 @@ def crop_stacks(features: Array, sites: Sites, stacks: Sequence[Stack], *, chunk
     Args:
       features: ``[B, h, w, C]``.
       sites: keys, first in the buffer.
-      chunk: crops a turn; must divide the capacity.
+      chunk: crops a turn (see ``in_chunks``); must divide the capacity.
 
     Returns:
       One float32 ``[N, O]`` a stack, meaningful at the keys only.
@@ -145,8 +157,8 @@ def crop_stacks(features: Array, sites: Sites, stacks: Sequence[Stack], *, chunk
     _, height, width = sites.shape
     flat = features.reshape(-1, features.shape[-1])
 
-    def crops(first: Array, depth: int) -> Array:
-        index = lax.dynamic_slice_in_dim(sites.index, first, chunk)[:, None, None]
+    def crops(first: Array, number: int, depth: int) -> Array:
+        index = lax.dynamic_slice_in_dim(sites.index, first, number)[:, None, None]
         step = jnp.arange(-depth, depth + 1, dtype=jnp.int32)
         y = index // width % height + step[None, :, None]
         x = index % width + step[None, None, :]
@@ -154,10 +166,10 @@ def crop_stacks(features: Array, sites: Sites, stacks: Sequence[Stack], *, chunk
         cell = index + step[None, :, None] * width + step[None, None, :]
         return flat.at[jnp.where(inside, cell, sites.num_cells)].get(mode="fill", fill_value=0)
 
-    def compute(first: Array) -> list[Array]:
+    def compute(first: Array, number: int) -> list[Array]:
         outputs = []
         for stack in stacks:
-            x = crops(first, len(stack))
+            x = crops(first, number, len(stack))
             for layer, conv in enumerate(stack):
                 last = layer == len(stack) - 1
                 x = dense_conv(x, conv, relu=not last, out_dtype=jnp.float32 if last else None, padding=0)

@@ -87,8 +87,8 @@ def merged_at(level: CascadeLevel, cells: Array) -> Array:
 
 
 def _merged_rows(level: CascadeLevel, sites: Sites, chunk: int) -> Array:
-    def compute(first: Array) -> list[Array]:
-        return [merged_at(level, lax.dynamic_slice_in_dim(sites.index, first, chunk))]
+    def compute(first: Array, number: int) -> list[Array]:
+        return [merged_at(level, lax.dynamic_slice_in_dim(sites.index, first, number))]
 
     assert level.lateral is not None, "without a lateral convolution the features are the merged map"
     rows = jnp.zeros((sites.capacity, level.lateral.kernel.shape[-1]), level.features.dtype)

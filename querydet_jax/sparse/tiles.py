@@ -112,7 +112,7 @@ def run_stacks_on_tiles(
 
     Args:
       active: bool ``[B, h, w]``; what lies outside is zero at every layer.
-      chunk: tiles a turn; must divide T.
+      chunk: tiles a turn (see ``in_chunks``); must divide T.
 
     Returns:
       One float32 ``[T * s * s, O]`` a stack, rows as in ``tile_sites``; meaningful at active cells.
@@ -123,12 +123,12 @@ def run_stacks_on_tiles(
     table = halo_table(tiles)
 
     def masked(first: Array, x: Array) -> Array:
-        return jnp.where(lax.dynamic_slice_in_dim(inside, first, chunk), x, 0)
+        return jnp.where(lax.dynamic_slice_in_dim(inside, first, len(x)), x, 0)
 
-    def head_input(first: Array) -> list[Array]:
+    def head_input(first: Array, number: int) -> list[Array]:
         if level.output is None:
-            return [masked(first, merged_at(level, lax.dynamic_slice_in_dim(cells, first, chunk)))]
-        halo = tile_cells(tiles._replace(index=lax.dynamic_slice_in_dim(tiles.index, first, chunk)), ring=1)
+            return [masked(first, merged_at(level, lax.dynamic_slice_in_dim(cells, first, number)))]
+        halo = tile_cells(tiles._replace(index=lax.dynamic_slice_in_dim(tiles.index, first, number)), ring=1)
         return [masked(first, dense_conv(merged_at(level, halo), level.output, padding=0))]
 
     def buffer(channels: int, like: Array | None) -> Array:
@@ -143,8 +143,8 @@ def run_stacks_on_tiles(
             last = layer == len(stack) - 1
             rows = x.reshape(-1, x.shape[-1])
 
-            def one_layer(first: Array, rows=rows, conv=conv, last=last) -> list[Array]:
-                around = lax.dynamic_slice_in_dim(table, first, chunk)
+            def one_layer(first: Array, number: int, rows=rows, conv=conv, last=last) -> list[Array]:
+                around = lax.dynamic_slice_in_dim(table, first, number)
                 patch = rows.at[around].get(mode="fill", fill_value=0)
                 y = dense_conv(patch, conv, relu=not last, out_dtype=jnp.float32 if last else None, padding=0)
                 return [masked(first, y)]
