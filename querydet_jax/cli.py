@@ -74,6 +74,7 @@ def run(main: Callable[[], None]) -> None:
     # force: libraries imported by now have set up handlers of their own.
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr, force=True)
     logging.getLogger("querydet_jax").setLevel(logging.INFO)
+    machine.keep_compiled_programs()
     try:
         main()
     except Preempted as error:

@@ -37,6 +37,8 @@ class TrainArguments:
     """Folder of the run: configuration, metrics, checkpoints (default: runs/NAME, or the run folder given)."""
     resume: bool = False
     """Go on from the run's newest checkpoint."""
+    profile: bool = False
+    """Also write a trace of a few steps to RUN/profile, for TensorBoard's profiler and ui.perfetto.dev."""
     hosts: Hosts = field(default_factory=Hosts)
 
 
@@ -46,9 +48,15 @@ def train() -> None:
     join(arguments.hosts)
     run = Path(arguments.run or (source if Path(source).is_dir() else f"runs/{config.name}"))
 
+    detectors: dict[str, Detector] = {}
+
     def evaluate(model: DenseDetector, dataset: Dataset) -> dict[str, float]:
+        if not detectors:
+            detectors.update(_detectors(model, config, ()))
+        for detector in detectors.values():
+            detector.update(model)
         runs = evaluate_detectors(
-            _detectors(model, config, ()), dataset, config.data, batch_size=config.inference.batch_size,
+            detectors, dataset, config.data, batch_size=config.inference.batch_size,
             indices=first_images(dataset, config.train.eval_images), size_bins=(),
         )  # fmt: skip
         if is_first():
@@ -59,7 +67,7 @@ def train() -> None:
             for key, value in {**result.scores.named(), "ms_per_image": result.ms_median}.items()
         }
 
-    run_training(config, run, resume=arguments.resume, evaluate=evaluate)
+    run_training(config, run, resume=arguments.resume, evaluate=evaluate, profile=arguments.profile)
     if is_first():
         print(f"trained; evaluate with: python eval.py {run}")
 

@@ -1,15 +1,20 @@
-"""What a measurement was taken on, in words; and the one setting that a process must be started with."""
+"""What a measurement was taken on, in words; and settings of a process: huge pages, and where programs are kept."""
 
 from __future__ import annotations
 
+import hashlib
+import logging
 import os
 import platform
 import sys
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import jax
+
+_log = logging.getLogger("querydet_jax")
 
 _HUGE_PAGES = "glibc.malloc.hugetlb"  # a tunable of glibc 2.35 and newer
 _HUGE_PAGES_SWITCH = Path("/sys/kernel/mm/transparent_hugepage/enabled")
@@ -73,6 +78,31 @@ def huge_page_environment(environment: Mapping[str, str], mode: str, libc: tuple
     return {**environment, "GLIBC_TUNABLES": ":".join(filter(None, [tunables, f"{_HUGE_PAGES}=1"]))}
 
 
+def keep_compiled_programs() -> None:
+    """Keep what takes a second or more to compile, for later runs: in ``~/.cache/querydet_jax``.
+
+    Where jax has a folder for this already (``JAX_COMPILATION_CACHE_DIR``), that is used; the environment's
+    ``QUERYDET_COMPILE_CACHE=0`` keeps nothing.
+    """
+    known: Any = jax.config
+    if known.jax_compilation_cache_dir or os.environ.get("QUERYDET_COMPILE_CACHE") == "0":
+        return
+    folder = compile_cache_folder(os.environ)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        _log.info("compiled programs are not kept for later runs: %s", error)
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
+def compile_cache_folder(environment: Mapping[str, str]) -> Path:
+    """One a kind of processor: machines that share a home must not run each other's programs."""
+    root = environment.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    kind = hashlib.sha256(f"{_processor()} {_cpuinfo('flags')}".encode()).hexdigest()[:12]
+    return Path(root) / "querydet_jax" / kind
+
+
 def _huge_page_mode() -> str:
     if not _HUGE_PAGES_SWITCH.is_file():
         return ""
@@ -80,9 +110,14 @@ def _huge_page_mode() -> str:
 
 
 def _processor() -> str:
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+def _cpuinfo(field: str) -> str:
+    """Of the first processor, as Linux describes it; "" elsewhere."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
         for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
+            if line.startswith(field):
                 return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+    return ""

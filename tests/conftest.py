@@ -20,6 +20,7 @@ jax.config.update("jax_default_matmul_precision", "highest")
 # that outlives it could hide what a compiler update changes.
 _CACHE = tempfile.TemporaryDirectory(prefix="querydet_jax_test_cache_")
 jax.config.update("jax_compilation_cache_dir", _CACHE.name)
+os.environ["XDG_CACHE_HOME"] = _CACHE.name  # where commands that a test starts keep theirs
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 2.0)
 
 

@@ -17,6 +17,7 @@ from querydet_jax.benchmark.nms import Nms, nms
 from querydet_jax.benchmark.precision import Precision, precision
 from querydet_jax.benchmark.static_vs_dynamic import StaticVsDynamic, static_vs_dynamic
 from querydet_jax.benchmark.tables import Table4, Table5, Table6, table4, table5, table6
+from querydet_jax.benchmark.train_step import TrainStep, train_step
 
 COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "capacities": (Capacities, capacities),
@@ -32,6 +33,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "table4": (Table4, table4),
     "table5": (Table5, table5),
     "table6": (Table6, table6),
+    "train-step": (TrainStep, train_step),
 }
 
 

@@ -27,8 +27,10 @@ from querydet_jax.hosts import is_first, on_every
 from querydet_jax.models import DenseDetector, build_model
 from querydet_jax.runs import check_classes
 from querydet_jax.training.checkpoint import Checkpoints
+from querydet_jax.training.compiled import CompileWatch, Programs
 from querydet_jax.training.guards import LossGuard, sigterm
 from querydet_jax.training.parallel import AXIS, carrier, check_batch_size
+from querydet_jax.training.profiler import StepTrace
 from querydet_jax.training.schedule import learning_rate, make_optimizer
 from querydet_jax.training.step import init_state, make_step, merge_into
 from querydet_jax.weights import load_weights
@@ -41,7 +43,14 @@ _TERMS = ("rpn_cls", "rpn_box", "cls", "box", "centerness", "query")
 Evaluate = Callable[[DenseDetector, Dataset], dict[str, float]]
 
 
-def train(config: Config, run: str | Path, *, resume: bool = False, evaluate: Evaluate | None = None) -> DenseDetector:
+def train(
+    config: Config,
+    run: str | Path,
+    *,
+    resume: bool = False,
+    evaluate: Evaluate | None = None,
+    profile: bool = False,
+) -> DenseDetector:
     """Train a detector and leave its checkpoints, ``config.json`` and ``metrics.jsonl`` in ``run``.
 
     Args:
@@ -50,6 +59,7 @@ def train(config: Config, run: str | Path, *, resume: bool = False, evaluate: Ev
       resume: go on from the newest checkpoint.
       evaluate: called, on every host, with the model and the validation set every ``train.eval_every``
         steps; what it returns is logged.
+      profile: also write ``run/profile``, a trace of a few steps (``StepTrace``).
 
     Returns:
       The trained model, in inference mode; of a run with ``train.ema`` the moving average.
@@ -59,16 +69,22 @@ def train(config: Config, run: str | Path, *, resume: bool = False, evaluate: Ev
       Preempted: SIGTERM has come; the step under way was finished and saved.
     """
     check_batch_size(config.train.batch_size, config.train.accumulate)
-    with contextlib.closing(Checkpoints(run, keep=config.train.keep_checkpoints)) as checkpoints, sigterm() as stopped:
-        return _train(config, Path(run), checkpoints, resume, evaluate, stopped)
+    with (
+        contextlib.closing(Checkpoints(run, keep=config.train.keep_checkpoints)) as checkpoints,
+        contextlib.closing(CompileWatch()) as watch,
+        sigterm() as stopped,
+    ):
+        return _train(config, Path(run), checkpoints, watch, resume, evaluate, profile, stopped)
 
 
 def _train(
     config: Config,
     run: Path,
     checkpoints: Checkpoints,
+    watch: CompileWatch,
     resume: bool,
     evaluate: Evaluate | None,
+    profile: bool,
     stopped: Callable[[], bool],
 ) -> DenseDetector:
     if checkpoints.latest() is not None and not resume:
@@ -122,37 +138,44 @@ def _train(
             ema_decay=config.train.ema,
         )
     )
+    programs = Programs(step_fn, watch)
     state = devices.replicate(state)
     guard = LossGuard(run, devices, checkpoints)
+    trace = StepTrace(run / "profile" if profile and is_first() else None, start, config.train.steps)
     try:
         for step in range(start, config.train.steps):
-            waited = time.perf_counter()
-            batch = next(batches)
-            waited = time.perf_counter() - waited
-            image_ids = batch.pop("image_ids")
-            state, metrics = step_fn(state, devices.split(batch))
+            with trace.begin(step):
+                waited = time.perf_counter()
+                batch = next(batches)
+                waited = time.perf_counter() - waited
+                image_ids = batch.pop("image_ids")
+                state, metrics = programs(state, devices.split(batch))
             done = step + 1
             guard.watch(done, metrics, batch, image_ids)
+            if trace.end(step, guard.check):
+                progress.say(f"wrote a trace of steps {trace.first + 1} to {done} to {run}/profile")
             last = done == config.train.steps
             if done % config.train.log_every == 0 or done == start + 1 or last:
                 guard.check()
                 values = {name: float(value) for name, value in devices.unreplicate(metrics).items()}
-                progress.log(done, values, waited)
+                progress.log(done, {**values, "recompilations": watch.recompilations}, waited)
             else:
                 progress.wait(waited)
             stop = stopped()  # asked once: what comes after is for the next step
             if done % config.train.checkpoint_every == 0 or last or stop:
                 guard.check()
-                checkpoints.save(model, devices.unreplicate(state))
+                with watch.during("saving"):
+                    checkpoints.save(model, devices.unreplicate(state))
             if stop and not last:
                 raise Preempted(f"stopped by SIGTERM: step {done} is saved in {run}; --resume goes on from there")
             if validation is not None and evaluate is not None and done % config.train.eval_every == 0 and not last:
-                merge_into(model, devices.unreplicate(state))
-                with progress.paused():
+                with progress.paused(), watch.during("evaluation"):
+                    merge_into(model, devices.unreplicate(state))
                     progress.record(done, evaluate(model, validation))
         if start < config.train.steps:
-            progress.say(progress.summary(config.train.steps))
+            progress.say(f"{progress.summary(config.train.steps)}; {watch.summary()}")
     finally:
+        trace.close()
         progress.close(batches.skipped)
         batches.close()
     merge_into(model, devices.unreplicate(state))

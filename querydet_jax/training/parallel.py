@@ -49,6 +49,9 @@ def carrier(kind: Literal["pmap", "shard_map"]) -> Carrier:
 class Pmap:
     """Arrays have a leading axis of this host's devices."""
 
+    def __init__(self):
+        self._rows = NamedSharding(Mesh(np.array(jax.local_devices()), (AXIS,)), PartitionSpec(AXIS))
+
     def compiled(self, step: Step) -> Step:
         return jax.pmap(step, axis_name=AXIS, donate_argnums=0)
 
@@ -62,7 +65,8 @@ class Pmap:
 
     def split(self, batch: dict[str, np.ndarray]) -> Batch:
         count = jax.local_device_count()
-        return {name: value.reshape(count, -1, *value.shape[1:]) for name, value in batch.items()}
+        rows = {name: value.reshape(count, -1, *value.shape[1:]) for name, value in batch.items()}
+        return jax.device_put(rows, self._rows)
 
 
 class ShardMap:

@@ -77,6 +77,37 @@ def merge_into(model: DenseDetector, state: TrainState) -> None:
     nnx.update(model, jax.tree.map(jnp.copy, params), jax.tree.map(jnp.copy, state.rest))
 
 
+Loss = Callable[[PyTree, PyTree, Array, Batch, Whole | None], tuple[Array, tuple[PyTree, Array, Metrics]]]
+"""(params, rest, normalizer, batch, whole) to the loss, and (rest, normalizer, metrics) after it."""
+
+
+def make_loss(model: DenseDetector, axis_name: str | None, *, remat: bool = False) -> Loss:
+    """The loss of ``model`` as a function of its arrays; ``batch`` as for ``make_step``, with ``keys`` ``[B]``."""
+    graph, _, _ = split_model(model, axis_name)
+    trainable = model.trainable()
+
+    def loss_of(
+        params: PyTree, rest: PyTree, normalizer: Array, batch: Batch, whole: Whole | None
+    ) -> tuple[Array, tuple[PyTree, Array, Metrics]]:
+        # copy: running statistics are written inside this trace, so their variables must belong to it.
+        net = nnx.merge(graph, params, rest, copy=True)
+        losses = net.losses(
+            batch["images"],
+            batch["boxes"],
+            batch["classes"],
+            normalizer,
+            batch["sizes"],
+            axis_name,
+            keys=batch["keys"],
+            whole=whole,
+            remat=remat,
+        )
+        metrics = {"loss": losses.total, **losses.terms(), "foreground": losses.num_foreground}
+        return losses.total, (nnx.state(net, nnx.Not(trainable)), losses.normalizer, metrics)
+
+    return loss_of
+
+
 def make_step(
     model: DenseDetector,
     optimizer: optax.GradientTransformation,
@@ -101,29 +132,7 @@ def make_step(
       remat: see ``DenseDetector.losses``.
       ema_decay: of the moving average of the parameters, if the state has one.
     """
-    graph, _, _ = split_model(model, axis_name)
-    trainable = model.trainable()
-
-    def loss_of(
-        params: PyTree, rest: PyTree, normalizer: Array, batch: Batch, whole: Whole | None
-    ) -> tuple[Array, tuple[PyTree, Array, Metrics]]:
-        # copy: running statistics are written inside this trace, so their variables must belong to it.
-        net = nnx.merge(graph, params, rest, copy=True)
-        losses = net.losses(
-            batch["images"],
-            batch["boxes"],
-            batch["classes"],
-            normalizer,
-            batch["sizes"],
-            axis_name,
-            keys=batch["keys"],
-            whole=whole,
-            remat=remat,
-        )
-        metrics = {"loss": losses.total, **losses.terms(), "foreground": losses.num_foreground}
-        return losses.total, (nnx.state(net, nnx.Not(trainable)), losses.normalizer, metrics)
-
-    value_and_grad = jax.value_and_grad(loss_of, has_aux=True)
+    value_and_grad = jax.value_and_grad(make_loss(model, axis_name, remat=remat), has_aux=True)
 
     def in_parts(state: TrainState, batch: Batch) -> tuple[PyTree, PyTree, Array, Metrics]:
         """Means over the parts of gradients and metrics; every part divides by the foreground of them all."""
