@@ -50,6 +50,8 @@ class EndToEnd(Source):
     """With --run: the run folder of a plain RetinaNet or FCOS (P3..P7) on the same data."""
     sizes: tuple[tuple[int, int], ...] = ((800, 1344),)
     """Without --run: heights and widths of the image, multiples of 32."""
+    batch: int = 1
+    """Without --run: images a call, with the same queries; milliseconds are an image's share."""
     active: tuple[float, ...] = (0.01, 0.03, 0.10)
     """Without --run: shares of P2's cells to make active (context included) for CSQ."""
     crops_at: float = 0.03
@@ -69,7 +71,7 @@ def end_to_end(arguments: EndToEnd) -> None:
     arithmetic = "" if arguments.run else f", {arguments.dtype}, {arguments.kernel}"
     Report(
         "end_to_end",
-        f"Image to detections: {arguments.about()}{arithmetic}",
+        f"Image to detections: {arguments.about(arguments.batch)}{arithmetic}",
         [
             Column("method", "method"),
             *([Column("size", "size")] if not arguments.run else []),
@@ -125,7 +127,7 @@ def _of_random_weights(arguments: EndToEnd) -> tuple[list[Row], list[str]]:
     rows: list[Row] = []
     for height, width in arguments.sizes:
         detectors = _detectors(arguments, model, plain, (height, width))
-        measured = timed_rows(detectors, random_image(height, width), arguments.rounds)
+        measured = timed_rows(detectors, random_image(height, width, arguments.batch), arguments.rounds)
         rows += [{"method": row.pop("method"), "size": f"{height}x{width}", **row} for row in measured]
     return rows, ["accuracy: needs --run RUN, a trained model and its data"]
 

@@ -48,12 +48,12 @@ class Source:
     out: str = "runs/benchmark"
     """Folder for the json, csv and plot."""
 
-    def about(self) -> str:
+    def about(self, batch: int = 1) -> str:
         if self.run:
             return f"{self.run}, {self.images or 'all'} validation images, methods in turn, medians"
         heads = "" if self.channels == 256 else f"{self.channels} channels, "
         return (
-            f"random weights, {self.backbone}, {heads}{self.classes} classes, batch 1, "
+            f"random weights, {self.backbone}, {heads}{self.classes} classes, batch {batch}, "
             f"medians of {self.rounds} interleaved rounds"
         )
 
@@ -69,9 +69,9 @@ class Subject(Source):
     active: float = 0.03
     """Without --run: share of P2's cells made active (context 2 included) by the cascade from P4."""
 
-    def about(self) -> str:
+    def about(self, batch: int = 1) -> str:
         size = "" if self.run else f"{self.height}x{self.width}, "
-        return size + super().about()
+        return size + super().about(batch)
 
 
 def open_run(run: str) -> tuple[Config, DenseDetector, Dataset]:
@@ -90,8 +90,8 @@ def random_model(backbone: str, classes: int, channels: int = 256, **changes: An
     return build_model(override(ModelConfig(), {**network, "num_classes": classes, **widths, **changes}))
 
 
-def random_image(height: int, width: int) -> jax.Array:
-    return jax.device_put(np.random.default_rng(0).integers(0, 256, (1, height, width, 3), dtype=np.uint8))
+def random_image(height: int, width: int, batch: int = 1) -> jax.Array:
+    return jax.device_put(np.random.default_rng(0).integers(0, 256, (batch, height, width, 3), dtype=np.uint8))
 
 
 def laid_out_queries(height: int, width: int, active: float, context: int = 2) -> np.ndarray:
@@ -169,7 +169,7 @@ def _measure_random(subject: Subject, variants: Variants) -> list[Row]:
 
 
 def timed_rows(detectors: dict[str, Detector], image: jax.Array, rounds: int) -> list[Row]:
-    """Rows of ``detectors`` on one image, timed in turn."""
+    """Rows of ``detectors`` on images ``[B, H, W, 3]``, timed in turn; milliseconds are an image's share."""
     batch, height, width, _ = image.shape
     shares = {}
     for name, detector in detectors.items():
@@ -184,7 +184,7 @@ def timed_rows(detectors: dict[str, Detector], image: jax.Array, rounds: int) ->
         {
             "method": name,
             **shares[name],
-            **percentiles(values),
+            **percentiles(values / batch),
             "fps": float(np.mean(1e3 * batch / values)),
             "speed_up": base / float(np.median(values)),
         }
