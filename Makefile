@@ -5,6 +5,8 @@ PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
 DEMO ?= runs/demo
+# Tests in as many processes as there are processors; the tests of a file share what they have made.
+WORKERS ?= --numprocesses logical --maxprocesses 8 --dist loadfile
 
 .PHONY: demo test lint benchmark clean
 
@@ -17,7 +19,7 @@ test: $(VENV)/.installed-test  ## Style, types and the test suite
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m basedpyright --pythonpath $(PY)
-	$(PY) -m pytest
+	$(PY) -m pytest $(WORKERS)
 
 lint: $(VENV)/.installed-test  ## Style and types only
 	$(PY) -m ruff check .

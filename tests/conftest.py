@@ -16,11 +16,12 @@ import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
-# Many tests compile the same training step; one of them pays. A folder of this run's own: a cache
-# that outlives it could hide what a compiler update changes.
-_CACHE = tempfile.TemporaryDirectory(prefix="querydet_jax_test_cache_")
-jax.config.update("jax_compilation_cache_dir", _CACHE.name)
-os.environ["XDG_CACHE_HOME"] = _CACHE.name  # where commands that a test starts keep theirs
+# Many tests compile the same training step; one of them pays. A folder of this run's own, which its worker
+# processes and the commands that tests start share: a cache that outlives it could hide what a compiler update changes.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    _CACHE = tempfile.TemporaryDirectory(prefix="querydet_jax_test_cache_")
+    os.environ["XDG_CACHE_HOME"] = _CACHE.name
+jax.config.update("jax_compilation_cache_dir", os.environ["XDG_CACHE_HOME"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 2.0)
 
 
