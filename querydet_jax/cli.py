@@ -16,6 +16,7 @@ from querydet_jax import machine
 from querydet_jax.config import Config, check, load_config
 from querydet_jax.errors import ConfigError, Preempted, QueryDetError
 from querydet_jax.export.artifact import ArtifactError
+from querydet_jax.files import cannot_write
 from querydet_jax.runs import config_path
 
 Arguments = TypeVar("Arguments")
@@ -89,3 +90,8 @@ def run(main: Callable[[], None]) -> None:
         # Who read what is printed (| head) has gone. Python flushes once more at exit: into nothing.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)  # as a shell reports SIGPIPE
+    except OSError as error:
+        if not cannot_write(error):
+            raise
+        print(f"error: {error.filename or 'an output'} cannot be written ({error.strerror})", file=sys.stderr)
+        sys.exit(2)
