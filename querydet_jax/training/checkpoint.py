@@ -24,7 +24,7 @@ from orbax.checkpoint.options import MultiprocessingOptions
 
 from querydet_jax.errors import QueryDetError, WeightsError
 from querydet_jax.files import reason, writing
-from querydet_jax.hosts import from_first, is_first
+from querydet_jax.hosts import finishing, from_first, is_first
 from querydet_jax.models.skeleton import DenseDetector
 from querydet_jax.training.step import TrainState, init_state, merge_into
 from querydet_jax.weights import load_weights, state_dict
@@ -45,24 +45,26 @@ class Checkpoints:
         self.folder = Path(run).resolve() / FOLDER
         self._manager: ocp.CheckpointManager | None = None
         self._writing: tuple[int, int] | None = None  # step and bytes
+        self._finishing = contextlib.ExitStack()
         if is_first():
             with writing(self.folder):
                 self.folder.mkdir(parents=True, exist_ok=True)
-            self._manager = ocp.CheckpointManager(self.folder, options=_alone(max_to_keep=keep))
+            self._manager = _Manager(self.folder, options=_alone(max_to_keep=keep))
 
     def __enter__(self) -> Checkpoints:
         logging.getLogger("absl").addFilter(_not_of_orbax)
+        self._finishing.enter_context(finishing(self.wait))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None):
         try:
-            if self._manager is not None:
-                self.wait()
+            self.wait()
         except QueryDetError as own:
             if error is None:
                 raise
             _log.error("%s", own)  # what has ended the run is said last
         finally:
+            self._finishing.close()
             if self._manager is not None:
                 self._manager.close()
             logging.getLogger("absl").removeFilter(_not_of_orbax)
@@ -185,6 +187,13 @@ class Checkpoints:
             raise WeightsError(f"{self.folder}: no checkpoint to resume from; start without --resume")
         model, train = (_restore(self._first(), step, item, self.folder) for item in ("model", "train"))
         return step, model, train
+
+
+class _Manager(ocp.CheckpointManager):
+    def reached_preemption(self, step: int) -> bool:
+        """That is for the loop to ask: what jax is asked about last, it takes for the step that this host has reached,
+        and orbax asks from the background."""
+        return False
 
 
 def _not_of_orbax(record: logging.LogRecord) -> bool:
