@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 
 import numpy as np
 import pytest
@@ -10,6 +12,8 @@ from little_room import no_file_longer_than
 
 from querydet_jax.errors import QueryDetError
 from querydet_jax.files import Lines, write_json
+from querydet_jax.training import board as board_module
+from querydet_jax.training.board import Board
 from querydet_jax.training.guards import LossGuard
 
 
@@ -55,3 +59,30 @@ def test_no_room_for_the_batch_of_a_loss_that_is_not_finite(tmp_path):
     ):
         guard.check()
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_tensorboard_files_are_given_up(tmp_path, caplog):
+    """Their writer is a thread that dies of it, and would be waited for."""
+    pytest.importorskip("tensorboardX", reason="requirements-tensorboard.txt")
+    board = Board(tmp_path / "tensorboard")
+    board.add(1, {"loss": 1.0})
+    (path,) = (tmp_path / "tensorboard").iterdir()
+    with no_file_longer_than(path.stat().st_size + 10):
+        for step in range(2, 10_000):
+            board.add(step, {"loss": 1.0, "lr": 0.1})
+            if caplog.records:
+                break
+        board.close()
+    assert caplog.text.count("no more TensorBoard files of this run") == 1
+
+
+def test_tensorboard_files_that_cannot_be_begun(tmp_path, caplog, monkeypatch):
+    def full(*arguments, **options):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(board_module, "_summary_writer", lambda: full)
+    board = Board(tmp_path)
+    board.add(1, {"loss": 1.0})
+    board.close()
+    assert caplog.text.count("no more TensorBoard files of this run (No space left on device)") == 1

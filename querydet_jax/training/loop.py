@@ -27,6 +27,7 @@ from querydet_jax.files import Lines
 from querydet_jax.hosts import is_first, on_every
 from querydet_jax.models import DenseDetector, build_model
 from querydet_jax.runs import check_classes
+from querydet_jax.training.board import Board
 from querydet_jax.training.checkpoint import Checkpoints
 from querydet_jax.training.guards import LossGuard, preemption
 from querydet_jax.training.parallel import AXIS, carrier, check_batch_size
@@ -172,7 +173,7 @@ class _Progress:
         self.config, self.first = config, start
         self.rate = learning_rate(config.train)
         self.file = Lines(path if is_first() else Path(os.devnull))
-        self.board = _summary_writer(path.parent) if is_first() else None
+        self.board = Board(path.parent / "tensorboard") if is_first() else None
         self.begun = time.perf_counter()
         self.total_waited = 0.0
         self._reset(start)
@@ -215,8 +216,7 @@ class _Progress:
         finite = {k: (v if math.isfinite(v) else None) for k, v in values.items()}
         self.file.write(json.dumps({"step": step, **finite}))
         if self.board is not None:
-            for name, value in values.items():
-                self.board.add_scalar(name, value, step)
+            self.board.add(step, values)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -240,14 +240,6 @@ class _Progress:
         self.file.close()
         if self.board is not None:
             self.board.close()
-
-
-def _summary_writer(folder: Path):  # noqa: ANN202  (tensorboardX is optional)
-    try:
-        from tensorboardX import SummaryWriter  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        return None
-    return SummaryWriter(str(folder / "tensorboard"), write_to_disk=True)
 
 
 def _duration(seconds: float) -> str:
