@@ -6,16 +6,19 @@ import dataclasses
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, NoReturn, TypeVar
 
+import jax
 import tyro
 
-from querydet_jax import machine
+from querydet_jax import hosts, machine
 from querydet_jax.config import Config, check, load_config
 from querydet_jax.errors import ConfigError, Preempted, QueryDetError
 from querydet_jax.export.artifact import ArtifactError
+from querydet_jax.files import cannot_write
 from querydet_jax.runs import config_path
 
 Arguments = TypeVar("Arguments")
@@ -81,12 +84,28 @@ def run(main: Callable[[], None]) -> None:
         print(error, file=sys.stderr)
         sys.exit(143)  # as a shell reports SIGTERM
     except (QueryDetError, ArtifactError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        _fail(str(error), 2)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        _fail("interrupted", 130)
     except BrokenPipeError:
         # Who read what is printed (| head) has gone. Python flushes once more at exit: into nothing.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)  # as a shell reports SIGPIPE
+    except OSError as error:
+        if not cannot_write(error):
+            raise
+        _fail(f"{error.filename or 'an output'} cannot be written ({error.strerror})", 2)
+    except Exception as error:
+        if not jax.distributed.is_initialized():
+            raise
+        line = hosts.from_elsewhere(error)
+        if line is None:
+            traceback.print_exc()
+        _fail(line or f"{type(error).__name__} ({(str(error).splitlines() or [''])[0][:200]})", 2 if line else 1)
+
+
+def _fail(line: str, status: int) -> NoReturn:
+    print("interrupted" if status == 130 else f"error: {line}", file=sys.stderr, flush=True)
+    if jax.distributed.is_initialized():
+        hosts.leave(line, status)
+    sys.exit(status)

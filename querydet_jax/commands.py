@@ -45,7 +45,7 @@ class TrainArguments:
 def train() -> None:
     """Train a detector."""
     arguments, config, source = parse(TrainArguments, "Train a detector on all devices, of one host or several.")
-    join(arguments.hosts)
+    join(arguments.hosts, preemptible=True)
     run = Path(arguments.run or (source if Path(source).is_dir() else f"runs/{config.name}"))
 
     detectors: dict[str, Detector] = {}

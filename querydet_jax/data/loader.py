@@ -9,8 +9,15 @@ function of (seed, epoch, image), so the batches do not depend on the number of 
 from __future__ import annotations
 
 import logging
+import multiprocessing
+import os
+import re
+import signal
+import threading
+import traceback
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import grain.python as grain
@@ -63,7 +70,7 @@ def train_batches(
     Raises:
       ConfigError: a field that cannot be used, or a batch size that the shards do not divide.
       DataError: at once, no images to train on or an image that fits no canvas; while iterating,
-        too many images that cannot be read.
+        too many images that cannot be read, or a loader process that has ended.
     """
     return TrainBatches(dataset, data, batch_size, seed, start_step, shard, num_shards)
 
@@ -140,7 +147,7 @@ class TrainBatches:
         return self
 
     def __next__(self) -> Batch:
-        examples = next(self._examples)
+        examples = _next(self._examples)
         for example in examples:
             self._tried += 1
             for index, message in example.pop("failures"):
@@ -192,7 +199,7 @@ class EvalBatches:
         return self
 
     def __next__(self) -> Batch:
-        return _stack(next(self._examples))
+        return _stack(_next(self._examples))
 
     def close(self) -> None:
         """End the workers."""
@@ -219,6 +226,8 @@ class _ReadTrain:
                 return {**self._read(candidates[following]), "failures": failures}
             except DataError as error:
                 failures.append((candidates[following].index, str(error)))
+            except Exception as error:
+                raise _unexpected(error, self._dataset, candidates[following]) from error
             if not following:
                 candidates += self._plan.substitutes(item)
             following += 1
@@ -250,14 +259,57 @@ class _ReadEval:
 
     def __call__(self, n: int) -> dict[str, Any]:
         item, valid = self._items[n]
-        image = self._dataset.load(item.index)
-        return {
-            "image": place(resize(image, item.shape), item.canvas),
-            "size": np.array(item.shape, np.int32),
-            "original_size": np.array(image.shape[:2], np.int32),
-            "image_id": np.int64(self._dataset.image_id(item.index)),
-            "valid": np.bool_(valid),
-        }
+        try:
+            image = self._dataset.load(item.index)
+            return {
+                "image": place(resize(image, item.shape), item.canvas),
+                "size": np.array(item.shape, np.int32),
+                "original_size": np.array(image.shape[:2], np.int32),
+                "image_id": np.int64(self._dataset.image_id(item.index)),
+                "valid": np.bool_(valid),
+            }
+        except DataError:
+            raise
+        except Exception as error:
+            raise _unexpected(error, self._dataset, item) from error
+
+
+def _unexpected(error: Exception, dataset: Dataset, item: Item) -> DataError:
+    """For what no check has foreseen. It is raised far from who called, so it says where it was."""
+    at = traceback.extract_tb(error.__traceback__)[-1]
+    return DataError(
+        f"{dataset.file_name(item.index)}: {type(error).__name__} while it was read or resized ({error}; "
+        f"{Path(at.filename).name}:{at.lineno}): leave this image out, or mend what is wrong with it"
+    )
+
+
+def _next(examples: Iterator[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    try:
+        return next(examples)
+    except RuntimeError as error:  # grain's, within a second
+        ended = re.search(r"terminated unexpectedly with exit code (-?\d+)", str(error))
+        if ended is None:
+            raise
+        code = int(ended[1])
+        raise DataError(
+            f"a loader process ended with {signal.Signals(-code).name if code < 0 else f'status {code}'} (most often "
+            "killed by the system, for want of memory): lower data.processes (0: threads) or train.batch_size, then go "
+            "on with --resume"
+        ) from error
+
+
+def _init_process(index: int, count: int) -> None:
+    """A loader process ends with the one that started it and not before, so that SIGTERM to all leaves that one the
+    data for the step under way."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
 
 
 def _parallel(
@@ -279,7 +331,8 @@ def _parallel(
         if not flags.FLAGS.is_parsed():  # grain asks absl flags, which only absl programs parse
             flags.FLAGS.mark_as_parsed()
         examples = examples.mp_prefetch(
-            grain.MultiprocessingOptions(num_workers=data.processes, per_worker_buffer_size=max(1, ahead))
+            grain.MultiprocessingOptions(num_workers=data.processes, per_worker_buffer_size=max(1, ahead)),
+            _init_process,
         )
     return iter(examples.batch(rows, batch_fn=list))
 

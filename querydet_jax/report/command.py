@@ -10,8 +10,7 @@ from typing import Any, Literal
 
 from querydet_jax.cli import parse
 from querydet_jax.data import open_dataset
-from querydet_jax.errors import DataError
-from querydet_jax.files import write_csv, write_json
+from querydet_jax.files import write_csv, write_json, writing
 from querydet_jax.plots import NEEDS, save_plot
 from querydet_jax.report import figure
 from querydet_jax.report.findings import image_rows, measure, results
@@ -39,10 +38,8 @@ def report() -> None:
     found = measure(open_dataset(config.data, arguments.split), config, arguments.split)
     counted: dict[str, Any] = results(found)
     print(text(counted, config))
-    try:
-        write_json(out / "report.json", counted, indent=2)
-        write_csv(out / "images.csv", image_rows(found))
+    write_json(out / "report.json", counted, indent=2)
+    write_csv(out / "images.csv", image_rows(found))
+    with writing(out / "report.png"):
         plotted = save_plot(partial(figure.draw, found=found, results=counted), out / "report.png", figure.SIZE)
-    except OSError as error:
-        raise DataError(f"{out}: not writable ({error}); give --out a folder that is") from None
     print(f"wrote to {out}: report.json, images.csv, " + ("report.png" if plotted else f"no report.png, which {NEEDS}"))

@@ -7,8 +7,13 @@ the first one writes and reads, and no other need see the folder.
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import re
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import jax
@@ -17,33 +22,67 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.options import MultiprocessingOptions
 
-from querydet_jax.errors import WeightsError
-from querydet_jax.hosts import from_first, is_first
+from querydet_jax.errors import QueryDetError, WeightsError
+from querydet_jax.files import reason, writing
+from querydet_jax.hosts import finishing, from_first, is_first
 from querydet_jax.models.skeleton import DenseDetector
 from querydet_jax.training.step import TrainState, init_state, merge_into
 from querydet_jax.weights import load_weights, state_dict
 
 FOLDER = "checkpoints"
+_UNFINISHED = ".orbax-checkpoint-tmp"  # in the names of folders that orbax has not finished
+_log = logging.getLogger("querydet_jax")
 
 
 class Checkpoints:
-    """The checkpoints of a run. Saving returns at once; ``close`` waits for what is being written.
+    """The checkpoints of a run. Saving returns at once; leaving the context waits for what is being written.
 
-    Every host calls the same methods.
+    Every host calls the same methods. Those of them that meet a checkpoint that could not be written raise a
+    QueryDetError with the reason; the ones before it are still there.
     """
 
     def __init__(self, run: str | Path, keep: int = 3):
         self.folder = Path(run).resolve() / FOLDER
         self._manager: ocp.CheckpointManager | None = None
+        self._writing: tuple[int, int] | None = None  # step and bytes
+        self._finishing = contextlib.ExitStack()
         if is_first():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._manager = ocp.CheckpointManager(self.folder, options=_alone(max_to_keep=keep))
+            with writing(self.folder):
+                self.folder.mkdir(parents=True, exist_ok=True)
+            self._manager = _Manager(self.folder, options=_alone(max_to_keep=keep))
+
+    def __enter__(self) -> Checkpoints:
+        logging.getLogger("absl").addFilter(_not_of_orbax)
+        self._finishing.enter_context(finishing(self.wait))
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None):
+        try:
+            self.wait()
+        except QueryDetError as own:
+            if error is None:
+                raise
+            _log.error("%s", own)  # what has ended the run is said last
+        finally:
+            self._finishing.close()
+            if self._manager is not None:
+                self._manager.close()
+            logging.getLogger("absl").removeFilter(_not_of_orbax)
 
     def latest(self) -> int | None:
-        return from_first(lambda: self._first().latest_step())
+        """The newest that is complete; waits for the one that is being written."""
 
-    def save(self, model: DenseDetector, state: TrainState) -> None:
-        """Write the state (of one replica). ``model`` receives its values, of the moving average where there is one."""
+        def newest() -> int | None:
+            self.wait()
+            return self._first().latest_step()
+
+        return from_first(newest)
+
+    def save(self, model: DenseDetector, state: TrainState, *, wait: bool = False) -> None:
+        """Write the state (of one replica), once the checkpoint before is written; ``wait`` until this one is.
+
+        ``model`` receives its values, of the moving average where there is one.
+        """
         merge_into(model, state)
         if self._manager is None:
             return
@@ -54,12 +93,28 @@ class Checkpoints:
         if state.ema is not None:  # which is what `model` then holds
             train["params"] = [np.asarray(x) for x in jax.tree.leaves(state.params)]
         step = int(state.step)
+        self.wait()
         if step in self._manager.all_steps():
             return
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(model=ocp.args.StandardSave(state_dict(model)), train=ocp.args.StandardSave(train)),
-        )
+        tensors = state_dict(model)
+        items = ocp.args.Composite(model=ocp.args.StandardSave(tensors), train=ocp.args.StandardSave(train))
+        self._writing = step, sum(x.nbytes for x in jax.tree.leaves((tensors, train)))
+        with self._failing():
+            self._manager.save(step, args=items)
+        if wait:
+            self.wait()
+
+    def check(self) -> None:
+        """Look whether what was being written has failed; does not wait for it."""
+        if self._manager is not None and self._writing is not None and not self._manager.is_saving_in_progress():
+            self.wait()
+
+    def wait(self) -> None:
+        """Until what is being written is complete."""
+        if self._manager is not None and self._writing is not None:
+            with self._failing():
+                self._manager.wait_until_finished()
+            self._writing = None
 
     def restore(self, model: DenseDetector, optimizer: Any, *, ema: bool = False) -> TrainState:
         """The newest state, to go on from exactly where it was saved.
@@ -97,9 +152,28 @@ class Checkpoints:
             blank.ema,
         )
 
-    def close(self) -> None:
-        if self._manager is not None:
-            self._manager.close()
+    @contextlib.contextmanager
+    def _failing(self) -> Iterator[None]:
+        """The one line for a checkpoint that cannot be written. What there is of it is removed: it takes room."""
+        assert self._writing is not None
+        step, size = self._writing
+        try:
+            yield
+        except Exception as error:  # of orbax, tensorstore or the system, in the background or here
+            self._writing = None
+            self._remove_unfinished()
+            self._first().reload()  # which had already left out what the failed one was to replace
+            newest = self._first().latest_step()
+            last = "none before it" if newest is None else f"the last good one is {newest}"
+            raise QueryDetError(
+                f"{self.folder}: checkpoint {step} could not be written ({reason(error)}), {last}: free space there "
+                f"(a checkpoint takes {max(1, round(size / 1e6))} MB; train.keep_checkpoints says how many are kept), "
+                f"then {'start again' if newest is None else 'add --resume to go on from it'}"
+            ) from error
+
+    def _remove_unfinished(self) -> None:
+        for path in self.folder.glob(f"*{_UNFINISHED}*"):
+            shutil.rmtree(path, ignore_errors=True)
 
     def _first(self) -> ocp.CheckpointManager:
         assert self._manager is not None, "the first host's alone"
@@ -107,11 +181,24 @@ class Checkpoints:
 
     def _read(self) -> tuple[int, dict[str, np.ndarray], dict[str, Any]]:
         """Newest step and its two items."""
+        self._remove_unfinished()  # of a run that was killed
         step = self._first().latest_step()
         if step is None:
             raise WeightsError(f"{self.folder}: no checkpoint to resume from; start without --resume")
         model, train = (_restore(self._first(), step, item, self.folder) for item in ("model", "train"))
         return step, model, train
+
+
+class _Manager(ocp.CheckpointManager):
+    def reached_preemption(self, step: int) -> bool:
+        """That is for the loop to ask: what jax is asked about last, it takes for the step that this host has reached,
+        and orbax asks from the background."""
+        return False
+
+
+def _not_of_orbax(record: logging.LogRecord) -> bool:
+    """Orbax logs a failure in every thread that meets it, with its traceback, before it raises it."""
+    return not (record.exc_info and "orbax" in record.pathname)
 
 
 def _alone(**options: Any) -> ocp.CheckpointManagerOptions:

@@ -12,26 +12,33 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from querydet_jax.errors import QueryDetError
+from querydet_jax.files import writing, written_aside
 from querydet_jax.training.checkpoint import Checkpoints
 from querydet_jax.training.parallel import Carrier
 from querydet_jax.training.step import Metrics
 
 
 @contextlib.contextmanager
-def sigterm() -> Iterator[Callable[[], bool]]:
-    """Tells whether SIGTERM has come, which does not end the process meanwhile (what a preempted machine gets).
+def preemption() -> Iterator[Callable[[int], bool]]:
+    """Tells after each step whether it is the one to save and stop at, because SIGTERM has come (what a preempted
+    machine gets), which does not end the process meanwhile.
 
-    Outside the main thread Python lets nobody listen: then the answer is always no.
+    To several hosts jax listens, which lets them agree on a step that none has passed. Of one host, outside the main
+    thread, Python lets nobody listen: then the answer is always no.
     """
+    if jax.process_count() > 1:
+        yield multihost_utils.reached_preemption_sync_point
+        return
     came = threading.Event()
     if threading.current_thread() is not threading.main_thread():
-        yield came.is_set
+        yield lambda step: False
         return
     before = signal.signal(signal.SIGTERM, lambda number, frame: came.set())
     try:
-        yield came.is_set
+        yield lambda step: came.is_set()
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -67,11 +74,15 @@ class LossGuard:
             return
         host = "" if jax.process_count() == 1 else f"_host_{jax.process_index()}"
         path = self.run / f"not_finite_step_{step}{host}.npz"
-        path.parent.mkdir(parents=True, exist_ok=True)
         arrays: dict[str, Any] = {**batch, "image_ids": image_ids}
-        np.savez_compressed(path, **arrays)
+        kept = f"the batch is in {path}"
+        try:
+            with writing(path), written_aside(path) as aside:
+                np.savez_compressed(aside, **arrays)
+        except QueryDetError as error:
+            kept = str(error)
         raise QueryDetError(
-            f"the loss is {value} at step {step} (images {image_ids.tolist()}; the batch is in {path}): lower "
+            f"the loss is {value} at step {step} (images {image_ids.tolist()}; {kept}): lower "
             "train.learning_rate, lengthen train.warmup_steps or set train.clip_norm; "
             f"the last checkpoint is {self.checkpoints.latest() or 'none'}"
         )

@@ -23,12 +23,14 @@ from querydet_jax.config import Config, save_config
 from querydet_jax.data import open_dataset, train_batches
 from querydet_jax.data.dataset import Dataset
 from querydet_jax.errors import ConfigError, Preempted
+from querydet_jax.files import Lines
 from querydet_jax.hosts import is_first, on_every
 from querydet_jax.models import DenseDetector, build_model
 from querydet_jax.runs import check_classes
+from querydet_jax.training.board import Board
 from querydet_jax.training.checkpoint import Checkpoints
 from querydet_jax.training.compiled import CompileWatch, Programs
-from querydet_jax.training.guards import LossGuard, sigterm
+from querydet_jax.training.guards import LossGuard, preemption
 from querydet_jax.training.parallel import AXIS, carrier, check_batch_size
 from querydet_jax.training.profiler import StepTrace
 from querydet_jax.training.schedule import learning_rate, make_optimizer
@@ -65,14 +67,14 @@ def train(
       The trained model, in inference mode; of a run with ``train.ema`` the moving average.
 
     Raises:
-      QueryDetError: bad configuration, data or checkpoint, or a loss that is not finite.
-      Preempted: SIGTERM has come; the step under way was finished and saved.
+      QueryDetError: bad configuration, data or checkpoint, a loss that is not finite, or no room for a checkpoint.
+      Preempted: SIGTERM has come, to this host or another; the step under way was finished and saved.
     """
     check_batch_size(config.train.batch_size, config.train.accumulate)
     with (
-        contextlib.closing(Checkpoints(run, keep=config.train.keep_checkpoints)) as checkpoints,
+        Checkpoints(run, keep=config.train.keep_checkpoints) as checkpoints,
         contextlib.closing(CompileWatch()) as watch,
-        sigterm() as stopped,
+        preemption() as stopped,
     ):
         return _train(config, Path(run), checkpoints, watch, resume, evaluate, profile, stopped)
 
@@ -85,7 +87,7 @@ def _train(
     resume: bool,
     evaluate: Evaluate | None,
     profile: bool,
-    stopped: Callable[[], bool],
+    stopped: Callable[[int], bool],
 ) -> DenseDetector:
     if checkpoints.latest() is not None and not resume:
         raise ConfigError(f"{run}: already holds checkpoints; add --resume to go on, or choose another --run")
@@ -152,6 +154,7 @@ def _train(
                 state, metrics = programs(state, devices.split(batch))
             done = step + 1
             guard.watch(done, metrics, batch, image_ids)
+            checkpoints.check()
             if trace.end(step, guard.check):
                 progress.say(f"wrote a trace of steps {trace.first + 1} to {done} to {run}/profile")
             last = done == config.train.steps
@@ -161,11 +164,11 @@ def _train(
                 progress.log(done, {**values, "recompilations": watch.recompilations}, waited)
             else:
                 progress.wait(waited)
-            stop = stopped()  # asked once: what comes after is for the next step
+            stop = stopped(done)  # asked once: what comes after is for the next step
             if done % config.train.checkpoint_every == 0 or last or stop:
                 guard.check()
                 with watch.during("saving"):
-                    checkpoints.save(model, devices.unreplicate(state))
+                    checkpoints.save(model, devices.unreplicate(state), wait=last or stop)
             if stop and not last:
                 raise Preempted(f"stopped by SIGTERM: step {done} is saved in {run}; --resume goes on from there")
             if validation is not None and evaluate is not None and done % config.train.eval_every == 0 and not last:
@@ -176,8 +179,8 @@ def _train(
             progress.say(f"{progress.summary(config.train.steps)}; {watch.summary()}")
     finally:
         trace.close()
-        progress.close(batches.skipped)
         batches.close()
+        progress.close(batches.skipped)
     merge_into(model, devices.unreplicate(state))
     return model
 
@@ -192,8 +195,8 @@ class _Progress:
     def __init__(self, config: Config, path: Path, start: int):
         self.config, self.first = config, start
         self.rate = learning_rate(config.train)
-        self.file = (path if is_first() else Path(os.devnull)).open("a")
-        self.board = _summary_writer(path.parent) if is_first() else None
+        self.file = Lines(path if is_first() else Path(os.devnull))
+        self.board = Board(path.parent / "tensorboard") if is_first() else None
         self.begun = time.perf_counter()
         self.total_waited = 0.0
         self._reset(start)
@@ -234,11 +237,9 @@ class _Progress:
 
     def record(self, step: int, values: dict[str, float]) -> None:
         finite = {k: (v if math.isfinite(v) else None) for k, v in values.items()}
-        self.file.write(json.dumps({"step": step, **finite}) + "\n")
-        self.file.flush()
+        self.file.write(json.dumps({"step": step, **finite}))
         if self.board is not None:
-            for name, value in values.items():
-                self.board.add_scalar(name, value, step)
+            self.board.add(step, values)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -262,14 +263,6 @@ class _Progress:
         self.file.close()
         if self.board is not None:
             self.board.close()
-
-
-def _summary_writer(folder: Path):  # noqa: ANN202  (tensorboardX is optional)
-    try:
-        from tensorboardX import SummaryWriter  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        return None
-    return SummaryWriter(str(folder / "tensorboard"), write_to_disk=True)
 
 
 def _duration(seconds: float) -> str:

@@ -10,6 +10,7 @@ import pytest
 
 from querydet_jax.config import DataConfig
 from querydet_jax.data import eval_batches, train_batches
+from querydet_jax.data.coco import CocoDataset
 from querydet_jax.data.plan import TrainPlan, choose_canvas
 from querydet_jax.errors import ConfigError, DataError
 
@@ -24,6 +25,16 @@ DATA = DataConfig(
     max_boxes=5,
     threads=2,
 )
+
+
+SEED = {train_batches: {"seed": 1}, eval_batches: {}}
+
+
+class Unforeseen(CocoDataset):
+    def load(self, index: int) -> np.ndarray:
+        if self.file_name(index) == "102.png":
+            raise KeyError("of late")
+        return super().load(index)
 
 
 def take(dataset, n, data=DATA, **kwargs):
@@ -182,6 +193,17 @@ def test_a_damaged_image_is_passed_over_and_counted(many, caplog, processes):
         assert damaged["images"].shape == whole["images"].shape
         intact = whole["image_ids"] != 103
         np.testing.assert_array_equal(damaged["images"][intact], whole["images"][intact])
+
+
+@pytest.mark.parametrize(("batches_of", "processes"), [(train_batches, 1), (eval_batches, 0)])
+def test_what_no_check_has_foreseen_names_the_image(many, batches_of, processes):
+    dataset = many(4).open()
+    dataset.__class__ = Unforeseen
+    batches = batches_of(dataset, dataclasses.replace(DATA, processes=processes), batch_size=4, **SEED[batches_of])
+    with pytest.raises(DataError, match=r"102.png: KeyError while it was read .* \('of late'; test_batches.py:\d+\)"):
+        for _ in range(20):
+            next(batches)
+    batches.close()
 
 
 def test_substitutes_are_the_next_of_the_canvas_then_the_others(many):

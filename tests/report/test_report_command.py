@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from querydet_jax.data.__main__ import main
-from querydet_jax.errors import DataError
+from querydet_jax.errors import QueryDetError
 
 CONFIG = str(Path(__file__).parents[2] / "configs/demo.py")
 
@@ -139,5 +139,5 @@ def test_a_data_set_without_boxes(monkeypatch, capsys, folder):
 
 def test_bad_input(monkeypatch, folder):
     (folder / "out").write_text("a file")
-    with pytest.raises(DataError, match="give --out a folder"):
+    with pytest.raises(QueryDetError, match="report.json: cannot be written .*, or choose a folder that can be"):
         call(monkeypatch, folder, "")

@@ -3,76 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import socket
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from several_hosts import finished, hosts, started
 from small_training import assert_same_run
 
 from querydet_jax.errors import ConfigError
 from querydet_jax.hosts import Hosts, check
 from querydet_jax.training.checkpoint import restore_model_state
-
-ROOT = Path(__file__).parents[2]
-LIMIT = 300  # seconds for any of these processes
-SMALL = (
-    "--model.backbone.name resnet10 --model.backbone.norm frozen --model.backbone.freeze-at 5 --model.min-level 4 "
-    "--model.max-level 5 --model.loss.level-weighting uniform --model.fpn.channels 16 --model.head.channels 16 "
-    "--model.head.num-convs 1 --model.query.no-enabled --inference.query dense --data.scenes-train 11 "
-    "--data.scenes-val 3 --data.scenes-size 96 96 --data.scenes-val-size 96 96 --data.train-short 96 "
-    "--data.train-max 96 --data.train-canvases 96 96 --data.test-short 96 --data.test-max 96 "
-    "--data.test-canvases 96 96 --train.batch-size 4 --train.steps 4 --train.log-every 1 --train.checkpoint-every 2 "
-    "--train.eval-every 3 --train.ema 0.9 --train.warmup-steps 0"
-)
-
-
-def started(cwd: Path, data: Path, devices: int, *words: str) -> subprocess.Popen[str]:
-    """``train.py`` with so many virtual devices, in a folder of its own."""
-    environment = {
-        **os.environ,
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "JAX_DEFAULT_MATMUL_PRECISION": "highest",
-        "JAX_COMPILATION_CACHE_DIR": str(data / "compiled"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
-    command = [sys.executable, str(ROOT / "train.py"), str(ROOT / "configs/demo.py"), "--run", "run"]
-    command += ["--data.root", str(data), *SMALL.split(), *words]
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, cwd=cwd, env=environment, stdout=pipe, stderr=subprocess.STDOUT, text=True)
-
-
-def finished(*processes: subprocess.Popen[str], status: int = 0) -> list[str]:
-    """What they printed. None outlives this, and one that fails tells what all said."""
-    outputs, deadline = ["" for _ in processes], time.monotonic() + LIMIT
-    try:
-        for i, process in enumerate(processes):
-            outputs[i], _ = process.communicate(timeout=max(deadline - time.monotonic(), 1))
-    except subprocess.TimeoutExpired:
-        for process in processes:
-            process.kill()
-        outputs = [process.communicate()[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    said = "\n".join(f"--- host {i}, status {p.returncode}\n{outputs[i][-3000:]}" for i, p in enumerate(processes))
-    assert all(process.returncode == status for process in processes), said
-    return outputs
-
-
-def hosts(count: int) -> list[list[str]]:
-    """Flags of each host, with a port that is free."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    common = ["--hosts.coordinator", f"127.0.0.1:{port}", "--hosts.count", str(count), "--hosts.timeout", "120"]
-    return [[*common, "--hosts.index", str(i)] for i in range(count)]
 
 
 def result(run: Path) -> tuple[dict[str, np.ndarray], dict[str, float]]:

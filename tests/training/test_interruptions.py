@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import multiprocessing
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -14,6 +17,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from little_room import disk, no_file_longer_than
 from small_training import SCENES
 
 from querydet_jax.config import Config, load_config, override, save_config
@@ -24,6 +28,8 @@ from querydet_jax.training.checkpoint import restore_model_state
 from querydet_jax.weights import load_weights, state_dict
 
 ROOT = Path(__file__).parents[2]
+# Of tensorstore's writes that end after the first one has failed.
+_LATER_FAILURES = "ignore:(?s).*Event loop is closed:pytest.PytestUnraisableExceptionWarning"
 SMALL = {
     **SCENES,
     "model.min_level": 3,
@@ -57,6 +63,10 @@ def assert_equal_runs(run: Path, whole: Path) -> None:
     assert last_line(run)["loss"] == last_line(whole)["loss"]
 
 
+def steps(run: Path) -> list[str]:
+    return sorted(path.name for path in (run / "checkpoints").iterdir())
+
+
 def last_line(run: Path) -> dict[str, float]:
     return json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
 
@@ -71,7 +81,8 @@ def test_a_checkpoint_is_a_weight_source(config, whole):
 
 
 def test_killed_at_any_moment(config, whole, tmp_path):
-    """SIGKILL while steps are computed and checkpoints written, one a step."""
+    """SIGKILL while steps are computed and checkpoints written, one a step. Its loader process, which has the same
+    output, ends by itself."""
     run = tmp_path / "run"
     save_config(config, tmp_path / "config.json")
     environment = {
@@ -81,15 +92,16 @@ def test_killed_at_any_moment(config, whole, tmp_path):
         "PYTHONPATH": str(ROOT),
     }
     command = [sys.executable, str(ROOT / "train.py"), str(tmp_path / "config.json"), "--run", str(run)]
+    command += ["--data.processes", "1"]
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     metrics, deadline = run / "metrics.jsonl", time.monotonic() + 240
     while not (metrics.is_file() and len(metrics.read_text().splitlines()) >= 3):
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
         time.sleep(0.002)
     process.kill()
-    process.communicate()
-    steps = sorted(int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdigit())
-    assert steps and steps[-1] < 6  # it was in the middle, and has something to go on from
+    process.communicate(timeout=60)
+    saved = [int(name) for name in steps(run) if name.isdigit()]
+    assert saved and max(saved) < 6  # it was in the middle, and has something to go on from
     train(config, run, resume=True)
     assert_equal_runs(run, whole)
 
@@ -147,4 +159,75 @@ def test_a_loss_that_is_not_finite_leaves_its_batch(config, tmp_path):
         assert batch["images"].shape == (4, 96, 96, 3) and batch["image_ids"].shape == (4,)
         assert str(batch["image_ids"].tolist()) in str(error.value)
         assert set(batch) == {"images", "sizes", "boxes", "classes", "image_ids"}
-    assert not [path for path in (run / "checkpoints").iterdir() if path.name.isdigit()]
+    assert not steps(run)
+
+
+@pytest.mark.filterwarnings(_LATER_FAILURES)
+def test_no_room_for_a_checkpoint(config, whole, tmp_path, caplog):
+    """A real one, with room for two checkpoints and a half."""
+    run = tmp_path / "run"
+    size = sum(path.stat().st_size for path in (whole / "checkpoints" / "6").rglob("*"))
+    with disk(run, int(2.5 * size)):
+        with pytest.raises(QueryDetError) as error:
+            train(config, run)
+        assert steps(run) == ["1", "2"]
+        start, megabytes, end = re.split(r"(\d+) MB", str(error.value))
+        assert start == (
+            f"{run}/checkpoints: checkpoint 3 could not be written (No space left on device), the last good one is 2: "
+            "free space there (a checkpoint takes "
+        )
+        assert int(megabytes) * 1e6 == pytest.approx(size, rel=0.2)
+        assert end == "; train.keep_checkpoints says how many are kept), then add --resume to go on from it"
+        assert not [record for record in caplog.records if record.exc_info]
+        assert not list(run.glob(".*"))
+        assert set(restore_model_state(run)) == set(restore_model_state(whole))
+
+
+@pytest.mark.filterwarnings(_LATER_FAILURES)
+def test_a_checkpoint_that_cannot_be_written_ends_the_run_soon(config, whole, tmp_path):
+    """In the background, long before the next one is due. The one before is still there, though one only is kept, and
+    the run goes on from it when there is room again."""
+    run, limit = tmp_path / "run", contextlib.ExitStack()
+    changed = override(
+        config, {"train.steps": 1000, "train.checkpoint_every": 4, "train.keep_checkpoints": 1, "train.eval_every": 2}
+    )
+
+    def fill(model, dataset) -> dict[str, float]:
+        if (run / "checkpoints" / "4").is_dir():
+            limit.enter_context(no_file_longer_than(1 << 14))
+        return {}
+
+    with limit, pytest.raises(QueryDetError, match=r"checkpoint 8 could not .* \(File too large\), the last .* is 4: "):
+        train(changed, run, evaluate=fill)
+    assert steps(run) == ["4"]
+    assert json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["step"] < 12
+    (run / "checkpoints" / "5.orbax-checkpoint-tmp").mkdir()  # as a run leaves it that is killed
+    train(config, run, resume=True)
+    assert_equal_runs(run, whole)
+    assert not [name for name in steps(run) if not name.isdigit()]
+
+
+def test_a_loader_process_that_dies(config, whole, tmp_path):
+    """SIGTERM, which a cluster may send to all processes, is for the first one; one that the system kills is missed
+    within seconds."""
+    run, signals, killed = tmp_path / "run", [signal.SIGTERM, signal.SIGKILL], 0.0
+    changed = override(
+        config, {"train.steps": 1000, "data.processes": 1, "train.eval_every": 2, "train.keep_checkpoints": 99}
+    )
+
+    def kill(model, dataset) -> dict[str, float]:
+        nonlocal killed
+        if signals:
+            (child,) = [child for child in multiprocessing.active_children() if "grain" in child.name]
+            os.kill(child.pid or 0, signals.pop(0))
+            killed = time.monotonic()
+        return {}
+
+    with pytest.raises(QueryDetError, match="a loader process ended with SIGKILL .*: lower data.processes .* --resume"):
+        train(changed, run, evaluate=kill)
+    assert not signals and time.monotonic() - killed < 30
+    for path in (run / "checkpoints").iterdir():
+        if int(path.name) > 4:  # what was read ahead was still trained on
+            shutil.rmtree(path)
+    train(config, run, resume=True)
+    assert_equal_runs(run, whole)

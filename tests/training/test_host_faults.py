@@ -1,0 +1,146 @@
+"""Several hosts when one of them is told to stop, fails or disappears. Real processes over loopback."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+from several_hosts import finished, hosts, started
+from small_training import assert_same_run
+
+from querydet_jax import hosts as of_hosts
+from querydet_jax.training.checkpoint import restore_model_state
+
+ENDLESS = ["--train.steps", "100000", "--train.eval-every", "0", "--train.schedule", "steps"]  # not a cosine to the end
+
+
+def lines(run: Path) -> list[dict[str, float]]:
+    path = run / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def pair(first: Path, second: Path, data: tuple[Path, Path], *words: str) -> list[subprocess.Popen[str]]:
+    """Two hosts of one device that have begun to train in ``first``."""
+    for folder in (first, second):
+        folder.mkdir()
+    places = zip((first, second), data, hosts(2), strict=True)
+    processes = [started(cwd, source, 1, *flags, *ENDLESS, *words) for cwd, source, flags in places]
+    deadline = time.monotonic() + 200
+    while len(lines(first / "run")) < 3:
+        if any(process.poll() is not None for process in processes) or time.monotonic() > deadline:
+            for process in processes:
+                process.kill()
+            pytest.fail("\n".join(process.communicate()[0] for process in processes))
+        time.sleep(0.05)
+    return processes
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("scenes")
+
+
+@pytest.fixture(scope="module")
+def stopped(data, tmp_path_factory) -> tuple[Path, int, list[str]]:
+    """A run of which the second host alone got SIGTERM, the step that was saved and what both said."""
+    root = tmp_path_factory.mktemp("stopped")
+    processes = pair(root / "first", root / "second", (data, data), "--train.checkpoint-every", "100000")
+    processes[1].send_signal(signal.SIGTERM)
+    outputs = finished(*processes, status=143)
+    assert not list((root / "second").iterdir())
+    run = root / "first" / "run"
+    (step,) = (int(path.name) for path in (run / "checkpoints").iterdir())
+    return run, step, outputs
+
+
+def test_sigterm_to_one_host_saves_a_step_of_all(stopped, data, tmp_path):
+    """The run goes on to what an uninterrupted one comes to."""
+    run, step, outputs = stopped
+    for output in outputs:
+        assert f"stopped by SIGTERM: step {step} is saved in run; --resume goes on from there" in output
+    assert lines(run)[-1]["step"] == step
+    for name in ("resumed", "whole"):
+        (tmp_path / name).mkdir()
+    shutil.copytree(run, tmp_path / "resumed" / "run")
+    more = [*ENDLESS, "--train.steps", str(step + 2)]
+    finished(
+        started(tmp_path / "resumed", data, 2, *more, "--resume"), started(tmp_path / "whole", data, 2, *more)
+    )  # fmt: skip
+    found, expected = (
+        (restore_model_state(tmp_path / name / "run"), {str(line["step"]): line["loss"] for line in written})
+        for name in ("resumed", "whole")
+        for written in [lines(tmp_path / name / "run")]
+    )
+    assert len(expected[1]) == step + 2
+    assert_same_run(found, expected)
+
+
+def test_two_hosts_evaluate_as_one(stopped, data, tmp_path):
+    """Three images; the report and the pictures are written once."""
+    run, _, _ = stopped
+    one, first, second = (tmp_path / name for name in ("one", "first", "second"))
+    for folder in (one, first, second):
+        folder.mkdir()
+    command = f"eval.py {run} --out out --pictures 2"
+    processes = [
+        started(cwd, data, 1, *flags, command=command)
+        for cwd, flags in zip((first, second, one), [*hosts(2), []], strict=True)
+    ]
+    outputs = finished(*processes)
+    reports = [json.loads((folder / "out" / "report.json").read_text())["methods"]["dense"] for folder in (one, first)]
+    times = ("ms_per_image", "fps")
+    expected, found = ({key: value for key, value in report.items() if key not in times} for report in reports)
+    assert found == expected and "AP" in str(expected)
+    written = [sorted(str(path.relative_to(folder)) for path in folder.rglob("*")) for folder in (one, first)]
+    assert written[0] == written[1] and len([name for name in written[1] if name.endswith(".jpg")]) == 2
+    assert not list(second.iterdir()) and "wrote to out" in outputs[0] and "AP" not in outputs[1]
+
+
+def test_a_host_that_fails_ends_the_others_with_its_reason(data, tmp_path):
+    """The first one's images disappear in the middle: the other waits for it in a step."""
+    rng, folders = np.random.default_rng(0), (tmp_path / "mine", tmp_path / "yours")
+    for folder in folders:
+        for split in ("train", "val"):
+            for kind in ("images", "labels"):
+                (folder / kind / split).mkdir(parents=True)
+            for i in range(11):
+                picture = Image.fromarray(rng.integers(0, 256, (96, 96, 3), dtype=np.uint8))
+                picture.save(folder / "images" / split / f"{i}.png")
+                (folder / "labels" / split / f"{i}.txt").write_text("0 0.5 0.5 0.3 0.3\n")
+        (folder / "data.yaml").write_text("path: .\nnc: 3\nnames: [a, b, c]\n")
+        if (data / "compiled").is_dir():
+            shutil.copytree(data / "compiled", folder / "compiled")
+    words = ["--data.source", "yolo", "--train.checkpoint-every", "1"]
+    processes = pair(tmp_path / "first", tmp_path / "second", folders, *words)
+    begun = time.monotonic()
+    shutil.rmtree(folders[0] / "images" / "train")
+    outputs = finished(*processes, status=2)
+    assert time.monotonic() - begun < 60  # jax's own limits are 100 and 300 s
+    message = re.search(r"^error: (.* could .*be read, .*no such image file; .*)$", outputs[0], re.MULTILINE)
+    assert message is not None, outputs[0]
+    assert f"error: host 0 of 2: {message[1]}\n" in outputs[1]
+    assert "Traceback" not in outputs[0] + outputs[1]
+    assert restore_model_state(tmp_path / "first" / "run")
+
+
+def test_what_a_host_sees_of_the_failure_of_another(monkeypatch):
+    """What it says, if it does; else that it is gone; an error of one's own is not explained away."""
+    lost = jax.errors.JaxRuntimeError("UNKNOWN: Gloo all-reduce failed: Connection closed by peer\nmore")
+    monkeypatch.setattr(of_hosts, "_POLL", 0.01)
+    line = of_hosts.from_elsewhere(lost)
+    assert line is not None and line.startswith("another host has gone (UNKNOWN: Gloo all-reduce failed: Connection")
+    assert "--resume" in line and "more" not in line
+    assert of_hosts.from_elsewhere(TypeError("connection")) is None
+    assert of_hosts.from_elsewhere(jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")) is None
+    monkeypatch.setattr(of_hosts, "_told", lambda: {0: "", 3: "no room"})
+    monkeypatch.setattr(of_hosts.distributed.global_state, "num_processes", 4)
+    assert of_hosts.from_elsewhere(lost) == "host 3 of 4: no room"
