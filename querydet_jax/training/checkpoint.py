@@ -11,6 +11,7 @@ import contextlib
 import logging
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -45,6 +46,7 @@ class Checkpoints:
         self.folder = Path(run).resolve() / FOLDER
         self._manager: ocp.CheckpointManager | None = None
         self._writing: tuple[int, int] | None = None  # step and bytes
+        self._failed = False
         self._finishing = contextlib.ExitStack()
         if is_first():
             with writing(self.folder):
@@ -67,6 +69,8 @@ class Checkpoints:
             self._finishing.close()
             if self._manager is not None:
                 self._manager.close()
+                if self._failed:  # else it may be another's who trains in this folder
+                    self._remove_unfinished()
             logging.getLogger("absl").removeFilter(_not_of_orbax)
 
     def latest(self) -> int | None:
@@ -154,14 +158,13 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _failing(self) -> Iterator[None]:
-        """The one line for a checkpoint that cannot be written. What there is of it is removed: it takes room."""
+        """The one line for a checkpoint that cannot be written."""
         assert self._writing is not None
         step, size = self._writing
         try:
             yield
         except Exception as error:  # of orbax, tensorstore or the system, in the background or here
-            self._writing = None
-            self._remove_unfinished()
+            self._writing, self._failed = None, True
             self._first().reload()  # which had already left out what the failed one was to replace
             newest = self._first().latest_step()
             last = "none before it" if newest is None else f"the last good one is {newest}"
@@ -172,8 +175,12 @@ class Checkpoints:
             ) from error
 
     def _remove_unfinished(self) -> None:
+        """What there is of a checkpoint that could not be written, or of one of a run that was killed, takes room."""
         for path in self.folder.glob(f"*{_UNFINISHED}*"):
-            shutil.rmtree(path, ignore_errors=True)
+            deadline = time.monotonic() + 5
+            while path.exists() and time.monotonic() < deadline:
+                shutil.rmtree(path, ignore_errors=True)
+                time.sleep(0.1)  # some of tensorstore's writes may still be under way
 
     def _first(self) -> ocp.CheckpointManager:
         assert self._manager is not None, "the first host's alone"
@@ -181,7 +188,7 @@ class Checkpoints:
 
     def _read(self) -> tuple[int, dict[str, np.ndarray], dict[str, Any]]:
         """Newest step and its two items."""
-        self._remove_unfinished()  # of a run that was killed
+        self._remove_unfinished()
         step = self._first().latest_step()
         if step is None:
             raise WeightsError(f"{self.folder}: no checkpoint to resume from; start without --resume")
