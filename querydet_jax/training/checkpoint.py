@@ -11,6 +11,7 @@ import contextlib
 import logging
 import re
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,15 +48,15 @@ class Checkpoints:
         self._manager: ocp.CheckpointManager | None = None
         self._writing: tuple[int, int] | None = None  # step and bytes
         self._failed = False
-        self._finishing = contextlib.ExitStack()
+        self._open = contextlib.ExitStack()
         if is_first():
             with writing(self.folder):
                 self.folder.mkdir(parents=True, exist_ok=True)
             self._manager = _Manager(self.folder, options=_alone(max_to_keep=keep))
 
     def __enter__(self) -> Checkpoints:
-        logging.getLogger("absl").addFilter(_not_of_orbax)
-        self._finishing.enter_context(finishing(self.wait))
+        self._open.enter_context(_said_once())
+        self._open.enter_context(finishing(self.wait))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None):
@@ -66,12 +67,11 @@ class Checkpoints:
                 raise
             _log.error("%s", own)  # what has ended the run is said last
         finally:
-            self._finishing.close()
             if self._manager is not None:
                 self._manager.close()
                 if self._failed:  # else it may be another's who trains in this folder
                     self._remove_unfinished()
-            logging.getLogger("absl").removeFilter(_not_of_orbax)
+            self._open.close()
 
     def latest(self) -> int | None:
         """The newest that is complete; waits for the one that is being written."""
@@ -203,9 +203,25 @@ class _Manager(ocp.CheckpointManager):
         return False
 
 
-def _not_of_orbax(record: logging.LogRecord) -> bool:
-    """Orbax logs a failure in every thread that meets it, with its traceback, before it raises it."""
-    return not (record.exc_info and "orbax" in record.pathname)
+@contextlib.contextmanager
+def _said_once() -> Iterator[None]:
+    """Orbax logs a failure in every thread that meets it, with its traceback, before it raises it; and writes that
+    end after the first has failed find nobody to tell."""
+
+    def not_of_orbax(record: logging.LogRecord) -> bool:
+        return not (record.exc_info and "orbax" in record.pathname)
+
+    def unless_too_late(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            hook(unraisable)
+
+    hook, sys.unraisablehook = sys.unraisablehook, unless_too_late
+    logging.getLogger("absl").addFilter(not_of_orbax)
+    try:
+        yield
+    finally:
+        logging.getLogger("absl").removeFilter(not_of_orbax)
+        sys.unraisablehook = hook
 
 
 def _alone(**options: Any) -> ocp.CheckpointManagerOptions:
