@@ -11,6 +11,8 @@ import contextlib
 import logging
 import re
 import shutil
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -45,15 +47,16 @@ class Checkpoints:
         self.folder = Path(run).resolve() / FOLDER
         self._manager: ocp.CheckpointManager | None = None
         self._writing: tuple[int, int] | None = None  # step and bytes
-        self._finishing = contextlib.ExitStack()
+        self._failed = False
+        self._open = contextlib.ExitStack()
         if is_first():
             with writing(self.folder):
                 self.folder.mkdir(parents=True, exist_ok=True)
             self._manager = _Manager(self.folder, options=_alone(max_to_keep=keep))
 
     def __enter__(self) -> Checkpoints:
-        logging.getLogger("absl").addFilter(_not_of_orbax)
-        self._finishing.enter_context(finishing(self.wait))
+        self._open.enter_context(_said_once())
+        self._open.enter_context(finishing(self.wait))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None):
@@ -64,10 +67,11 @@ class Checkpoints:
                 raise
             _log.error("%s", own)  # what has ended the run is said last
         finally:
-            self._finishing.close()
             if self._manager is not None:
                 self._manager.close()
-            logging.getLogger("absl").removeFilter(_not_of_orbax)
+                if self._failed:  # else it may be another's who trains in this folder
+                    self._remove_unfinished()
+            self._open.close()
 
     def latest(self) -> int | None:
         """The newest that is complete; waits for the one that is being written."""
@@ -154,14 +158,13 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _failing(self) -> Iterator[None]:
-        """The one line for a checkpoint that cannot be written. What there is of it is removed: it takes room."""
+        """The one line for a checkpoint that cannot be written."""
         assert self._writing is not None
         step, size = self._writing
         try:
             yield
         except Exception as error:  # of orbax, tensorstore or the system, in the background or here
-            self._writing = None
-            self._remove_unfinished()
+            self._writing, self._failed = None, True
             self._first().reload()  # which had already left out what the failed one was to replace
             newest = self._first().latest_step()
             last = "none before it" if newest is None else f"the last good one is {newest}"
@@ -172,8 +175,12 @@ class Checkpoints:
             ) from error
 
     def _remove_unfinished(self) -> None:
+        """What there is of a checkpoint that could not be written, or of one of a run that was killed, takes room."""
         for path in self.folder.glob(f"*{_UNFINISHED}*"):
-            shutil.rmtree(path, ignore_errors=True)
+            deadline = time.monotonic() + 5
+            while path.exists() and time.monotonic() < deadline:
+                shutil.rmtree(path, ignore_errors=True)
+                time.sleep(0.1)  # some of tensorstore's writes may still be under way
 
     def _first(self) -> ocp.CheckpointManager:
         assert self._manager is not None, "the first host's alone"
@@ -181,7 +188,7 @@ class Checkpoints:
 
     def _read(self) -> tuple[int, dict[str, np.ndarray], dict[str, Any]]:
         """Newest step and its two items."""
-        self._remove_unfinished()  # of a run that was killed
+        self._remove_unfinished()
         step = self._first().latest_step()
         if step is None:
             raise WeightsError(f"{self.folder}: no checkpoint to resume from; start without --resume")
@@ -196,9 +203,25 @@ class _Manager(ocp.CheckpointManager):
         return False
 
 
-def _not_of_orbax(record: logging.LogRecord) -> bool:
-    """Orbax logs a failure in every thread that meets it, with its traceback, before it raises it."""
-    return not (record.exc_info and "orbax" in record.pathname)
+@contextlib.contextmanager
+def _said_once() -> Iterator[None]:
+    """Orbax logs a failure in every thread that meets it, with its traceback, before it raises it; and writes that
+    end after the first has failed find nobody to tell."""
+
+    def not_of_orbax(record: logging.LogRecord) -> bool:
+        return not (record.exc_info and "orbax" in record.pathname)
+
+    def unless_too_late(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            hook(unraisable)
+
+    hook, sys.unraisablehook = sys.unraisablehook, unless_too_late
+    logging.getLogger("absl").addFilter(not_of_orbax)
+    try:
+        yield
+    finally:
+        logging.getLogger("absl").removeFilter(not_of_orbax)
+        sys.unraisablehook = hook
 
 
 def _alone(**options: Any) -> ocp.CheckpointManagerOptions:
