@@ -5,15 +5,13 @@ Shape letters: B batch, H W input, h w output, C channels, k kernel size, s stri
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-Padding = Sequence[tuple[int, int]]
-"""Zeros before and after, for rows and for columns."""
+from querydet_jax.models.conv2d import Padding, tap
 
 _BLOCK = 65_536  # numbers of the output gradient a turn of the kernel gradient: stays in a core's cache
 
@@ -67,19 +65,8 @@ def _multiply_add(x: Array, kernel: Array, stride: int) -> Array:
     y = jnp.zeros((batch, rows, columns, channels), x.dtype)
     for i in range(size):
         for j in range(size):
-            y = y + _tap(x, i, j, rows, columns, stride) * kernel[i, j, 0][None, None, None]
+            y = y + tap(x, i, j, rows, columns, stride) * kernel[i, j, 0][None, None, None]
     return y
-
-
-def _tap(x: Array, i: int, j: int, rows: int, columns: int, stride: int) -> Array:
-    """What kernel entry (i, j) meets: every s-th cell of ``[..., H, W, C]`` from (i, j) on."""
-    lead = x.ndim - 3
-    return lax.slice(
-        x,
-        (0,) * lead + (i, j, 0),
-        x.shape[:lead] + (i + (rows - 1) * stride + 1, j + (columns - 1) * stride + 1, x.shape[-1]),
-        (1,) * lead + (stride, stride, 1),
-    )
 
 
 def _input_gradient(g: Array, kernel: Array, stride: int, padding: Padding, shape: tuple[int, ...]) -> Array:
@@ -98,7 +85,7 @@ def _input_gradient(g: Array, kernel: Array, stride: int, padding: Padding, shap
                     # Input row s * r + a meets kernel row i in output row r + (a + top - i) / s, where that is whole.
                     (dy, whole_y), (dx, whole_x) = divmod(a + top - i, stride), divmod(b + left - j, stride)
                     if whole_y == 0 and whole_x == 0:
-                        part = _tap(around, size + dy, size + dx, rows, columns, 1)
+                        part = tap(around, size + dy, size + dx, rows, columns, 1)
                         y = y + part * kernel[i, j, 0][None, None, None]
             phases.append(y)
     if stride == 1:
@@ -126,7 +113,7 @@ def _kernel_gradient(x: Array, g: Array, kernel: Array, stride: int, padding: Pa
         weight = lax.dynamic_slice(g, (image, y, 0, 0), (1, block, width, channels))[0].astype(jnp.float32)
         return total + jnp.stack(
             [
-                jnp.sum(_tap(seen, i, j, block, width, stride) * weight, axis=(0, 1))
+                jnp.sum(tap(seen, i, j, block, width, stride) * weight, axis=(0, 1))
                 for i in range(size)
                 for j in range(size)
             ]

@@ -15,7 +15,8 @@ import numpy as np
 from flax import nnx
 from jax import Array, lax
 
-from querydet_jax.models.depthwise import Padding, depthwise_conv
+from querydet_jax.models.conv2d import Padding, conv2d
+from querydet_jax.models.depthwise import depthwise_conv
 from querydet_jax.sparse import Conv as ConvWeights
 from querydet_jax.sparse import pointwise
 
@@ -100,13 +101,7 @@ class Conv(nnx.Module):
         elif self.depthwise:
             x = depthwise_conv(x, kernel, self.stride, self._padding(x))
         else:
-            x = lax.conv_general_dilated(
-                x,
-                kernel,
-                window_strides=(self.stride, self.stride),
-                padding=self._padding(x),
-                dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            )
+            x = conv2d(x, kernel, self.stride, self._padding(x))
         if self.bias is not None:
             x = x + self.bias[...].astype(self.dtype)[None, None, None]
         return x if self.norm is None else self.norm(x)
