@@ -17,7 +17,7 @@ from PIL import Image
 from several_hosts import finished, hosts, started
 from small_training import assert_same_run
 
-from querydet_jax import hosts as of_hosts
+from querydet_jax import host_failures
 from querydet_jax.training.checkpoint import restore_model_state
 
 ENDLESS = ["--train.steps", "100000", "--train.eval-every", "0", "--train.schedule", "steps"]  # not a cosine to the end
@@ -128,12 +128,12 @@ def test_a_host_that_fails_ends_the_others_with_its_reason(data, tmp_path):
 def test_what_a_host_sees_of_the_failure_of_another(monkeypatch):
     """What it says, if it does; else that it is gone; an error of one's own is not explained away."""
     lost = jax.errors.JaxRuntimeError("UNKNOWN: Gloo all-reduce failed: Connection closed by peer\nmore")
-    monkeypatch.setattr(of_hosts, "_POLL", 0.01)
-    line = of_hosts.from_elsewhere(lost)
+    monkeypatch.setattr(host_failures, "_POLL", 0.01)
+    line = host_failures.from_elsewhere(lost)
     assert line is not None and line.startswith("another host has gone (UNKNOWN: Gloo all-reduce failed: Connection")
     assert "--resume" in line and "more" not in line
-    assert of_hosts.from_elsewhere(TypeError("connection")) is None
-    assert of_hosts.from_elsewhere(jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")) is None
-    monkeypatch.setattr(of_hosts, "_told", lambda: {0: "", 3: "no room"})
-    monkeypatch.setattr(of_hosts.distributed.global_state, "num_processes", 4)
-    assert of_hosts.from_elsewhere(lost) == "host 3 of 4: no room"
+    assert host_failures.from_elsewhere(TypeError("connection")) is None
+    assert host_failures.from_elsewhere(jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")) is None
+    monkeypatch.setattr(host_failures, "_told", lambda: {0: "", 3: "no room"})
+    monkeypatch.setattr(host_failures.distributed.global_state, "num_processes", 4)
+    assert host_failures.from_elsewhere(lost) == "host 3 of 4: no room"
