@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +16,7 @@ from querydet_jax.benchmark.chips import (
     ChipName,
     Devices,
     DoesNotFit,
-    Figures,
+    Program,
     compile_for,
     devices,
     require_libtpu,
@@ -29,6 +31,8 @@ from querydet_jax.models import DenseDetector
 from querydet_jax.training.parallel import AXIS
 
 _GIB = 2.0**30
+_OF_MEMORY = ("chip", "program", "buffers", "memory_gib", "fits", "message")
+_log = logging.getLogger("querydet_jax")
 
 
 @dataclass(frozen=True)
@@ -91,14 +95,13 @@ def accelerator(arguments: Accelerator) -> None:
             Column("binds", "binds"),
             Column("bound_speed_up", "over dense", times),
             Column("schedule_ms", "schedule ms", ms),
-            Column("schedule_speed_up", "over dense", times),
         ],
         rows,
         notes=[
             "nothing was run: these are the compiler's figures for one chip, not measurements",
-            "bound: the larger of FLOPs at the chip's bfloat16 peak and HBM traffic at its bandwidth; no run is faster",
-            "schedule: the compiler's cycle estimates, operation after operation, loops one turn",
-            "GB accessed: XLA's cost analysis, after fusion; GB of HBM: without what stays in fast memory",
+            "GB accessed: XLA's cost analysis, after fusion; GB of HBM: without what stays on the chip",
+            "bound: the larger of GFLOP at the chip's bfloat16 peak and GB of HBM at its bandwidth, were nothing else",
+            "schedule: the compiler's cycle estimates one after another; it has none for gathers, scatters and sorts",
             "memory: arguments, results, temporaries and program; a chip has "
             + ", ".join(f"{name} {CHIPS[name].hbm_gib:g} GB" for name in arguments.chips),
             "CSQ: one buffer a level, as large as its sites need, in one turn, in place of the ladder",
@@ -122,14 +125,12 @@ def _inference_rows(arguments: Accelerator, name: str, chips: Devices, build: Ca
         # At a score threshold of 0 every level brings all its candidates to NMS, the worst case.
         inference = override(InferenceConfig(score_threshold=0.0), changes)
         rooms = {} if inference.query == "dense" else rooms_needed(model, inference, shape, queries)
-        figures = compile_for(inference_program(model, inference, shape, rooms), chips[:1], AXIS)
-        row: Row = {"chip": name, "program": f"{method}, {_images(arguments.batch)}"}
-        row["buffers"] = ", ".join(f"P{level} {room}" for level, room in rooms.items()) or None
-        rows.append({**row, **_entries(name, figures)})
+        buffers = ", ".join(f"P{level} {room}" for level, room in rooms.items()) or None
+        program = inference_program(model, inference, shape, rooms)
+        rows.append(_row(name, f"{method}, {_images(arguments.batch)}", buffers, program, chips[:1]))
     for row in rows:
-        for key in ("bound", "schedule"):
-            if f"{key}_ms" in row and f"{key}_ms" in rows[0]:
-                row[f"{key}_speed_up"] = rows[0][f"{key}_ms"] / row[f"{key}_ms"]
+        if "bound_ms" in row and "bound_ms" in rows[0]:
+            row["bound_speed_up"] = rows[0]["bound_ms"] / row["bound_ms"]
     return rows
 
 
@@ -137,31 +138,36 @@ def _train_row(
     arguments: Accelerator, name: str, chips: Devices, build: Callable[[], DenseDetector], images: int
 ) -> Row:
     shape = (images, arguments.height, arguments.width)
-    figures = compile_for(train_program(build, chips, shape, remat=arguments.remat), chips, AXIS)
     how = " with remat" if arguments.remat else ""
-    entries = _entries(name, figures)
-    if arguments.remat:
-        entries = {key: entries[key] for key in ("memory_gib", "fits", "message") if key in entries}
-    return {"chip": name, "program": f"training step{how}, {_images(images)}", "buffers": None, **entries}
+    program = train_program(build, chips, shape, remat=arguments.remat)
+    row = _row(name, f"training step{how}, {_images(images)}", None, program, chips)
+    if arguments.remat:  # its loops over images would count one turn
+        row = {key: value for key, value in row.items() if key in _OF_MEMORY}
+    return row
 
 
 def _images(count: int) -> str:
     return f"{count} image{'s' if count > 1 else ''}"
 
 
-def _entries(name: str, figures: Figures | DoesNotFit) -> Row:
+def _row(name: str, label: str, buffers: str | None, program: Program, chips: Devices) -> Row:
+    began = time.monotonic()
+    figures = compile_for(program, chips, AXIS)
+    row: Row = {"chip": name, "program": label, "buffers": buffers}
     if isinstance(figures, DoesNotFit):
         size = figures.memory_bytes
-        return {"memory_gib": size and size / _GIB, "fits": "no", "message": figures.message}
-    chip = CHIPS[name]
-    bound = roofline(chip, figures.flops, figures.hbm_bytes)
-    return {
-        "gflop": figures.flops / 1e9,
-        "accessed_gb": figures.bytes_accessed / 1e9,
-        "hbm_gb": figures.hbm_bytes / 1e9,
-        "memory_gib": figures.memory_bytes / _GIB,
-        "fits": "yes",
-        "bound_ms": bound.ms,
-        "binds": bound.binds,
-        "schedule_ms": figures.cycles / (chip.ghz * 1e6),
-    }
+        row |= {"memory_gib": size and size / _GIB, "fits": "no", "message": figures.message}
+    else:
+        bound = roofline(CHIPS[name], figures.flops, figures.hbm_bytes)
+        row |= {
+            "gflop": figures.flops / 1e9,
+            "accessed_gb": figures.bytes_accessed / 1e9,
+            "hbm_gb": figures.hbm_bytes / 1e9,
+            "memory_gib": figures.memory_bytes / _GIB,
+            "fits": "yes",
+            "bound_ms": bound.ms,
+            "binds": bound.binds,
+            "schedule_ms": figures.cycles / (CHIPS[name].ghz * 1e6),
+        }
+    _log.info("TPU %s: %s: compiled in %.0f s", name, label, time.monotonic() - began)
+    return row

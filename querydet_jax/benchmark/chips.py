@@ -55,7 +55,7 @@ class Figures(NamedTuple):
     Attributes:
       flops: of the optimised program.
       bytes_accessed: XLA's cost analysis: all that operations read and write after fusion, in any memory.
-      hbm_bytes: the part of that in the chip's main memory, see ``hlo.traffic``.
+      hbm_bytes: to and from the chip's main memory, see ``hlo.traffic``.
       cycles: the compiler's estimates added up.
       memory_bytes: arguments, results and temporaries at once, and the program itself.
     """

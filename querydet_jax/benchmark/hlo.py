@@ -1,7 +1,8 @@
 """What an optimised TPU program says about itself in its text: memory traffic and the compiler's cycles.
 
-XLA's cost analysis adds up what operations read and write wherever it lies. A TPU program keeps much of that in VMEM,
-the chip's own fast memory, marked ``S(1)`` in a layout; only the rest crosses the memory bus that a roofline is about.
+XLA's cost analysis adds up what operations read and write wherever it lies. A TPU program keeps much of that in memory
+on the chip, marked in a layout: ``S(1)`` is VMEM, ``S(3)`` v4's CMEM. Only the rest crosses the bus to HBM, the main
+memory, which a roofline is about.
 """
 
 from __future__ import annotations
@@ -13,17 +14,18 @@ from typing import NamedTuple
 _BITS = {"pred": 8, "bf16": 16}
 _ARRAY = re.compile(r"\b(pred|bf16|[fsuc]\d+)\[([\d,]*)\](?:\{([^}]*)\})?")
 _INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?(\S+) = (\(.*?\)|\S+) ([a-z][\w-]*)\(([^)]*)\)")
+_ON_CHIP = re.compile(r"S\([13]\)")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 # No work of their own. The ends of asynchronous copies, whose starts are counted; what is done by other computations.
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all"}
 
 
 class Traffic(NamedTuple):
-    """hbm_bytes: read from and written to the chip's main memory; vmem_bytes: its fast memory; cycles: the sum of the
+    """hbm_bytes: read from and written to main memory; on_chip_bytes: memory on the chip; cycles: the sum of the
     compiler's estimates, one instruction after another."""
 
     hbm_bytes: int
-    vmem_bytes: int
+    on_chip_bytes: int
     cycles: int
 
 
@@ -55,8 +57,8 @@ def traffic(text: str) -> Traffic:
             else:
                 moved = [size for operand in re.findall(r"%([\w.-]+)", operands) for size in sizes.get(operand, [])]
                 moved += sizes[name]
-            for size, fast in moved:
-                sums[fast] += size
+            for size, on_chip in moved:
+                sums[on_chip] += size
     return Traffic(sums[0], sums[1], cycles)
 
 
@@ -71,12 +73,12 @@ def _computations(text: str) -> Iterator[list[str]]:
 
 
 def _arrays(type_text: str) -> list[tuple[int, bool]]:
-    """Bytes of each array of a type, and whether it lies in VMEM."""
+    """Bytes of each array of a type, and whether it lies on the chip."""
     found = []
     for kind, shape, layout in _ARRAY.findall(type_text):
         count = 1
         for side in filter(None, shape.split(",")):
             count *= int(side)
         bits = _BITS.get(kind) or int(kind[1:])
-        found.append((count * bits // 8, "S(1)" in layout))
+        found.append((count * bits // 8, _ON_CHIP.search(layout) is not None))
     return found

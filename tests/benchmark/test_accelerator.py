@@ -52,7 +52,7 @@ def test_traffic_by_hand():
 ENTRY %main (x: f32[4,8], k: bf16[10]) -> f32[4,8] {
   %x = f32[4,8]{1,0:T(8,128)} parameter(0)
   %k = bf16[10]{0} parameter(1)
-  %copy-start = (bf16[10]{0:S(1)}, bf16[10]{0}, u32[]{:S(2)}) copy-start(%k)
+  %copy-start = (bf16[10]{0:S(3)}, bf16[10]{0}, u32[]{:S(2)}) copy-start(%k)
   %slice-start = ((f32[4,8]{1,0}), f32[2,8]{1,0:S(1)}, s32[]{:S(2)}) slice-start(%x), slice={[0:2], [0:8]}
   %copy-done = bf16[10]{0:S(1)} copy-done(%copy-start)
   %slice-done = f32[2,8]{1,0:S(1)} slice-done(%slice-start)
@@ -61,7 +61,7 @@ ENTRY %main (x: f32[4,8], k: bf16[10]) -> f32[4,8] {
 }
 """
     # HBM: k and half of x are copied from there; the last fusion reads and writes 128 bytes.
-    # VMEM: the two copies' other ends; the other fusion reads 20 bytes and writes 16.
+    # On the chip: the two copies' other ends; the other fusion reads 20 bytes and writes 16.
     assert traffic(text) == (20 + 64 + 128 + 128, 20 + 64 + 20 + 16, 100)
 
 
