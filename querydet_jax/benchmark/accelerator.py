@@ -169,5 +169,9 @@ def _row(name: str, label: str, buffers: str | None, program: Program, chips: De
             "binds": bound.binds,
             "schedule_ms": figures.cycles / (CHIPS[name].ghz * 1e6),
         }
-    _log.info("TPU %s: %s: compiled in %.0f s", name, label, time.monotonic() - began)
+    # A table takes an hour: each row is seen as it comes, and not lost with the rest.
+    values = ", ".join(
+        f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()
+    )
+    _log.info("%s; compiled in %.0f s", values, time.monotonic() - began)
     return row
