@@ -155,8 +155,7 @@ def compile_for(program: Program, chips: Devices, axis: str) -> Figures | DoesNo
 
 
 def out_of_memory(message: str) -> DoesNotFit:
-    """What a compiler's RESOURCE_EXHAUSTED says: ``... Used 18.34G of 15.75G hbm. ...``."""
-    found = re.search(r"[Uu]sed ([\d.]+)([KMGT]) of ([\d.]+)[KMGT]", message)
-    size = float(found[1]) * 1024 ** ("KMGT".index(found[2]) + 1) if found else None
-    line = next((line for line in message.splitlines() if found and found[0] in line), message.splitlines()[0])
-    return DoesNotFit(size, line.strip())
+    """What a compiler's RESOURCE_EXHAUSTED says, with the largest size that it names."""
+    line = message.splitlines()[0]
+    sizes = [float(x) * 1024 ** ("KMGT".index(unit) + 1) for x, unit in re.findall(r"([\d.]+)([KMGT])\b", line)]
+    return DoesNotFit(max(sizes, default=None), line)

@@ -143,8 +143,7 @@ def test_gflop_as_lowered_are_those_recorded():
 @pytest.mark.parametrize("chip", sorted(RECORDED["chips"]))
 def test_figures_of_the_compiler_are_those_recorded(tmp_path, chip):
     """In a process of its own: the settings of the tests would reach the TPU's compiler."""
-    words = [f"--{name.replace('_', '-')}={value}" for name, value in RECORDED["arguments"].items() if name[-1] != "s"]
-    words += ["--classes", str(ARGUMENTS.classes), "--channels", str(ARGUMENTS.channels)]
+    words = [f"--{name}={value}" for name, value in RECORDED["arguments"].items()]
     command = [sys.executable, "benchmark.py", "accelerator", "--chips", chip, *words, "--out", str(tmp_path)]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     rows = json.loads((tmp_path / "accelerator.json").read_text())["rows"]
