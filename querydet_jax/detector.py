@@ -20,7 +20,7 @@ from querydet_jax.config import InferenceConfig
 from querydet_jax.errors import ConfigError
 from querydet_jax.models.skeleton import Candidates, DenseDetector, join_candidates
 from querydet_jax.ops.nms import class_wise_nms, soft_nms
-from querydet_jax.sparse import CascadeLevel, LevelResult, LevelStats, SparseOptions, cascade, whole_map
+from querydet_jax.sparse import CascadeLevel, LevelResult, LevelStats, Method, SparseOptions, cascade, whole_map
 
 PyTree = Any
 
@@ -70,12 +70,13 @@ class Detector:
       model: a detector of ``querydet_jax.models``. Its weights are read at construction and again
         whenever ``update`` is called.
       config: what to do at inference.
+      method: another way to compute a sparse level than the one that ``config.query`` names.
 
     Raises:
       ConfigError: the model lacks what ``config`` asks for.
     """
 
-    def __init__(self, model: DenseDetector, config: InferenceConfig):
+    def __init__(self, model: DenseDetector, config: InferenceConfig, method: Method | None = None):
         if config.query != "dense":
             if model.query_head is None:
                 raise ConfigError(
@@ -92,10 +93,11 @@ class Detector:
                     f"P{model.config.min_level}..P{model.config.max_level}; choose one above P{model.config.min_level}"
                 )
         self.config = config
+        self._method = method
         self._graph, self._state = split_for_inference(model)
-        self._run = jax.jit(partial(_detect, self._graph, config))
+        self._run = jax.jit(partial(_detect, self._graph, config, method))
         self._dense_part = jax.jit(partial(_dense_part, self._graph, config))
-        self._trace = jax.jit(partial(_trace, self._graph, config))
+        self._trace = jax.jit(partial(_trace, self._graph, config, method))
 
     def update(self, model: DenseDetector) -> None:
         """Take the weights of ``model``, of the same configuration; nothing is compiled again."""
@@ -127,7 +129,7 @@ class Detector:
 
     def function(self) -> tuple[Callable[[PyTree, Array, Array], Detections], PyTree]:
         """What a call runs, a pure function of (state, images, sizes), and its state: for other compilers than jit."""
-        return partial(_detect, self._graph, self.config), self._state
+        return partial(_detect, self._graph, self.config, self._method), self._state
 
     def lower(self, shape: tuple[int, int, int]) -> jax.stages.Lowered:
         """The program for images ``[B, H, W, 3]``, for cost analysis or compilation ahead of time."""
@@ -160,10 +162,12 @@ def split_for_inference(model: DenseDetector) -> tuple[nnx.GraphDef, PyTree]:
     return graph, state
 
 
-def _detect(graph: nnx.GraphDef, config: InferenceConfig, state: PyTree, images: Array, sizes: Array) -> Detections:
+def _detect(
+    graph: nnx.GraphDef, config: InferenceConfig, method: Method | None, state: PyTree, images: Array, sizes: Array
+) -> Detections:
     model = nnx.merge(graph, state)
     pyramid = _pyramid(model, config, images, sizes)
-    found, results = _candidates(model, config, pyramid)
+    found, results = _candidates(model, config, pyramid, method)
     joined = model.refine(join_candidates(found), pyramid.dense, sizes)
     scores = jnp.where(joined.scores > config.score_threshold, joined.scores, -jnp.inf)
 
@@ -192,9 +196,14 @@ def _dense_part(graph: nnx.GraphDef, config: InferenceConfig, state: PyTree, ima
 
 
 def _trace(
-    graph: nnx.GraphDef, config: InferenceConfig, state: PyTree, pyramid: Pyramid, threshold: Array
+    graph: nnx.GraphDef,
+    config: InferenceConfig,
+    method: Method | None,
+    state: PyTree,
+    pyramid: Pyramid,
+    threshold: Array,
 ) -> QueryTrace:
-    start, results = _run_cascade(nnx.merge(graph, state), config, pyramid, threshold)
+    start, results = _run_cascade(nnx.merge(graph, state), config, pyramid, threshold, method)
     probability = {config.start_level: jax.nn.sigmoid(start)}
     for level, result in results.items():
         if result.query_logits is not None:
@@ -226,12 +235,12 @@ def _pyramid(model: DenseDetector, config: InferenceConfig, images: Array, sizes
 
 
 def _candidates(
-    model: DenseDetector, config: InferenceConfig, pyramid: Pyramid
+    model: DenseDetector, config: InferenceConfig, pyramid: Pyramid, method: Method | None
 ) -> tuple[list[Candidates], dict[int, LevelResult]]:
     """Candidates in the published order of levels: sparse ones coarse to fine, then dense fine to coarse."""
     results: dict[int, LevelResult] = {}
     if config.query != "dense":
-        _, results = _run_cascade(model, config, pyramid, config.threshold)
+        _, results = _run_cascade(model, config, pyramid, config.threshold, method)
     found = [result.reduced for result in results.values()]
     for level, x in pyramid.dense.items():
         if level in results:
@@ -260,14 +269,14 @@ def _sparse_levels(model: DenseDetector, config: InferenceConfig, pyramid: Pyram
 
 
 def _run_cascade(
-    model: DenseDetector, config: InferenceConfig, pyramid: Pyramid, threshold: float | Array
+    model: DenseDetector, config: InferenceConfig, pyramid: Pyramid, threshold: float | Array, method: Method | None
 ) -> tuple[Array, dict[int, LevelResult]]:
     query_head = model.query_head
     assert query_head is not None, "Detector has checked that the model has a query head"
     start = query_head(pyramid.dense[config.start_level])
     levels = _sparse_levels(model, config, pyramid)
-    method = config.query
-    assert method != "dense"
+    query = config.query
+    assert query != "dense"
     results = cascade(
         start,
         levels,
@@ -279,10 +288,11 @@ def _run_cascade(
             config.context,
             config.capacities,
             config.chunk,
-            method,
+            query,
             config.overflow,
             config.kernel,
             config.tile,
         ),
+        method,
     )
     return start, {level.level: result for level, result in zip(levels, results, strict=True)}

@@ -72,7 +72,7 @@ def inference_gflop(
     if inference.query == "ccq":
         return total
     options = SparseOptions(inference.threshold, inference.context, inference.capacities, inference.chunk)
-    for level, stacks, keys in _levels(model, inference, shape, queries):
+    for level, stacks, keys in sparse_level_shapes(model, inference, shape, queries):
         if inference.query == "cq":
             features = jax.eval_shape(dense_input, level)
             total += _crops(features, stacks, keys) - gflop(_heads_everywhere, features, stacks)
@@ -116,7 +116,7 @@ def _whole(model: DenseDetector, inference: InferenceConfig, shape: tuple[int, i
     return counted(Detector(model, inference).lower((1, *shape)))
 
 
-def _levels(
+def sparse_level_shapes(
     model: DenseDetector, inference: InferenceConfig, shape: tuple[int, int], queries: np.ndarray
 ) -> list[tuple[CascadeLevel, list[Stack], jax.Array]]:
     """The sparse levels coarse to fine, as shapes: what they are made from, the stacks that run there, their keys."""
@@ -138,7 +138,7 @@ def _levels(
     for number, level in sorted(jax.eval_shape(levels, state, image, size).items(), reverse=True):
         keys = children(keys, level.features.shape[1:3])
         # The finest level's queries would lead nowhere.
-        found.append((level, every[:-1] if number == model.config.min_level else every, keys))
+        found.append((level._replace(level=number), every[:-1] if number == model.config.min_level else every, keys))
     return found
 
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import tyro
 
 from querydet_jax.benchmark.ablation import Table1, Table3, table1, table3
+from querydet_jax.benchmark.accelerator import Accelerator, accelerator
 from querydet_jax.benchmark.capacities import Capacities, capacities
 from querydet_jax.benchmark.end_to_end import EndToEnd, end_to_end
 from querydet_jax.benchmark.figure2 import Figure2, figure2
@@ -20,6 +21,7 @@ from querydet_jax.benchmark.tables import Table4, Table5, Table6, table4, table5
 from querydet_jax.benchmark.train_step import TrainStep, train_step
 
 COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
+    "accelerator": (Accelerator, accelerator),
     "capacities": (Capacities, capacities),
     "end-to-end": (EndToEnd, end_to_end),
     "figure2": (Figure2, figure2),

@@ -117,7 +117,10 @@ def complete_convolution_query(
     return Computed(result, everywhere, jnp.int32(keys.size), jnp.int32(0), jnp.asarray(False))
 
 
-METHODS = {"csq": cascade_sparse_query, "cq": crop_query, "ccq": complete_convolution_query}
+Method = Callable[[CascadeLevel, Array, Sequence[Stack], Finish, SparseOptions], Computed]
+"""``method(level, keys, stacks, finish, options)``: the heads at the keys, bool ``[B, h, w]``."""
+
+METHODS: dict[str, Method] = {"csq": cascade_sparse_query, "cq": crop_query, "ccq": complete_convolution_query}
 
 
 def buffer_sizes(options: SparseOptions, shape: tuple[int, ...]) -> tuple[list[int], int]:

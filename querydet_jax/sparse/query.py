@@ -14,7 +14,7 @@ from jax import Array, lax
 
 from querydet_jax.sparse.conv import Stack
 from querydet_jax.sparse.level import CascadeLevel
-from querydet_jax.sparse.methods import METHODS, SparseOptions, buffer_sizes, room_needed
+from querydet_jax.sparse.methods import METHODS, Method, SparseOptions, buffer_sizes, room_needed
 from querydet_jax.sparse.sites import Sites, children
 
 
@@ -55,6 +55,7 @@ def cascade(
     query: Stack,
     reduce: Reduce,
     options: SparseOptions,
+    method: Method | None = None,
 ) -> list[LevelResult]:
     """Walk down the pyramid: queries, their children as keys, context, heads, next queries.
 
@@ -63,6 +64,7 @@ def cascade(
       levels: finer levels, coarsest first, each at most twice the size of the one before.
       heads: stacks whose outputs go to ``reduce``.
       query: the query head, run at the keys of every level but the last to gate the next.
+      method: another one than ``options.method`` names.
 
     Returns:
       One ``LevelResult`` a level. A level without queries has no keys; so have all finer ones.
@@ -72,7 +74,7 @@ def cascade(
     for position, level in enumerate(levels):
         last = position == len(levels) - 1
         fired = jax.nn.sigmoid(logits) > options.threshold
-        result = _run_level(logits, fired, level, heads, None if last else query, reduce, options)
+        result = _run_level(logits, fired, level, heads, None if last else query, reduce, options, method)
         results.append(result)
         if result.query_logits is not None:
             logits = result.query_logits
@@ -87,6 +89,7 @@ def _run_level(
     query: Stack | None,
     reduce: Reduce,
     options: SparseOptions,
+    method: Method | None,
 ) -> LevelResult:
     batch, height, width, _ = level.features.shape
     kept, over = fired, jnp.asarray(False)
@@ -104,7 +107,7 @@ def _run_level(
         return _finish(level.level, outputs, sites, query is not None, reduce)
 
     stacks = list(heads) if query is None else [*heads, query]
-    computed = METHODS[options.method](level, keys, stacks, finish, options)
+    computed = (method or METHODS[options.method])(level, keys, stacks, finish, options)
     reduced, next_logits = computed.result
     stats = LevelStats(
         queries=jnp.sum(fired.astype(jnp.int32)),

@@ -7,7 +7,7 @@ Every host calls them with the same state and its own rows of the batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, Protocol
 
 import jax
@@ -70,10 +70,14 @@ class Pmap:
 
 
 class ShardMap:
-    """Arrays are global: those of the state whole on each device, those of the batch split over all."""
+    """Arrays are global: those of the state whole on each device, those of the batch split over all.
 
-    def __init__(self):
-        mesh = Mesh(np.array(jax.devices()), (AXIS,))
+    Args:
+      devices: all that this process has; or others, to compile for.
+    """
+
+    def __init__(self, devices: Sequence[Any] | None = None):
+        mesh = Mesh(np.array(jax.devices() if devices is None else devices), (AXIS,))
         self.mesh = mesh
         self._whole, self._rows = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec(AXIS))
 
