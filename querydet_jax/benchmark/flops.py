@@ -40,8 +40,12 @@ from querydet_jax.sparse.methods import room_needed
 
 
 def gflop(function: Callable[..., Any], *arguments: Any) -> float:
-    """GFLOP of a function of arrays, or of their shapes."""
-    return counted(jax.jit(function).lower(*arguments))
+    """GFLOP of a function of arrays, or of their shapes.
+
+    As it is lowered for a TPU, which this machine need not have: there nothing is written out in loops over blocks, as
+    some gradients and the convolution on sites are for CPU.
+    """
+    return counted(jax.jit(function).trace(*arguments).lower(lowering_platforms=("tpu",)))
 
 
 def counted(program: jax.stages.Lowered) -> float:

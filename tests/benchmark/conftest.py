@@ -76,7 +76,6 @@ def leave_run(folder: Path, config: Config, detector: DenseDetector, data: Path)
         dataclasses.replace(config, data=dataclasses.replace(config.data, root=str(data))), folder / "config.json"
     )
     copy = nnx.clone(detector)
-    checkpoints = Checkpoints(folder)
-    checkpoints.save(copy, init_state(copy, optax.sgd(0.1)))
-    checkpoints.close()
+    with Checkpoints(folder) as checkpoints:
+        checkpoints.save(copy, init_state(copy, optax.sgd(0.1)))
     return folder
