@@ -138,7 +138,7 @@ def test_parts_of_a_model():
 
 
 def test_end_to_end_from_random_weights(monkeypatch, tmp_path):
-    found = call(monkeypatch, tmp_path, "end-to-end", *SMALL, *"--sizes 64 96 --active 0.3".split())
+    found = call(monkeypatch, tmp_path, "end-to-end", *SMALL, *"--sizes 64 96 --active 0.3 --batch 2".split())
     names = ["dense P2..P7", "RetinaNet P3..P7", "CSQ 30%", "CQ 3%", "CCQ 3%"]
     assert [row["method"] for row in found["rows"]] == names
     assert {row["size"] for row in found["rows"]} == {"64x96"}
