@@ -16,16 +16,18 @@ Padding = Sequence[tuple[int, int]]
 """Zeros before and after, for rows and for columns."""
 
 _BLOCK = 672  # cells of the output gradient a turn of the kernel gradient: their patches stay in the caches
+# From so many cells of a map, and input channels, on: on smaller maps XLA's gradient is as fast.
+_CELLS, _CHANNELS = 4097, 16
 
 
 def conv2d(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
     """``[B, H, W, C]`` and ``[k, k, C, O]`` to ``[B, h, w, O]``.
 
     The kernel's gradient is a product of every cell's output gradient with the patch that the cell saw. XLA's CPU
-    backend computes it as a convolution with a kernel as large as the map; here, in blocks of rows, as matrix
-    products of gradients ``[cells, O]`` and patches ``[cells, k * k * C]``. Measured for 3x3 (jaxlib 0.10.2, 2 cores of
-    an AMD EPYC, GFLOP/s of 150 to 165 of a 4096^3 matrix product): the heads' layers on P2 at 800x1344, 256 to
-    256 channels, 22 to 152, 256 to 720 19 to 177; on P3 55 to 139; 144 channels on 32x32, batch 8, 86 to 133.
+    backend computes it as a convolution with a kernel as large as the map; here that of large maps is computed, in
+    blocks of rows, as matrix products of gradients ``[cells, O]`` and patches ``[cells, k * k * C]``. Measured for 3x3
+    (jaxlib 0.10.2, 2 cores of an AMD EPYC, where a 4096^3 matrix product ran at 150 to 165 GFLOP/s): the heads' layers
+    on P2 at 800x1344, 256 to 256 channels, 22 GFLOP/s by XLA and 152 so, 256 to 720 19 and 177; on P3 55 and 139.
     """
     return _conv(stride, tuple(tuple(side) for side in padding), x, kernel)
 
@@ -71,6 +73,8 @@ def _backward(stride: int, padding: Padding, saved: tuple[Array, Array], g: Arra
     def by_blocks(x: Array, g: Array) -> Array:
         return _kernel_gradient(x, g, kernel, stride, padding)
 
+    if g.shape[1] * g.shape[2] < _CELLS or x.shape[3] < _CHANNELS:
+        return to_input(g)[0], by_xla(x, g)
     return to_input(g)[0], lax.platform_dependent(x, g, cpu=by_blocks, default=by_xla)
 
 

@@ -23,7 +23,8 @@ from querydet_jax.models import conv2d
     ],
 )
 def test_gradients(size, stride, padding, shape, monkeypatch):
-    monkeypatch.setattr(conv2d, "_BLOCK", 30)
+    for name, value in {"_BLOCK": 30, "_CELLS": 1, "_CHANNELS": 1}.items():
+        monkeypatch.setattr(conv2d, name, value)
     rng = np.random.default_rng(size)
     x = jnp.asarray(rng.normal(size=(*shape, 5)), jnp.float32)
     kernel = jnp.asarray(rng.normal(size=(size, size, 5, 4)), jnp.float32)
@@ -45,9 +46,22 @@ def test_gradients(size, stride, padding, shape, monkeypatch):
     np.testing.assert_allclose(to_kernel, expected_kernel, rtol=1e-5, atol=1e-5)
 
 
-def test_bfloat16_is_summed_in_float32():
+def test_bfloat16_is_summed_in_float32(monkeypatch):
     """A thousand cells of ones: in bfloat16 the sum would stop at 256."""
+    monkeypatch.setattr(conv2d, "_CELLS", 1)
+    monkeypatch.setattr(conv2d, "_CHANNELS", 1)
     x, kernel = jnp.ones((1, 32, 32, 1), jnp.bfloat16), jnp.zeros((1, 1, 1, 1), jnp.bfloat16)
     _, pull = jax.vjp(lambda kernel: conv2d.conv2d(x, kernel, 1, [(0, 0), (0, 0)]), kernel)
     (gradient,) = pull(jnp.ones((1, 32, 32, 1), jnp.bfloat16))
     assert gradient.dtype == jnp.bfloat16 and float(gradient.reshape(())) == 1024
+
+
+def test_large_maps_take_blocks_and_small_ones_do_not():
+    """A loop over blocks is in the program of the one, and in none of the other."""
+
+    def loops(side: int, channels: int) -> int:
+        x, kernel = jnp.zeros((1, side, side, channels)), jnp.zeros((3, 3, channels, 4))
+        gradient = jax.grad(lambda kernel: conv2d.conv2d(x, kernel, 1, [(1, 1), (1, 1)]).sum())
+        return jax.jit(gradient).lower(kernel).as_text().count("stablehlo.while")
+
+    assert (loops(65, 16), loops(64, 16), loops(65, 3)) == (1, 0, 0)
