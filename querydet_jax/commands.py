@@ -51,10 +51,10 @@ def train() -> None:
     detectors: dict[str, Detector] = {}
 
     def evaluate(model: DenseDetector, dataset: Dataset) -> dict[str, float]:
-        if not detectors:
-            detectors.update(_detectors(model, config, ()))
         for detector in detectors.values():
             detector.update(model)
+        if not detectors:
+            detectors.update(_detectors(model, config, ()))
         runs = evaluate_detectors(
             detectors, dataset, config.data, batch_size=config.inference.batch_size,
             indices=first_images(dataset, config.train.eval_images), size_bins=(),

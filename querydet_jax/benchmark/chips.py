@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from querydet_jax.benchmark.hlo import traffic
 from querydet_jax.errors import ConfigError, QueryDetError
+from querydet_jax.training.compiled import Memory
 
 Devices = list[Any]  # of jax.Device, which type checkers take for a variable
 ChipName = Literal["v4", "v5e", "v5p", "v6e"]
@@ -138,19 +139,15 @@ def compile_for(program: Program, chips: Devices, axis: str) -> Figures | DoesNo
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return out_of_memory(str(error))
-    cost, memory = compiled.cost_analysis(), compiled.memory_analysis()
-    assert cost is not None and memory is not None, "libtpu answers both"
+    cost, said, memory = compiled.cost_analysis(), compiled.memory_analysis(), Memory.of(compiled)
+    assert cost is not None and said is not None and memory is not None, "libtpu answers both"
     moved = traffic(compiled.as_text() or "")
     return Figures(
         cost["flops"],
         cost["bytes accessed"],
         moved.hbm_bytes,
         moved.cycles,
-        memory.argument_size_in_bytes
-        + memory.output_size_in_bytes
-        - memory.alias_size_in_bytes
-        + memory.temp_size_in_bytes
-        + memory.generated_code_size_in_bytes,
+        memory.total + said.generated_code_size_in_bytes,
     )
 
 

@@ -5,7 +5,7 @@ Shape letters: B batch, H W input, h w output, C input channels, O output channe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import jax
@@ -83,29 +83,47 @@ _conv.defvjp(_forward, _backward)
 
 def _kernel_gradient(x: Array, g: Array, kernel: Array, stride: int, padding: Padding) -> Array:
     """``[k, k, C, O]``, summed in float32 over blocks of rows."""
-    x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
     size, _, channels, outputs = kernel.shape
-    batch, height, width, _ = g.shape
-    rows = max(1, min(height, _BLOCK // width))
+
+    def add(total: Array, seen: Array, weight: Array) -> Array:
+        rows, width, _ = weight.shape
+        taps = [tap(seen, i, j, rows, width, stride) for i in range(size) for j in range(size)]
+        patches = jnp.concatenate([t.reshape(-1, channels) for t in taps], axis=1)
+        return total + jnp.dot(weight.reshape(-1, outputs).T, patches, preferred_element_type=jnp.float32)
+
+    start = jnp.zeros((outputs, size * size * channels), jnp.float32)
+    total = sum_over_blocks(x, g, size, stride, padding, _BLOCK, start, add)
+    return total.T.reshape(kernel.shape).astype(kernel.dtype)
+
+
+def sum_over_blocks(
+    x: Array,
+    g: Array,
+    size: int,
+    stride: int,
+    padding: Padding,
+    cells: int,
+    start: Array,
+    add: Callable[[Array, Array, Array], Array],
+) -> Array:
+    """A kernel's gradient from the input ``[B, H, W, C]`` and the gradients ``g [B, h, w, O]`` of its outputs.
+
+    Args:
+      cells: of ``g`` a block, at most, in whole rows; at least one row.
+      add: ``add(total, seen, weight)`` adds a block's part: ``weight [rows, w, O]`` of ``g``, and the padded input
+        rows ``seen [(rows - 1) * s + k, W', C]`` that it saw.
+    """
+    x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+    batch, height, width, outputs = g.shape
+    rows = max(1, min(height, cells // width))
     while height % rows:
         rows -= 1
     turns = height // rows
 
     def turn(t: Array, total: Array) -> Array:
         image, y = t // turns, (t % turns) * rows
-        seen = lax.dynamic_slice(
-            x, (image, y * stride, 0, 0), (1, (rows - 1) * stride + size, x.shape[2], channels)
-        )[0]  # fmt: skip
-        patches = jnp.concatenate(
-            [
-                tap(seen, i, j, rows, width, stride).reshape(-1, channels)
-                for i in range(size)
-                for j in range(size)
-            ],
-            axis=1,
-        )  # fmt: skip
-        weight = lax.dynamic_slice(g, (image, y, 0, 0), (1, rows, width, outputs)).reshape(-1, outputs)
-        return total + jnp.dot(weight.T, patches, preferred_element_type=jnp.float32)
+        seen = lax.dynamic_slice(x, (image, y * stride, 0, 0), (1, (rows - 1) * stride + size, *x.shape[2:]))
+        weight = lax.dynamic_slice(g, (image, y, 0, 0), (1, rows, width, outputs))
+        return add(total, seen[0], weight[0])
 
-    total = lax.fori_loop(0, batch * turns, turn, jnp.zeros((outputs, size * size * channels), jnp.float32))
-    return total.T.reshape(kernel.shape).astype(kernel.dtype)
+    return lax.fori_loop(0, batch * turns, turn, start)

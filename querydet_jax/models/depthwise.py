@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from querydet_jax.models.conv2d import Padding, tap
+from querydet_jax.models.conv2d import Padding, sum_over_blocks, tap
 
 _BLOCK = 65_536  # numbers of the output gradient a turn of the kernel gradient: stays in a core's cache
 
@@ -97,27 +97,19 @@ def _input_gradient(g: Array, kernel: Array, stride: int, padding: Padding, shap
 
 def _kernel_gradient(x: Array, g: Array, kernel: Array, stride: int, padding: Padding) -> Array:
     """``[k, k, 1, C]``, summed in float32 over blocks of rows."""
-    x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
-    size = kernel.shape[0]
-    batch, height, width, channels = g.shape
-    block = max(1, min(height, _BLOCK // (width * channels)))
-    while height % block:
-        block -= 1
-    turns = height // block
+    size, channels = kernel.shape[0], g.shape[-1]
 
-    def turn(t: Array, total: Array) -> Array:
-        image, y = t // turns, (t % turns) * block
-        seen = lax.dynamic_slice(
-            x, (image, y * stride, 0, 0), (1, (block - 1) * stride + size, x.shape[2], channels)
-        )[0].astype(jnp.float32)  # fmt: skip
-        weight = lax.dynamic_slice(g, (image, y, 0, 0), (1, block, width, channels))[0].astype(jnp.float32)
+    def add(total: Array, seen: Array, weight: Array) -> Array:
+        seen, weight = seen.astype(jnp.float32), weight.astype(jnp.float32)
+        rows, width, _ = weight.shape
         return total + jnp.stack(
             [
-                jnp.sum(tap(seen, i, j, block, width, stride) * weight, axis=(0, 1))
+                jnp.sum(tap(seen, i, j, rows, width, stride) * weight, axis=(0, 1))
                 for i in range(size)
                 for j in range(size)
             ]
         )
 
-    total = lax.fori_loop(0, batch * turns, turn, jnp.zeros((size * size, channels), jnp.float32))
+    start = jnp.zeros((size * size, channels), jnp.float32)
+    total = sum_over_blocks(x, g, size, stride, padding, _BLOCK // channels, start, add)
     return total.reshape(kernel.shape).astype(kernel.dtype)

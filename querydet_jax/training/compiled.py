@@ -16,6 +16,7 @@ from typing import Any
 import jax
 
 from querydet_jax.errors import ConfigError
+from querydet_jax.files import reason
 from querydet_jax.hosts import is_first
 from querydet_jax.training.parallel import Step
 from querydet_jax.training.step import Batch, Metrics, TrainState
@@ -147,8 +148,7 @@ def out_of_memory_explained(name: str) -> Iterator[None]:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        reason = str(error).splitlines()[0][:200]
-        raise ConfigError(f"{name} does not fit into the device's memory ({reason}): {_REMEDY}") from error
+        raise ConfigError(f"{name} does not fit into the device's memory ({reason(error)}): {_REMEDY}") from error
 
 
 def device_memory() -> int | None:
