@@ -59,7 +59,7 @@ def conv_rows(
 
     def compute(first: Array, number: int) -> list[Array]:
         neighbours = lax.dynamic_slice_in_dim(table, first, number)
-        gathered = rows.at[neighbours].get(mode="fill", fill_value=0).reshape(number, -1)
+        gathered = rows_or_zeros(rows, neighbours).reshape(number, -1)
         outputs = []
         for kernel, conv in zip(kernels, convs, strict=True):
             y = jnp.dot(gathered, kernel, preferred_element_type=jnp.float32) + conv.bias[None].astype(jnp.float32)
@@ -68,6 +68,28 @@ def conv_rows(
 
     outputs = [jnp.zeros((capacity, conv.kernel.shape[-1]), out_dtype) for conv in convs]
     return in_chunks(count, chunk, outputs, compute)
+
+
+def rows_or_zeros(rows: Array, index: Array) -> Array:
+    """``rows [R, C]`` at ``index [...]``, to ``[..., C]``; zeros where it is R.
+
+    On a TPU zeros that a mask fills in cost more than gather and product together: the mask of rows has to be spread
+    over lanes. Absent rows point to a row of zeros there, unless the buffer to which that is added is larger than what
+    is read. On CPU adding it costs more than the mask (``docs/accelerators.md``).
+    """
+    if rows.shape[0] > index.size:
+        return filled_with_zeros(rows, index)
+    return lax.platform_dependent(rows, index, tpu=beside_a_row_of_zeros, default=filled_with_zeros)
+
+
+def filled_with_zeros(rows: Array, index: Array) -> Array:
+    """``rows_or_zeros`` by a mask."""
+    return rows.at[index].get(mode="fill", fill_value=0)
+
+
+def beside_a_row_of_zeros(rows: Array, index: Array) -> Array:
+    """``rows_or_zeros`` by one row more."""
+    return jnp.concatenate([rows, jnp.zeros_like(rows[:1])]).at[index].get(mode="promise_in_bounds")
 
 
 def in_chunks(

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array, lax
 
-from querydet_jax.sparse.conv import Stack, dense_conv, in_chunks
+from querydet_jax.sparse.conv import Stack, dense_conv, in_chunks, rows_or_zeros
 from querydet_jax.sparse.level import CascadeLevel, merged_at
 from querydet_jax.sparse.sites import Sites
 
@@ -145,7 +145,7 @@ def run_stacks_on_tiles(
 
             def one_layer(first: Array, number: int, rows=rows, conv=conv, last=last) -> list[Array]:
                 around = lax.dynamic_slice_in_dim(table, first, number)
-                patch = rows.at[around].get(mode="fill", fill_value=0)
+                patch = rows_or_zeros(rows, around)
                 y = dense_conv(patch, conv, relu=not last, out_dtype=jnp.float32 if last else None, padding=0)
                 return [masked(first, y)]
 

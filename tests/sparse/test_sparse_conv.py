@@ -22,7 +22,7 @@ from querydet_jax.sparse import (
     run_stacks,
     select_sites,
 )
-from querydet_jax.sparse.conv import dense_conv
+from querydet_jax.sparse.conv import beside_a_row_of_zeros, dense_conv, filled_with_zeros, rows_or_zeros
 from querydet_jax.sparse.sites import cell_table
 
 HEIGHT, WIDTH, CHANNELS = 6, 7, 4
@@ -218,6 +218,25 @@ def test_conv_rows_on_every_cell_is_a_dense_convolution():
         for conv, y in zip(convs, outputs, strict=True):
             expected = conv3x3(features, conv.kernel, conv.bias).reshape(84, -1)
             np.testing.assert_allclose(y, np.maximum(expected, 0) if relu else expected, rtol=0, atol=1e-5)
+
+
+def test_rows_or_zeros_on_every_platform():
+    rows = np.arange(1, 13, dtype=np.float32).reshape(4, 3)
+    index = np.array([[0, 4, 3], [4, 4, 1]], np.int32)
+    expected = np.concatenate([rows, np.zeros((1, 3), np.float32)])[index]
+    for form in (rows_or_zeros, filled_with_zeros, beside_a_row_of_zeros):
+        np.testing.assert_array_equal(form(jnp.asarray(rows), index), expected, form.__name__)
+    np.testing.assert_array_equal(rows_or_zeros(jnp.asarray(rows), index[0]), expected[0])
+
+
+def test_only_a_tpu_gets_the_row_of_zeros_and_not_beside_a_larger_map():
+    def concatenates(rows: int, platform: str) -> bool:
+        shapes = jax.ShapeDtypeStruct((rows, 3), jnp.float32), jax.ShapeDtypeStruct((9,), jnp.int32)
+        lowered = jax.jit(rows_or_zeros).trace(*shapes).lower(lowering_platforms=(platform,))
+        return "stablehlo.concatenate" in lowered.as_text()
+
+    assert concatenates(4, "tpu")
+    assert not concatenates(4, "cpu") and not concatenates(4, "cuda") and not concatenates(10, "tpu")
 
 
 def test_conv_rows_stops_after_the_chunk_with_the_last_row():
