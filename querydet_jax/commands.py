@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,14 +51,14 @@ def train() -> None:
 
     detectors: dict[str, Detector] = {}
 
-    def evaluate(model: DenseDetector, dataset: Dataset) -> dict[str, float]:
+    def evaluate(model: DenseDetector, dataset: Dataset, between: Callable[[], None]) -> dict[str, float]:
         for detector in detectors.values():
             detector.update(model)
         if not detectors:
             detectors.update(_detectors(model, config, ()))
         runs = evaluate_detectors(
             detectors, dataset, config.data, batch_size=config.inference.batch_size,
-            indices=first_images(dataset, config.train.eval_images), size_bins=(),
+            indices=first_images(dataset, config.train.eval_images), size_bins=(), between=between,
         )  # fmt: skip
         if is_first():
             print(comparison_table(runs), flush=True)

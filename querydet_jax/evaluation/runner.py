@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -88,6 +88,7 @@ def evaluate_detectors(
     query_recall: bool = False,
     show_progress: bool = True,
     size_bins: Sequence[tuple[float, float]] = DEFAULT_BINS,
+    between: Callable[[], None] = lambda: None,
 ) -> dict[str, Evaluation]:
     """Evaluate detectors side by side.
 
@@ -102,6 +103,7 @@ def evaluate_detectors(
       indices: positions of the images to use; None: all.
       query_recall: also count which objects' centre cells are among the keys, at ``THRESHOLDS`` and the
         detector's own, in a second, untimed pass.
+      between: called after every batch, on all hosts as often; may raise to end the evaluation.
 
     Raises:
       DataError: an image that cannot be read.
@@ -138,6 +140,7 @@ def evaluate_detectors(
                 if query_recall and detector.config.query != "dense":
                     _count_recall(run, detector, images, sizes, batch, dataset, position)
             seen.add(images.shape)
+            between()
     finally:
         batches.close()
     (runs, found), *others = gather((runs, found))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import signal
 import threading
@@ -22,23 +23,25 @@ from querydet_jax.training.step import Metrics
 
 
 @contextlib.contextmanager
-def preemption() -> Iterator[Callable[[int], bool]]:
-    """Tells after each step whether it is the one to save and stop at, because SIGTERM has come (what a preempted
-    machine gets), which does not end the process meanwhile.
+def preemption() -> Iterator[Callable[[], bool]]:
+    """Tells whether this is the place to save and stop at, because SIGTERM has come (what a preempted machine gets),
+    which does not end the process meanwhile.
 
-    To several hosts jax listens, which lets them agree on a step that none has passed. Of one host, outside the main
-    thread, Python lets nobody listen: then the answer is always no.
+    All hosts must ask at the same places of the run: jax, which listens to SIGTERM for several, lets them agree on one
+    that none has passed by counting. Of one host, outside the main thread, Python lets nobody listen: then the answer
+    is always no.
     """
     if jax.process_count() > 1:
-        yield multihost_utils.reached_preemption_sync_point
+        asked = itertools.count(1)
+        yield lambda: multihost_utils.reached_preemption_sync_point(next(asked))
         return
     came = threading.Event()
     if threading.current_thread() is not threading.main_thread():
-        yield lambda step: False
+        yield lambda: False
         return
     before = signal.signal(signal.SIGTERM, lambda number, frame: came.set())
     try:
-        yield lambda step: came.is_set()
+        yield came.is_set
     finally:
         signal.signal(signal.SIGTERM, before)
 

@@ -33,7 +33,7 @@ from querydet_jax.weights import load_weights
 
 _log = logging.getLogger("querydet_jax")
 
-Evaluate = Callable[[DenseDetector, Dataset], dict[str, float]]
+Evaluate = Callable[[DenseDetector, Dataset, Callable[[], None]], dict[str, float]]
 
 
 def train(
@@ -50,8 +50,9 @@ def train(
       config: everything about the run.
       run: folder of the run; must not hold checkpoints unless ``resume``.
       resume: go on from the newest checkpoint.
-      evaluate: called, on every host, with the model and the validation set every ``train.eval_every``
-        steps; what it returns is logged.
+      evaluate: called, on every host, with the model and the validation set every ``train.eval_every`` steps; what it
+        returns is logged. It must call its third argument after every batch, on all hosts as often: from there it is
+        left by an exception if the run is to stop. A resumed run makes up for an evaluation that was left so.
       profile: also write ``run/profile``, a trace of a few steps (``StepTrace``).
 
     Returns:
@@ -59,7 +60,8 @@ def train(
 
     Raises:
       QueryDetError: bad configuration, data or checkpoint, a loss that is not finite, or no room for a checkpoint.
-      Preempted: SIGTERM has come, to this host or another; the step under way was finished and saved.
+      Preempted: SIGTERM has come, to this host or another; the step under way was finished and saved, an evaluation
+        under way given up.
     """
     check_batch_size(config.train.batch_size, config.train.accumulate)
     with (
@@ -78,7 +80,7 @@ def _train(
     resume: bool,
     evaluate: Evaluate | None,
     profile: bool,
-    stopped: Callable[[int], bool],
+    stopped: Callable[[], bool],
 ) -> DenseDetector:
     if checkpoints.latest() is not None and not resume:
         raise ConfigError(f"{run}: already holds checkpoints; add --resume to go on, or choose another --run")
@@ -135,7 +137,27 @@ def _train(
     state = devices.replicate(state)
     guard = LossGuard(run, devices, checkpoints)
     trace = StepTrace(run / "profile" if profile and is_first() else None, start, config.train.steps)
+
+    def save(*, wait: bool = False) -> None:
+        guard.check()
+        with watch.during("saving"):
+            checkpoints.save(model, devices.unreplicate(state), wait=wait)
+
+    def stop_if_told() -> None:
+        if stopped():
+            save(wait=True)
+            raise Preempted(f"stopped by SIGTERM: step {done} is saved in {run}; --resume goes on from there")
+
+    def evaluate_if_due() -> None:
+        if validation is not None and evaluate is not None and done % config.train.eval_every == 0:
+            with progress.paused(), watch.during("evaluation"):
+                merge_into(model, devices.unreplicate(state))
+                progress.record(done, evaluate(model, validation, stop_if_told))
+
+    done = start
     try:
+        if 0 < start < config.train.steps and not progress.evaluated(start):
+            evaluate_if_due()  # it was stopped before it was through
         for step in range(start, config.train.steps):
             with trace.begin(step):
                 waited = time.perf_counter()
@@ -155,17 +177,11 @@ def _train(
                 progress.log(done, {**values, "recompilations": watch.recompilations}, waited)
             else:
                 progress.wait(waited)
-            stop = stopped(done)  # asked once: what comes after is for the next step
-            if done % config.train.checkpoint_every == 0 or last or stop:
-                guard.check()
-                with watch.during("saving"):
-                    checkpoints.save(model, devices.unreplicate(state), wait=last or stop)
-            if stop and not last:
-                raise Preempted(f"stopped by SIGTERM: step {done} is saved in {run}; --resume goes on from there")
-            if validation is not None and evaluate is not None and done % config.train.eval_every == 0 and not last:
-                with progress.paused(), watch.during("evaluation"):
-                    merge_into(model, devices.unreplicate(state))
-                    progress.record(done, evaluate(model, validation))
+            if done % config.train.checkpoint_every == 0 or last:
+                save(wait=last)
+            if not last:
+                stop_if_told()
+                evaluate_if_due()
         if start < config.train.steps:
             progress.say(f"{progress.summary(config.train.steps)}; {watch.summary()}")
     finally:

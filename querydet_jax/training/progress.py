@@ -15,7 +15,7 @@ import numpy as np
 
 from querydet_jax.config import Config
 from querydet_jax.files import Lines
-from querydet_jax.hosts import is_first
+from querydet_jax.hosts import from_first, is_first
 from querydet_jax.training.board import Board
 from querydet_jax.training.schedule import learning_rate
 
@@ -78,6 +78,15 @@ class Progress:
         self.file.write(json.dumps({"step": step, **finite}))
         if self.board is not None:
             self.board.add(step, values)
+
+    def evaluated(self, step: int) -> bool:
+        """Whether ``metrics.jsonl`` has an evaluation of this step, by this run or the one that it goes on from."""
+
+        def found() -> bool:
+            lines = map(json.loads, self.file.path.read_text().splitlines())
+            return any(line["step"] == step and "loss" not in line for line in lines)
+
+        return from_first(found)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:

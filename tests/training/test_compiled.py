@@ -72,7 +72,7 @@ def test_a_run_compiles_what_it_needs_once(config, tmp_path, caplog, capsys):
     seen = []
     doubled = jax.jit(lambda x: x * 2)
 
-    def evaluate(model, dataset) -> dict[str, float]:
+    def evaluate(model, dataset, between) -> dict[str, float]:
         seen.append(float(doubled(jnp.ones(5))[0]))
         return {}
 
@@ -84,7 +84,7 @@ def test_a_run_compiles_what_it_needs_once(config, tmp_path, caplog, capsys):
 
 
 def test_what_compiles_again_and_again_is_counted_and_named(config, tmp_path, caplog):
-    def evaluate(model, dataset) -> dict[str, float]:
+    def evaluate(model, dataset, between) -> dict[str, float]:
         jax.jit(lambda x: x * 3)(jnp.ones(5))  # a function made anew is a program made anew
         return {}
 

@@ -105,20 +105,31 @@ def test_killed_at_any_moment(config, whole, tmp_path):
     assert_equal_runs(run, whole)
 
 
-def test_sigterm_saves_the_step_under_way(config, whole, tmp_path):
-    """Between checkpoints; what the process did on SIGTERM before is put back."""
-    seldom = override(config, {"train.checkpoint_every": 100, "train.eval_every": 2})
+@pytest.mark.parametrize("in_evaluation", [False, True], ids=["in a step", "in an evaluation"])
+def test_sigterm_saves_the_step_under_way(config, whole, tmp_path, in_evaluation):
+    """Between checkpoints. An evaluation under way is given up and made up for; what the process did on SIGTERM before
+    is put back."""
+    run, seldom = tmp_path / "run", override(config, {"train.checkpoint_every": 100, "train.eval_every": 2})
 
-    def told_to_stop(model, dataset) -> dict[str, float]:
+    def told_to_stop(model, dataset, between) -> dict[str, float]:
         signal.raise_signal(signal.SIGTERM)
-        return {}
+        if in_evaluation:
+            between()
+        return {"AP": 1.0}
 
-    before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(Preempted, match="stopped by SIGTERM: step 3 is saved in .*; --resume goes on from there"):
-        train(seldom, tmp_path / "run", evaluate=told_to_stop)
-    assert signal.getsignal(signal.SIGTERM) is before
-    train(config, tmp_path / "run", resume=True)
-    assert_equal_runs(tmp_path / "run", whole)
+    def evaluated(model, dataset, between) -> dict[str, float]:
+        between()
+        return {"AP": 2.0}
+
+    before, step = signal.getsignal(signal.SIGTERM), 2 if in_evaluation else 3
+    with pytest.raises(Preempted, match=f"stopped by SIGTERM: step {step} is saved in .*; --resume goes on from there"):
+        train(seldom, run, evaluate=told_to_stop)
+    assert signal.getsignal(signal.SIGTERM) is before and steps(run) == [str(step)]
+    train(seldom, run, resume=True, evaluate=evaluated)
+    assert_equal_runs(run, whole)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    found = {line["step"]: line["AP"] for line in lines if "AP" in line}
+    assert found == {2: 2.0 if in_evaluation else 1.0, 4: 2.0}
 
 
 def test_a_deleted_newest_checkpoint_costs_its_steps_only(config, whole, tmp_path):
@@ -189,7 +200,7 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_soon(config, whole, tm
         config, {"train.steps": 1000, "train.checkpoint_every": 4, "train.keep_checkpoints": 1, "train.eval_every": 2}
     )
 
-    def fill(model, dataset) -> dict[str, float]:
+    def fill(model, dataset, between) -> dict[str, float]:
         if (run / "checkpoints" / "4").is_dir():
             limit.enter_context(no_file_longer_than(1 << 14))
         return {}
@@ -212,7 +223,7 @@ def test_a_loader_process_that_dies(config, whole, tmp_path):
         config, {"train.steps": 1000, "data.processes": 1, "train.eval_every": 2, "train.keep_checkpoints": 99}
     )
 
-    def kill(model, dataset) -> dict[str, float]:
+    def kill(model, dataset, between) -> dict[str, float]:
         nonlocal killed
         if signals:
             (child,) = [child for child in multiprocessing.active_children() if "grain" in child.name]
