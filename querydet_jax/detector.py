@@ -268,6 +268,20 @@ def _sparse_levels(model: DenseDetector, config: InferenceConfig, pyramid: Pyram
     ]
 
 
+def sparse_options(config: InferenceConfig) -> SparseOptions:
+    """The cascade's part of the configuration; of dense inference, what CSQ would take."""
+    return SparseOptions(
+        config.threshold,
+        config.context,
+        config.capacities,
+        config.chunk,
+        "csq" if config.query == "dense" else config.query,
+        config.overflow,
+        config.kernel,
+        config.tile,
+    )
+
+
 def _run_cascade(
     model: DenseDetector, config: InferenceConfig, pyramid: Pyramid, threshold: float | Array, method: Method | None
 ) -> tuple[Array, dict[int, LevelResult]]:
@@ -275,24 +289,13 @@ def _run_cascade(
     assert query_head is not None, "Detector has checked that the model has a query head"
     start = query_head(pyramid.dense[config.start_level])
     levels = _sparse_levels(model, config, pyramid)
-    query = config.query
-    assert query != "dense"
     results = cascade(
         start,
         levels,
         model.head_stacks(),
         query_head.stack(),
         partial(model.candidates, topk=config.topk),
-        SparseOptions(
-            threshold,
-            config.context,
-            config.capacities,
-            config.chunk,
-            query,
-            config.overflow,
-            config.kernel,
-            config.tile,
-        ),
+        sparse_options(config)._replace(threshold=threshold),
         method,
     )
     return start, {level.level: result for level, result in zip(levels, results, strict=True)}

@@ -21,7 +21,7 @@ from querydet_jax.benchmark.report import Column, Report, Row, ms
 from querydet_jax.benchmark.subject import laid_out_queries, random_image, random_model
 from querydet_jax.benchmark.timing import interleaved
 from querydet_jax.config import InferenceConfig
-from querydet_jax.detector import split_for_inference
+from querydet_jax.detector import sparse_options, split_for_inference
 from querydet_jax.models import DenseDetector
 from querydet_jax.sparse import Sites, SparseOptions, children, grow
 from querydet_jax.sparse.methods import cascade_sparse_query
@@ -142,7 +142,7 @@ def _parts(model: DenseDetector, image: jax.Array, queries: np.ndarray) -> tuple
 
     shares, fired = {}, jnp.asarray(queries)[None]
     inference = InferenceConfig()
-    options = SparseOptions(inference.threshold, inference.context, inference.capacities, inference.chunk)
+    options = sparse_options(inference)
     merged = jax.jit(lambda state, stages: nnx.merge(graph, state).fpn.merge(stages, 3))(state, stages)
     for level in (3, 2):
         keys = children(fired, pyramid[level].shape[1:3])

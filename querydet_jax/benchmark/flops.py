@@ -19,7 +19,7 @@ from flax import nnx
 from querydet_jax.benchmark.queries import at_level
 from querydet_jax.benchmark.subject import LAYOUT_LEVEL
 from querydet_jax.config import InferenceConfig, override
-from querydet_jax.detector import Detector, sparse_levels, split_for_inference
+from querydet_jax.detector import Detector, sparse_levels, sparse_options, split_for_inference
 from querydet_jax.errors import QueryDetError
 from querydet_jax.models import DenseDetector
 from querydet_jax.ops.anchors import level_shape
@@ -75,7 +75,7 @@ def inference_gflop(
     total = _whole(model, override(inference, {"query": "ccq"}), shape)
     if inference.query == "ccq":
         return total
-    options = SparseOptions(inference.threshold, inference.context, inference.capacities, inference.chunk)
+    options = sparse_options(inference)._replace(kernel="gather")  # tiles are not counted
     for level, stacks, keys in sparse_level_shapes(model, inference, shape, queries):
         if inference.query == "cq":
             features = jax.eval_shape(dense_input, level)

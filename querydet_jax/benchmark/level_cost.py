@@ -20,7 +20,7 @@ from querydet_jax.benchmark.subject import LAYOUT_LEVEL
 from querydet_jax.benchmark.timing import interleaved
 from querydet_jax.config import InferenceConfig
 from querydet_jax.data.loader import EvalBatches
-from querydet_jax.detector import Detector, QueryTrace, sparse_levels, split_for_inference
+from querydet_jax.detector import Detector, QueryTrace, sparse_levels, sparse_options, split_for_inference
 from querydet_jax.models import DenseDetector
 from querydet_jax.ops.anchors import level_shape
 from querydet_jax.progress import progress
@@ -272,6 +272,4 @@ def _sparse_levels(
 
 def _options(inference: InferenceConfig, capacities: tuple[float, ...], chunk: int) -> SparseOptions:
     """CSQ as ``inference`` has it but with these buffers, and the dense rung above them."""
-    return SparseOptions(
-        inference.threshold, inference.context, capacities, chunk, kernel=inference.kernel, tile=inference.tile
-    )
+    return sparse_options(inference)._replace(capacities=capacities, chunk=chunk, method="csq", overflow="dense")

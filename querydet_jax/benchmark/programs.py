@@ -17,7 +17,7 @@ from flax import nnx
 from querydet_jax.benchmark.chips import Devices, Program
 from querydet_jax.benchmark.flops import sparse_level_shapes
 from querydet_jax.config import DataConfig, InferenceConfig, TrainConfig
-from querydet_jax.detector import Detector
+from querydet_jax.detector import Detector, sparse_options
 from querydet_jax.models import DenseDetector
 from querydet_jax.sparse import (
     CascadeLevel,
@@ -56,14 +56,7 @@ def rooms_needed(
 ) -> dict[int, int]:
     """Cells of the buffer of each sparse level, whole turns, where each image has P4's ``queries`` bool ``[h, w]``."""
     batch, *size = shape
-    options = SparseOptions(
-        inference.threshold,
-        inference.context,
-        inference.capacities,
-        inference.chunk,
-        kernel=inference.kernel,
-        tile=inference.tile,
-    )
+    options = sparse_options(inference)
     rooms = {}
     for level, _, keys in sparse_level_shapes(model, inference, (size[0], size[1]), queries):
         cells = batch * int(room_needed(keys, level.margin, options))

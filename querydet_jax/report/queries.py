@@ -16,6 +16,7 @@ import numpy as np
 from jax import Array
 
 from querydet_jax.config import Config, ModelConfig
+from querydet_jax.detector import sparse_options
 from querydet_jax.evaluation.metrics import SizeBin
 from querydet_jax.evaluation.query import query_recall
 from querydet_jax.models.skeleton import query_scale_range
@@ -120,9 +121,7 @@ def demand(truth: Truth, view: View, images: np.ndarray, config: Config, bins: S
     """
     levels, inference = sparse_levels(config), config.inference
     margins = tuple(_margin(config.model, level) for level in levels)
-    options = SparseOptions(
-        inference.threshold, inference.context, (), inference.chunk, kernel=inference.kernel, tile=inference.tile
-    )
+    options = sparse_options(inference)
     place = np.zeros(len(truth.sizes), np.int64)
     place[images] = np.arange(len(images))
     shape, counts = (len(images), len(CONTEXTS)), np.zeros(len(bins), np.int64)

@@ -51,8 +51,8 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def stopped(data, tmp_path_factory) -> tuple[Path, int, list[str]]:
-    """A run of which the second host alone got SIGTERM, in a step or in the evaluation after it, the step that was saved
-    and what both said."""
+    """A run of which the second host alone got SIGTERM, in a step or in the evaluation after it; the step that was
+    saved and what both said."""
     root, words = tmp_path_factory.mktemp("stopped"), ["--train.checkpoint-every", "2", "--train.eval-every", "1"]
     processes = pair(root / "first", root / "second", (data, data), *words)
     processes[1].send_signal(signal.SIGTERM)
