@@ -13,6 +13,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
+import quick  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
@@ -34,10 +35,7 @@ def _free_compiled_programs() -> Iterator[None]:
     gc.collect()
 
 
-@pytest.fixture(scope="module")
-def quick_compile() -> Iterator[None]:
-    """For programs that run once or twice: compiling them well would take longer than running them badly."""
-    # On a GPU XLA cannot compile all of them so.
-    jax.config.update("jax_disable_most_optimizations", jax.default_backend() == "cpu")
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+@pytest.fixture(scope="module", autouse=True)
+def _compile_quickly(request: pytest.FixtureRequest) -> Iterator[None]:
+    with quick.compilation(request.node.get_closest_marker("compiled_as_used") is None):
+        yield

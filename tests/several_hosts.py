@@ -9,6 +9,8 @@ import sys
 import time
 from pathlib import Path
 
+import quick
+
 ROOT = Path(__file__).parents[1]
 LIMIT = 300  # seconds for any of these processes
 SMALL = (
@@ -28,8 +30,7 @@ def started(
     """A command with so many virtual devices, in a folder of its own; files of this project by their names in it."""
     environment = {
         **os.environ,
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        **quick.environment(f"--xla_force_host_platform_device_count={devices}"),
         "JAX_DEFAULT_MATMUL_PRECISION": "highest",
         "JAX_COMPILATION_CACHE_DIR": str(data / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import quick
 from PIL import Image
 from small_detector import BASE, MODEL
 from small_detector import model as small_model
@@ -28,9 +30,11 @@ SHORT = (
 
 def command(name: str, *words: str, cwd: Path, status: int = 0) -> subprocess.CompletedProcess[str]:
     """Run a command at the top of the checkout from another folder."""
-    result = subprocess.run(
-        [sys.executable, str(ROOT / name), *words], cwd=cwd, capture_output=True, text=True, timeout=400
+    line, environment = (
+        [sys.executable, str(ROOT / name), *words],
+        {**os.environ, **quick.environment(os.environ["XLA_FLAGS"])},
     )
+    result = subprocess.run(line, cwd=cwd, env=environment, capture_output=True, text=True, timeout=400)
     assert result.returncode == status, result.stderr[-3000:]
     return result
 

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import quick
 from flax import nnx
 from small_detector import (
     BASE,
@@ -36,19 +37,15 @@ from querydet_jax import Detections, Detector, build_model
 from querydet_jax.config import BackboneConfig, QueryConfig
 from querydet_jax.errors import ConfigError
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
-
 FOUR = pictures(4, 64, 96)
 ON_SITES = {"capacities": (1.0,), "chunk": 64}  # never densely
 
 
 @pytest.fixture(scope="module")
-def csq(quick_compile) -> Detector:
+def csq() -> Detector:
     """The main detector, compiled as in use."""
-    jax.config.update("jax_disable_most_optimizations", False)
-    detector()(FOUR)
-    jax.config.update("jax_disable_most_optimizations", True)
+    with quick.compilation(False):
+        detector()(FOUR)
     return detector()
 
 
@@ -290,10 +287,9 @@ def test_a_thousand_pictures_of_two_canvases_compile_two_programs(csq):
     """Whatever the crowding: every rung, the dense one too, is part of the first program."""
     rng = np.random.default_rng(0)
     canvases = [(64, 96), (96, 64)]
-    jax.config.update("jax_disable_most_optimizations", False)  # a thousand runs are worth it
-    for canvas in canvases:
-        csq(np.zeros((1, *canvas, 3), np.uint8))
-    jax.config.update("jax_disable_most_optimizations", True)
+    with quick.compilation(False):  # a thousand runs are worth it
+        for canvas in canvases:
+            csq(np.zeros((1, *canvas, 3), np.uint8))
     compiled: list[str] = []
     count = csq.compilations()
     jax.monitoring.register_event_duration_secs_listener(

@@ -26,9 +26,6 @@ FOUR = pictures(4, *IMAGE)
 REACH = 2  # of the trunk's two layers; a branch sees its own cell only
 
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
-
 @functools.cache
 def model() -> FasterRCNN:
     """Weights that spread objectness, queries and classes, and move boxes."""

@@ -22,9 +22,6 @@ from querydet_jax.sparse import SparseOptions, cascade, masked_dense_stacks
 FOUR = pictures(4, 64, 96)
 
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
-
 @functools.cache
 def fcos() -> FCOS:
     config = dataclasses.replace(MODEL, detector="fcos", min_level=2, max_level=6)

@@ -33,6 +33,8 @@ from querydet_jax.export.writer import write_artifact
 from querydet_jax.models import RetinaNet
 from querydet_jax.models.depthwise import depthwise_conv
 
+pytestmark = pytest.mark.compiled_as_used
+
 pytest.importorskip("flatbuffers", reason="pip install -r requirements-export.txt")
 
 CANVAS = (64, 96)

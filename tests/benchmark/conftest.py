@@ -1,12 +1,10 @@
-"""A run folder with a small untrained model on three generated scenes; fast compilation."""
+"""A run folder with a small untrained model on three generated scenes."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 
-import jax
 import optax
 import pytest
 from flax import nnx
@@ -31,13 +29,6 @@ CONFIG = Config(
     ),
     inference=BASE,
 )
-
-
-@pytest.fixture(scope="package", autouse=True)
-def _compile_in_a_hurry() -> Iterator[None]:
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="package")

@@ -19,9 +19,6 @@ BINS = (SizeBin(0, 8), SizeBin(8, 16), SizeBin(0, 16))
 IMAGES = pictures(2, 64, 96, seed=3)
 
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
-
 def test_hits_by_hand():
     keys = np.zeros((4, 6), bool)
     keys[1, 2] = True  # y 8..16, x 16..24 at stride 8

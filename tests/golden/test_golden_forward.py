@@ -13,6 +13,8 @@ from querydet_jax.evaluation import rescale_to_original
 from querydet_jax.ops.anchors import cell_anchors, grid_anchors
 from querydet_jax.ops.points import grid_points
 
+pytestmark = pytest.mark.compiled_as_used
+
 STEPS_CLS = {2: 10, 3: 5}  # the fixtures keep every 10th or 5th channel of the large maps
 STEPS_BOX = {2: 4, 3: 2}
 

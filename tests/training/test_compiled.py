@@ -20,8 +20,6 @@ from querydet_jax.training import compiled, train
 from querydet_jax.training.compiled import CompileWatch, Memory, Programs, out_of_memory_explained
 from querydet_jax.training.parallel import AXIS, carrier
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory) -> Config:

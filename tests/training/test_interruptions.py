@@ -17,6 +17,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import quick
 from little_room import disk, no_file_longer_than
 from small_training import SCENES
 
@@ -86,6 +87,7 @@ def test_killed_at_any_moment(config, whole, tmp_path):
     save_config(config, tmp_path / "config.json")
     environment = {
         **os.environ,
+        **quick.environment(os.environ["XLA_FLAGS"]),
         "JAX_DEFAULT_MATMUL_PRECISION": "highest",
         "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir),
         "PYTHONPATH": str(ROOT),

@@ -16,7 +16,6 @@ from querydet_jax.training.parallel import AXIS, carrier, check_batch_size
 from querydet_jax.training.step import merge_into
 from querydet_jax.weights import state_dict
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 BATCHES = [a_batch(seed=seed) for seed in range(3)]
 
 

@@ -19,6 +19,8 @@ from querydet_jax.training import train
 from querydet_jax.training.checkpoint import restore_model_state
 from querydet_jax.weights import load_weights
 
+pytestmark = pytest.mark.compiled_as_used
+
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):

@@ -25,8 +25,6 @@ from querydet_jax.models import build_model
 from querydet_jax.training.schedule import make_optimizer
 from querydet_jax.training.step import merge_into
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 
 def tiny(norm: str = "group", **changes) -> Config:
     config = Config(
