@@ -24,7 +24,7 @@ from querydet_jax.benchmark.chips import (
 )
 from querydet_jax.benchmark.programs import inference_program, rooms_needed, train_program
 from querydet_jax.benchmark.report import Column, Report, Row, decimals, ms, times
-from querydet_jax.benchmark.subject import laid_out_queries, random_model
+from querydet_jax.benchmark.subject import Untrained, laid_out_queries, random_model
 from querydet_jax.config import InferenceConfig, override
 from querydet_jax.errors import ConfigError
 from querydet_jax.models import DenseDetector
@@ -36,23 +36,11 @@ _log = logging.getLogger("querydet_jax")
 
 
 @dataclass(frozen=True)
-class Accelerator:
+class Accelerator(Untrained):
     """Compile for TPUs, without one: FLOPs, traffic, memory and the roofline's bound; dense, CSQ, the training step."""
 
     chips: tuple[ChipName, ...] = ("v4", "v5e", "v5p", "v6e")
     """TPUs to compile for."""
-    backbone: str = "resnet50"
-    """The backbone's name."""
-    classes: int = 80
-    """Number of classes."""
-    channels: int = 256
-    """Channels of the pyramid and the heads."""
-    height: int = 800
-    """Height of the image, a multiple of 32."""
-    width: int = 1344
-    """Width of the image, a multiple of 32."""
-    active: float = 0.03
-    """Share of P2's cells made active (context 2 included) by the cascade from P4."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Arithmetic of convolutions."""
     inference: bool = True
@@ -63,8 +51,6 @@ class Accelerator:
     """Images a chip of the training step, a row each; it is compiled for four chips together."""
     remat: bool = False
     """Of the training step: --train.remat. Its rows have memory only: FLOPs would be those of one image."""
-    out: str = "runs/benchmark"
-    """Folder for the json and csv."""
 
 
 def accelerator(arguments: Accelerator) -> None:

@@ -18,7 +18,7 @@ from flax import nnx
 from querydet_jax.benchmark import plots
 from querydet_jax.benchmark.flops import gflop, sparse_level_gflop
 from querydet_jax.benchmark.report import Column, Report, Row, ms
-from querydet_jax.benchmark.subject import laid_out_queries, random_image, random_model
+from querydet_jax.benchmark.subject import Untrained, laid_out_queries, random_image, random_model
 from querydet_jax.benchmark.timing import interleaved
 from querydet_jax.config import InferenceConfig
 from querydet_jax.detector import sparse_options, split_for_inference
@@ -31,25 +31,11 @@ MODULES = ("backbone", "FPN", "heads P4..P7", "heads P3", "heads P2", "query hea
 
 
 @dataclass(frozen=True)
-class Figure2:
+class Figure2(Untrained):
     """Figure 2: FLOPs and time by module, for RetinaNet, RetinaNet with P2, and CSQ."""
 
-    backbone: str = "resnet50"
-    """Name of the backbone."""
-    classes: int = 80
-    """Number of classes."""
-    channels: int = 256
-    """Channels of the pyramid and the heads."""
-    height: int = 800
-    """Height of the image, a multiple of 32."""
-    width: int = 1344
-    """Width of the image, a multiple of 32."""
-    active: float = 0.03
-    """Share of P2's cells made active (context included)."""
     rounds: int = 10
     """Timed rounds."""
-    out: str = "runs/benchmark"
-    """Folder for the json, csv and plot."""
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,26 @@ LAYOUT_LEVEL = 4  # queries are laid out on P4, where the paper's cascade starts
 
 
 @dataclass(frozen=True)
+class Untrained:
+    """A model without a run, at one input size and density of queries."""
+
+    backbone: str = "resnet50"
+    """The backbone's name."""
+    classes: int = 80
+    """Number of classes."""
+    channels: int = 256
+    """Channels of the pyramid and the heads."""
+    height: int = 800
+    """Height of the image, a multiple of 32."""
+    width: int = 1344
+    """Width of the image, a multiple of 32."""
+    active: float = 0.03
+    """Share of P2's cells made active (context 2 included) by the cascade from P4."""
+    out: str = "runs/benchmark"
+    """Folder for the json, csv and plot."""
+
+
+@dataclass(frozen=True)
 class Source:
     """A trained run, or random weights; and how often they are timed."""
 
