@@ -48,7 +48,9 @@ class Accelerator(Untrained):
     batch: int = 1
     """Images of inference."""
     train_batches: tuple[int, ...] = (2,)
-    """Images a chip of the training step, a row each; it is compiled for four chips together."""
+    """Images a chip of the training step, a row each."""
+    train_chips: Literal[1, 4] = 4
+    """Chips that train together; of one there are no collectives."""
     remat: bool = False
     """Of the training step: --train.remat. Its rows have memory only: FLOPs would be those of one image."""
 
@@ -63,7 +65,8 @@ def accelerator(arguments: Accelerator) -> None:
         chips = devices(name)
         if arguments.inference:
             rows += _inference_rows(arguments, name, chips, build)
-        rows += [_train_row(arguments, name, chips, build, images) for images in arguments.train_batches]
+        together = chips[: arguments.train_chips]
+        rows += [_train_row(arguments, name, together, build, images) for images in arguments.train_batches]
     Report(
         "accelerator",
         f"Compiled ahead of time: {arguments.backbone}, {arguments.channels} channels, {arguments.classes} classes, "
@@ -124,7 +127,7 @@ def _train_row(
     arguments: Accelerator, name: str, chips: Devices, build: Callable[[], DenseDetector], images: int
 ) -> Row:
     shape = (images, arguments.height, arguments.width)
-    how = " with remat" if arguments.remat else ""
+    how = (" with remat" if arguments.remat else "") + (" on one chip" if len(chips) == 1 else "")
     program = train_program(build, chips, shape, remat=arguments.remat)
     row = _row(name, f"training step{how}, {_images(images)}", None, program, chips)
     if arguments.remat:  # its loops over images would count one turn
