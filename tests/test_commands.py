@@ -30,10 +30,8 @@ SHORT = (
 
 def command(name: str, *words: str, cwd: Path, status: int = 0) -> subprocess.CompletedProcess[str]:
     """Run a command at the top of the checkout from another folder."""
-    line, environment = (
-        [sys.executable, str(ROOT / name), *words],
-        {**os.environ, **quick.environment(os.environ["XLA_FLAGS"])},
-    )
+    line = [sys.executable, str(ROOT / name), *words]
+    environment = {**os.environ, **quick.environment(os.environ["XLA_FLAGS"])}
     result = subprocess.run(line, cwd=cwd, env=environment, capture_output=True, text=True, timeout=400)
     assert result.returncode == status, result.stderr[-3000:]
     return result
