@@ -1,7 +1,7 @@
-"""Command line of querydet_jax.export.command; see `python export.py --help`."""
+"""Command line of querydet_jax.inference.export.command; see `python export.py --help`."""
 
-from querydet_jax.cli import run
-from querydet_jax.export.command import export
+from querydet_jax.cli.command_line import run
+from querydet_jax.inference.export.command import export
 
 if __name__ == "__main__":
     run(export)

@@ -1,7 +1,7 @@
-"""Command line of querydet_jax.commands.predict; see `python predict.py --help`."""
+"""Command line of querydet_jax.cli.commands.predict; see `python predict.py --help`."""
 
-from querydet_jax.cli import run
-from querydet_jax.commands import predict
+from querydet_jax.cli.command_line import run
+from querydet_jax.cli.commands import predict
 
 if __name__ == "__main__":
     run(predict)

@@ -1,7 +1,7 @@
-"""Command line of querydet_jax.commands.train; see `python train.py --help`."""
+"""Command line of querydet_jax.cli.commands.train; see `python train.py --help`."""
 
-from querydet_jax.cli import run
-from querydet_jax.commands import train
+from querydet_jax.cli.command_line import run
+from querydet_jax.cli.commands import train
 
 if __name__ == "__main__":
     run(train)

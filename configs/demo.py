@@ -6,11 +6,28 @@ Pod: made for one computer; on several, python train.py configs/demo.py on every
 Measured: README.md.
 """
 
-from querydet_jax.config import Config, DataConfig, InferenceConfig, TrainConfig, small_model
+from querydet_jax.config import (
+    BackboneConfig,
+    Config,
+    DataConfig,
+    FPNConfig,
+    HeadConfig,
+    InferenceConfig,
+    ModelConfig,
+    QueryConfig,
+    TrainConfig,
+)
 
 config = Config(
     name="demo",
-    model=small_model(3),
+    # Trains from scratch on two CPU cores: half a ResNet-18 with live batch norm, 64-channel heads.
+    model=ModelConfig(
+        num_classes=3,
+        backbone=BackboneConfig(name="resnet18", flavor="torchvision", norm="batch", freeze_at=0, width=32),
+        fpn=FPNConfig(channels=64),
+        head=HeadConfig(channels=64, num_convs=2),
+        query=QueryConfig(channels=64, num_convs=2),
+    ),
     data=DataConfig(
         source="scenes",
         scenes_train=800,

@@ -15,12 +15,15 @@ Queries reach the centre cell of 90 % of the objects under 16 px on P3, 89 % on 
 channels, two layers), so there is little to save: CSQ is 1.28 times as fast as dense.
 """
 
-from querydet_jax.config import Config, DataConfig, InferenceConfig, TrainConfig, small_model
+import dataclasses
+from pathlib import Path
+
+from querydet_jax.config import Config, DataConfig, InferenceConfig, TrainConfig, load_config
 
 config = Config(
     name="hituav_small",
     classes=("Person", "Car", "Bicycle", "OtherVehicle"),
-    model=small_model(4),
+    model=dataclasses.replace(load_config(Path(__file__).with_name("demo.py")).model, num_classes=4),
     data=DataConfig(
         source="coco",
         root="hit_uav",

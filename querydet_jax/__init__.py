@@ -5,7 +5,7 @@ shapes throughout: one compiled program for CPU, GPU or TPU.
 """
 
 from querydet_jax.config import Config, InferenceConfig, ModelConfig, load_config
-from querydet_jax.detector import Detections, Detector
+from querydet_jax.inference.detector import Detections, Detector
 from querydet_jax.models import Losses, Outputs, build_model
 from querydet_jax.weights import LoadReport, export_weights, load_weights
 

@@ -8,9 +8,9 @@ from typing import Annotated
 
 import tyro
 
-from querydet_jax.cli import run
-from querydet_jax.data.prepare import prepare_visdrone
-from querydet_jax.report.command import report
+from querydet_jax.analysis.command import report
+from querydet_jax.cli.command_line import run
+from querydet_jax.data.prepare.visdrone import prepare_visdrone
 
 
 def main() -> None:
@@ -57,7 +57,7 @@ def _prepare_coco(
       out: The TFDS data directory to write coco/2017/1.1.0 in; it appears when it is complete.
       overwrite: Replace a copy in ArrayRecord that is there.
     """
-    from querydet_jax.data.tfds_prepare import prepare_coco  # slow to import, and rarely needed
+    from querydet_jax.data.prepare.coco import prepare_coco  # slow to import, and rarely needed
 
     print(prepare_coco(source, out, overwrite=overwrite))
 

@@ -28,7 +28,7 @@ from querydet_jax.config import DataConfig
 from querydet_jax.data.dataset import Dataset
 from querydet_jax.data.plan import Item, TrainPlan, eval_plan
 from querydet_jax.data.transforms import place, resize, train_example
-from querydet_jax.errors import ConfigError, DataError
+from querydet_jax.runtime.errors import ConfigError, DataError
 
 _log = logging.getLogger("querydet_jax")
 

@@ -15,7 +15,7 @@ import numpy as np
 from querydet_jax.config import DataConfig
 from querydet_jax.data.dataset import Dataset
 from querydet_jax.data.transforms import resize_shape
-from querydet_jax.errors import DataError
+from querydet_jax.runtime.errors import DataError
 
 # Third word of the plan's seed, where the augmentation of an image has its position. (Leaving it
 # out would be the same as 0.)

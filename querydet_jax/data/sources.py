@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from querydet_jax.config import DataConfig
-from querydet_jax.data.coco import CocoDataset
+from querydet_jax.config import Config, DataConfig
 from querydet_jax.data.dataset import Dataset
-from querydet_jax.data.visdrone import VisDroneDataset
-from querydet_jax.data.yolo import YoloDataset, labels_beside, read_names
+from querydet_jax.data.readers.coco import CocoDataset
+from querydet_jax.data.readers.visdrone import VisDroneDataset
+from querydet_jax.data.readers.yolo import YoloDataset, labels_beside, read_names
+from querydet_jax.runtime.errors import DataError
 
 # Where data sets as they are distributed have their images, by split.
 _IMAGES = {"coco": "{}2017", "visdrone": "VisDrone2019-DET-{}", "yolo": "images/{}"}
@@ -30,13 +31,13 @@ def open_dataset(data: DataConfig, split: Literal["train", "val"]) -> Dataset:
         ``TfdsCocoDataset`` and ``ScenesDataset``.
     """
     if data.source == "scenes":
-        from querydet_jax.data.scenes_builder import ScenesDataset, scene_config  # slow to import, and rarely needed
+        from querydet_jax.data.scenes.builder import ScenesDataset, scene_config  # slow to import, and rarely needed
 
         val_size = data.scenes_val_size if any(data.scenes_val_size) else data.scenes_size
         config = scene_config(data.scenes_train, data.scenes_val, data.scenes_size, val_size, data.scenes_seed)
         return ScenesDataset(data.root or "datasets", split, config)
     if data.source == "tfds":
-        from querydet_jax.data.tfds_coco import TfdsCocoDataset  # as above
+        from querydet_jax.data.readers.tfds_coco import TfdsCocoDataset  # as above
 
         return TfdsCocoDataset(data.root, data.tfds_name, split)
     root = Path(data.root)
@@ -49,3 +50,17 @@ def open_dataset(data: DataConfig, split: Literal["train", "val"]) -> Dataset:
     if data.source == "visdrone":
         return VisDroneDataset(images, patches=data.patches and split == "train")
     return YoloDataset(images, root / annotations if annotations else labels_beside(images), read_names(root))
+
+
+def check_classes(config: Config, dataset: Dataset) -> None:
+    """Raise where a data set's categories are not the model's classes."""
+    if len(dataset.classes) != config.model.num_classes:
+        raise DataError(
+            f"the data set has {len(dataset.classes)} categories ({', '.join(dataset.classes[:8])}), "
+            f"model.num_classes is {config.model.num_classes}: set it to {len(dataset.classes)}"
+        )
+    if config.classes and tuple(config.classes) != tuple(dataset.classes):
+        raise DataError(
+            f"the data set's categories ({', '.join(dataset.classes)}) are not the configuration's classes "
+            f"({', '.join(config.classes)}): correct `classes`, or leave it empty to take the data set's"
+        )

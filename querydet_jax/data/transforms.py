@@ -7,9 +7,10 @@ n boxes, G padded boxes.
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import ArrayLike
 from PIL import Image
 
-from querydet_jax.errors import DataError
+from querydet_jax.runtime.errors import DataError
 
 MIN_SIDE = 1e-5  # px: a box with a side of at most this is empty
 # A crop keeps a box that has at least this share of its area inside the window. Of a box with less
@@ -147,3 +148,43 @@ def train_example(
         "boxes": padded,
         "classes": labels,
     }
+
+
+def rescale_to_original(
+    boxes: ArrayLike,
+    scores: ArrayLike,
+    classes: ArrayLike,
+    valid: ArrayLike,
+    net_size: tuple[int, int],
+    original_size: tuple[int, int],
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Detections of one network input as detections of the original image.
+
+    Padded entries go, boxes are scaled, clipped to the original image, and dropped where nothing is left.
+
+    Args:
+      boxes: [D,4] xyxy, px of the network input.
+      scores, classes: [D].
+      valid: bool [D], false for padding.
+      net_size: (height, width) of the resized image before padding to a canvas.
+      original_size: (height, width) of the image as stored.
+
+    Returns:
+      boxes float32 [n,4], scores float32 [n], classes int64 [n]: ``ImageDetections(image_id, *these)``.
+
+    Raises:
+      DataError: a size that is not positive, or ``valid`` not boolean.
+    """
+    for name, size in (("net_size", net_size), ("original_size", original_size)):
+        if min(size) <= 0:
+            raise DataError(f"{name}: {tuple(size)}, expected (height, width), both above 0")
+    keep = np.asarray(valid)
+    if keep.dtype != np.bool_:
+        raise DataError(f"valid: {keep.dtype}, expected bool; an integer would select entries by their index")
+    out = np.asarray(boxes, np.float32)[keep]
+    height, width = original_size
+    scale = np.asarray([width / net_size[1], height / net_size[0]], np.float32)
+    limit = np.asarray([width, height], np.float32)
+    out = np.clip(out * np.tile(scale, 2), np.float32(0), np.tile(limit, 2))
+    solid = (out[:, 2] > out[:, 0]) & (out[:, 3] > out[:, 1])
+    return out[solid], np.asarray(scores, np.float32)[keep][solid], np.asarray(classes, np.int64)[keep][solid]

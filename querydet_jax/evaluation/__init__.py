@@ -3,7 +3,6 @@
 from querydet_jax.evaluation.coco import (
     ImageDetections,
     evaluate,
-    rescale_to_original,
     save_results,
     to_coco_results,
 )
@@ -18,7 +17,6 @@ __all__ = [
     "SizeBin",
     "evaluate",
     "query_recall",
-    "rescale_to_original",
     "save_results",
     "to_coco_results",
 ]

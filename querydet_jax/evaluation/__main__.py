@@ -7,13 +7,13 @@ from typing import Annotated
 
 import tyro
 
-from querydet_jax.cli import run
+from querydet_jax.cli.command_line import run
 from querydet_jax.evaluation.curves import Curves
 from querydet_jax.evaluation.metrics import CocoMetrics
 from querydet_jax.evaluation.output import write_curves
 from querydet_jax.evaluation.standalone import score_coco, score_visdrone
 from querydet_jax.evaluation.visdrone_results import VisDroneMetrics
-from querydet_jax.files import write_json
+from querydet_jax.runtime.files import write_json
 
 _Out = Annotated[str, tyro.conf.arg(metavar="FOLDER")]
 

@@ -15,15 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from querydet_jax.errors import DataError
 from querydet_jax.evaluation.coco_input import annotations_of, choose, detections_of, entries, within
 from querydet_jax.evaluation.curves import IOUS, Curves, Line, mean_lines
 from querydet_jax.evaluation.metrics import DEFAULT_BINS, CocoMetrics, SizeBin, as_bins
-from querydet_jax.files import write_json
+from querydet_jax.runtime.errors import DataError
+from querydet_jax.runtime.files import write_json
 
 # COCO's own area ranges, both ends included. An object of exactly 32x32 is small and medium.
 _COCO_AREAS = {"all": (0.0, 1e10), "s": (0.0, 32.0**2), "m": (32.0**2, 96.0**2), "l": (96.0**2, 1e10)}
@@ -56,46 +55,6 @@ class ImageDetections:
                 f"image {self.image_id}: boxes, scores, classes of shapes {shapes}, expected [n,4], [n], [n]; "
                 "drop the padded entries of all three alike"
             )
-
-
-def rescale_to_original(
-    boxes: ArrayLike,
-    scores: ArrayLike,
-    classes: ArrayLike,
-    valid: ArrayLike,
-    net_size: tuple[int, int],
-    original_size: tuple[int, int],
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Detections of one network input as detections of the original image.
-
-    Padded entries go, boxes are scaled, clipped to the original image, and dropped where nothing is left.
-
-    Args:
-      boxes: [D,4] xyxy, px of the network input.
-      scores, classes: [D].
-      valid: bool [D], false for padding.
-      net_size: (height, width) of the resized image before padding to a canvas.
-      original_size: (height, width) of the image as stored.
-
-    Returns:
-      boxes float32 [n,4], scores float32 [n], classes int64 [n]: ``ImageDetections(image_id, *these)``.
-
-    Raises:
-      DataError: a size that is not positive, or ``valid`` not boolean.
-    """
-    for name, size in (("net_size", net_size), ("original_size", original_size)):
-        if min(size) <= 0:
-            raise DataError(f"{name}: {tuple(size)}, expected (height, width), both above 0")
-    keep = np.asarray(valid)
-    if keep.dtype != np.bool_:
-        raise DataError(f"valid: {keep.dtype}, expected bool; an integer would select entries by their index")
-    out = np.asarray(boxes, np.float32)[keep]
-    height, width = original_size
-    scale = np.asarray([width / net_size[1], height / net_size[0]], np.float32)
-    limit = np.asarray([width, height], np.float32)
-    out = np.clip(out * np.tile(scale, 2), np.float32(0), np.tile(limit, 2))
-    solid = (out[:, 2] > out[:, 0]) & (out[:, 3] > out[:, 1])
-    return out[solid], np.asarray(scores, np.float32)[keep][solid], np.asarray(classes, np.int64)[keep][solid]
 
 
 def to_coco_results(detections: Iterable[ImageDetections], category_ids: Sequence[int]) -> list[dict[str, Any]]:

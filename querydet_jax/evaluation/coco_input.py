@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from querydet_jax.errors import DataError
+from querydet_jax.runtime.errors import DataError
 
 
 def entries(ground_truth: dict[str, Any], key: str) -> dict[int, dict[str, Any]]:

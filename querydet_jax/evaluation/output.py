@@ -10,11 +10,11 @@ import numpy as np
 
 from querydet_jax.evaluation.coco import save_results
 from querydet_jax.evaluation.curves import MEAN, RECALL, Curves, Line
-from querydet_jax.evaluation.metrics import percent, shorten
 from querydet_jax.evaluation.scoring import Scores
 from querydet_jax.evaluation.visdrone_files import write_result_files
-from querydet_jax.files import folder_written_aside, write_csv
-from querydet_jax.plots import NEEDS, save_plot
+from querydet_jax.runtime.files import folder_written_aside, write_csv
+from querydet_jax.viz.plots import NEEDS, save_plot
+from querydet_jax.viz.text import percent, shorten
 
 _TITLES = {"coco": "COCO evaluation", "visdrone": "official VisDrone evaluation, classes weighted by their images"}
 

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from querydet_jax.errors import DataError
-from querydet_jax.evaluation.metrics import DEFAULT_BINS, as_bins, known, percent, text_table, without_nan
+from querydet_jax.evaluation.metrics import DEFAULT_BINS, as_bins, known, without_nan
+from querydet_jax.runtime.errors import DataError
+from querydet_jax.viz.text import percent, text_table
 
 THRESHOLDS = (0.02, 0.05, 0.10, 0.12, 0.15, 0.20, 0.30, 0.40, 0.50)
 """Query thresholds that an evaluation tries beside the configured one."""

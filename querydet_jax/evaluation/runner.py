@@ -12,15 +12,16 @@ import numpy as np
 
 from querydet_jax.config import DataConfig
 from querydet_jax.data import Dataset, eval_batches
-from querydet_jax.data.transforms import resize_boxes
-from querydet_jax.detector import Detector
-from querydet_jax.evaluation.coco import ImageDetections, rescale_to_original
-from querydet_jax.evaluation.metrics import DEFAULT_BINS, known, percent, text_table
+from querydet_jax.data.transforms import rescale_to_original, resize_boxes
+from querydet_jax.evaluation.coco import ImageDetections
+from querydet_jax.evaluation.metrics import DEFAULT_BINS, known
 from querydet_jax.evaluation.query import QueryRecall
 from querydet_jax.evaluation.scoring import Scores, score
-from querydet_jax.hosts import gather, is_first
+from querydet_jax.inference.detector import Detector
 from querydet_jax.ops.anchors import level_shape
-from querydet_jax.progress import progress
+from querydet_jax.runtime.hosts import gather, is_first
+from querydet_jax.runtime.progress import progress
+from querydet_jax.viz.text import percent, text_table
 
 
 @dataclass

@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from querydet_jax.data.folders import SUFFIXES, by_stem, image_sizes, read_text
-from querydet_jax.data.visdrone import parse_annotations
-from querydet_jax.errors import DataError
+from querydet_jax.data.readers.folders import SUFFIXES, by_stem, image_sizes, read_text
+from querydet_jax.data.readers.visdrone import parse_annotations
 from querydet_jax.evaluation.coco import evaluate
 from querydet_jax.evaluation.metrics import CocoMetrics
 from querydet_jax.evaluation.visdrone import VisDroneImage, evaluate_visdrone
 from querydet_jax.evaluation.visdrone_files import read_result_file
 from querydet_jax.evaluation.visdrone_results import VisDroneMetrics
+from querydet_jax.runtime.errors import DataError
 
 # Beyond any box: regions and boxes are then cut at no edge.
 _BOUNDLESS = (1 << 30, 1 << 30)

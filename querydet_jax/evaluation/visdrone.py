@@ -27,10 +27,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from querydet_jax.errors import DataError
 from querydet_jax.evaluation.metrics import DEFAULT_BINS, SizeBin, as_bins
 from querydet_jax.evaluation.visdrone_files import checked_rows
 from querydet_jax.evaluation.visdrone_results import CLASSES, Curve, VisDroneMetrics, summarize
+from querydet_jax.runtime.errors import DataError
 
 LIMITS = (1, 10, 100, 500)
 THRESHOLDS = np.linspace(0.5, 0.95, 10)

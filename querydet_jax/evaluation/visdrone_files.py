@@ -9,9 +9,9 @@ from pathlib import Path, PurePath
 import numpy as np
 from numpy.typing import ArrayLike
 
-from querydet_jax.data.folders import SUFFIXES
-from querydet_jax.errors import DataError
-from querydet_jax.files import written_aside
+from querydet_jax.data.readers.folders import SUFFIXES
+from querydet_jax.runtime.errors import DataError
+from querydet_jax.runtime.files import written_aside
 
 _COLUMNS = "x,y,w,h,score,category"
 

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from querydet_jax.data.visdrone import CLASSES
+from querydet_jax.data.readers.visdrone import CLASSES
 from querydet_jax.evaluation.curves import IOUS, RECALL, Curves, Line, mean_lines
-from querydet_jax.evaluation.metrics import DEFAULT_BINS, SizeBin, percent, text_table, without_nan
+from querydet_jax.evaluation.metrics import DEFAULT_BINS, SizeBin, without_nan
+from querydet_jax.viz.text import percent, text_table
 
 _HEADLINE = ("AP", "AP50", "AP75", "AR1", "AR10", "AR100", "AR500")
 # Of the recall-precision tables: IoU in percent, recall.

@@ -5,10 +5,12 @@ from __future__ import annotations
 import numpy as np
 
 from querydet_jax.config import ModelConfig
+from querydet_jax.models.base import DenseDetector
+from querydet_jax.models.candidates import Candidates
 from querydet_jax.models.faster_rcnn import FasterRCNN
 from querydet_jax.models.fcos import FCOS
+from querydet_jax.models.loss_terms import Losses, Outputs
 from querydet_jax.models.retinanet import RetinaNet
-from querydet_jax.models.skeleton import Candidates, DenseDetector, Losses, Outputs
 
 Detectors = RetinaNet | FCOS | FasterRCNN
 

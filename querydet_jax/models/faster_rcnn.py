@@ -18,18 +18,11 @@ from jax import Array, lax
 
 from querydet_jax.config import ModelConfig
 from querydet_jax.models.anchored import decode_chosen, match, pyramid_anchors
+from querydet_jax.models.base import DenseDetector
+from querydet_jax.models.candidates import Candidates, best_candidates, join_candidates
+from querydet_jax.models.loss_terms import Losses, Outputs, Whole, level_map
 from querydet_jax.models.rpn import RPNHead, RPNQueryHead
 from querydet_jax.models.second_stage import DELTA_WEIGHTS, BoxHead, sample_proposals
-from querydet_jax.models.skeleton import (
-    Candidates,
-    DenseDetector,
-    Losses,
-    Outputs,
-    Whole,
-    best_candidates,
-    join_candidates,
-    level_map,
-)
 from querydet_jax.ops.boxes import clip, decode
 from querydet_jax.ops.losses import binary_cross_entropy, smooth_l1
 from querydet_jax.ops.matching import BACKGROUND, matched_deltas, per_image

@@ -12,9 +12,11 @@ import numpy as np
 from jax import Array
 
 from querydet_jax.config import HeadConfig, ModelConfig
+from querydet_jax.models.base import DenseDetector
+from querydet_jax.models.candidates import Candidates, best_candidates
 from querydet_jax.models.heads import DetectionHead
 from querydet_jax.models.layers import Conv, normal_init, run_tower, zeros_bias
-from querydet_jax.models.skeleton import Candidates, DenseDetector, Losses, Outputs, Whole, best_candidates, level_sum
+from querydet_jax.models.loss_terms import Losses, Outputs, Whole, level_sum
 from querydet_jax.ops.losses import binary_cross_entropy, focal_loss, giou_loss
 from querydet_jax.ops.matching import assign_points, per_image
 from querydet_jax.ops.points import boxes_around, centerness, distances, grid_points, points_at

@@ -15,8 +15,8 @@ import numpy as np
 from flax import nnx
 from jax import Array, lax
 
-from querydet_jax.models.conv2d import Padding, conv2d
-from querydet_jax.models.depthwise import depthwise_conv
+from querydet_jax.ops.conv2d import Padding, conv2d
+from querydet_jax.ops.depthwise import depthwise_conv
 from querydet_jax.sparse import Conv as ConvWeights
 from querydet_jax.sparse import pointwise
 

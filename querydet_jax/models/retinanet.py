@@ -9,8 +9,10 @@ from jax import Array
 
 from querydet_jax.config import ModelConfig
 from querydet_jax.models.anchored import decode_chosen, match, pyramid_anchors
+from querydet_jax.models.base import DenseDetector
+from querydet_jax.models.candidates import Candidates, best_candidates
 from querydet_jax.models.heads import DetectionHead
-from querydet_jax.models.skeleton import Candidates, DenseDetector, Losses, Outputs, Whole, best_candidates, level_sum
+from querydet_jax.models.loss_terms import Losses, Outputs, Whole, level_sum
 from querydet_jax.ops.losses import focal_loss, smooth_l1
 from querydet_jax.ops.matching import IGNORED, matched_deltas, per_image
 from querydet_jax.sparse import Sites, Stack

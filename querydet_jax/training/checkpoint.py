@@ -24,11 +24,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.options import MultiprocessingOptions
 
-from querydet_jax.errors import QueryDetError, WeightsError
-from querydet_jax.files import reason, writing
-from querydet_jax.host_failures import finishing
-from querydet_jax.hosts import from_first, is_first
-from querydet_jax.models.skeleton import DenseDetector
+from querydet_jax.models.base import DenseDetector
+from querydet_jax.runtime.errors import QueryDetError, WeightsError
+from querydet_jax.runtime.files import reason, writing
+from querydet_jax.runtime.host_failures import finishing
+from querydet_jax.runtime.hosts import from_first, is_first
 from querydet_jax.training.step import TrainState, init_state, merge_into
 from querydet_jax.weights import load_weights, state_dict
 

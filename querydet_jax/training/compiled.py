@@ -15,9 +15,9 @@ from typing import Any
 
 import jax
 
-from querydet_jax.errors import ConfigError
-from querydet_jax.files import reason
-from querydet_jax.hosts import is_first
+from querydet_jax.runtime.errors import ConfigError
+from querydet_jax.runtime.files import reason
+from querydet_jax.runtime.hosts import is_first
 from querydet_jax.training.parallel import Step
 from querydet_jax.training.step import Batch, Metrics, TrainState
 

@@ -15,8 +15,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from querydet_jax.errors import QueryDetError
-from querydet_jax.files import writing, written_aside
+from querydet_jax.runtime.errors import QueryDetError
+from querydet_jax.runtime.files import writing, written_aside
 from querydet_jax.training.checkpoint import Checkpoints
 from querydet_jax.training.parallel import Carrier
 from querydet_jax.training.step import Metrics

@@ -17,16 +17,16 @@ import jax
 from querydet_jax.config import Config, save_config
 from querydet_jax.data import open_dataset, train_batches
 from querydet_jax.data.dataset import Dataset
-from querydet_jax.errors import ConfigError, Preempted
-from querydet_jax.hosts import is_first, on_every
+from querydet_jax.data.sources import check_classes
 from querydet_jax.models import DenseDetector, build_model
-from querydet_jax.runs import check_classes
+from querydet_jax.runtime.errors import ConfigError, Preempted
+from querydet_jax.runtime.hosts import is_first, on_every
 from querydet_jax.training.checkpoint import Checkpoints
 from querydet_jax.training.compiled import CompileWatch, Programs
 from querydet_jax.training.guards import LossGuard, preemption
+from querydet_jax.training.log import Progress
 from querydet_jax.training.parallel import AXIS, carrier, check_batch_size
 from querydet_jax.training.profiler import StepTrace
-from querydet_jax.training.progress import Progress
 from querydet_jax.training.schedule import make_optimizer
 from querydet_jax.training.step import init_state, make_step, merge_into
 from querydet_jax.weights import load_weights

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from querydet_jax.errors import ConfigError
+from querydet_jax.runtime.errors import ConfigError
 from querydet_jax.training.step import Batch, Metrics, TrainState
 
 AXIS = "devices"

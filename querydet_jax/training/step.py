@@ -20,7 +20,8 @@ import optax
 from flax import nnx
 from jax import Array, lax
 
-from querydet_jax.models.skeleton import DenseDetector, Whole
+from querydet_jax.models.base import DenseDetector
+from querydet_jax.models.loss_terms import Whole
 
 PyTree = Any
 Batch = Mapping[str, Array | np.ndarray]

@@ -16,9 +16,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from querydet_jax.errors import WeightsError
 from querydet_jax.models.backbones.efficientnet_lite import EfficientNetLite
 from querydet_jax.models.backbones.mobilenet_v2 import MobileNetV2
+from querydet_jax.runtime.errors import WeightsError
 
 ModelPath = tuple[Any, ...]  # attribute names and list indices from the root of the model to a variable
 Style = Literal["detectron2", "torchvision", "caffe2", "efficientnet", "timm"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-from querydet_jax.errors import WeightsError
+from querydet_jax.runtime.errors import WeightsError
 
 # Network to package, file in it, and the requirements file that installs it.
 _PACKAGES = {

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from querydet_jax.errors import WeightsError
+from querydet_jax.runtime.errors import WeightsError
 from querydet_jax.weights.pickles import Inert, NumpyArray, Storage, TorchTensor, itemsize, load_pickle
 
 PICKLE_SUFFIXES = (".pth", ".pt", ".pkl", ".bin", ".ckpt")

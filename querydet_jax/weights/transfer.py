@@ -11,8 +11,8 @@ import jax
 import numpy as np
 from flax import nnx
 
-from querydet_jax.config_rules import backbone_flavors
-from querydet_jax.errors import WeightsError
+from querydet_jax.config.rules import backbone_flavors
+from querydet_jax.runtime.errors import WeightsError
 from querydet_jax.weights.names import (
     ModelPath,
     from_torch_layout,

@@ -12,8 +12,8 @@ from typing import Any, cast
 import numpy as np
 from safetensors.numpy import save
 
-from querydet_jax.errors import WeightsError
-from querydet_jax.files import written_aside
+from querydet_jax.runtime.errors import WeightsError
+from querydet_jax.runtime.files import written_aside
 
 AUTHOR = "querydet_jax"
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from querydet_jax.data.coco import CocoDataset
+from querydet_jax.data.readers.coco import CocoDataset
 
 
 class Folder:

@@ -10,9 +10,9 @@ import pytest
 
 from querydet_jax.config import DataConfig
 from querydet_jax.data import eval_batches, train_batches
-from querydet_jax.data.coco import CocoDataset
 from querydet_jax.data.plan import TrainPlan, choose_canvas
-from querydet_jax.errors import ConfigError, DataError
+from querydet_jax.data.readers.coco import CocoDataset
+from querydet_jax.runtime.errors import ConfigError, DataError
 
 DATA = DataConfig(
     source="coco",

@@ -13,9 +13,9 @@ from pycocotools.coco import COCO
 
 from querydet_jax.config import DataConfig
 from querydet_jax.data import open_dataset
-from querydet_jax.data.coco import CocoDataset
-from querydet_jax.data.images import read_image
-from querydet_jax.errors import DataError
+from querydet_jax.data.readers.coco import CocoDataset
+from querydet_jax.data.readers.images import read_image
+from querydet_jax.runtime.errors import DataError
 
 
 def test_reads_sparse_ids_crowd_and_sizes(folder):

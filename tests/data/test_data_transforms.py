@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from querydet_jax.data import transforms as t
-from querydet_jax.errors import DataError
+from querydet_jax.runtime.errors import DataError
 
 
 @pytest.mark.parametrize(

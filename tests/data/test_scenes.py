@@ -11,8 +11,8 @@ import pytest
 
 from querydet_jax.config import DataConfig
 from querydet_jax.data import open_dataset
-from querydet_jax.data.scenes import CLASSES, draw_scene
-from querydet_jax.errors import ConfigError, DataError
+from querydet_jax.data.scenes.layouts import CLASSES, draw_scene
+from querydet_jax.runtime.errors import ConfigError, DataError
 
 DATA = DataConfig(scenes_train=6, scenes_val=2, scenes_size=(96, 96), scenes_seed=3)
 
@@ -98,7 +98,7 @@ def test_stored_scenes_equal_the_generator_and_are_made_once(tmp_path):
 
 
 def test_an_interrupted_preparation_is_not_taken_for_finished(tmp_path, monkeypatch):
-    from querydet_jax.data import scenes_builder
+    from querydet_jax.data.scenes import builder as scenes_builder
 
     def stop(seed, size):
         if seed[2] == 3:

@@ -18,13 +18,15 @@ import pytest
 from PIL import Image
 
 from querydet_jax.config import Config, DataConfig, override
-from querydet_jax.data import open_dataset, tfds_coco, tfds_prepare, train_batches
+from querydet_jax.data import open_dataset, train_batches
 from querydet_jax.data.__main__ import main
-from querydet_jax.data.records import Records
-from querydet_jax.data.tfds_coco import COCO_CLASSES, COCO_IDS, TfdsCocoDataset, pixel_boxes, whole_areas
-from querydet_jax.data.tfds_prepare import prepare_coco
-from querydet_jax.errors import ConfigError, DataError
+from querydet_jax.data.prepare import coco as tfds_prepare
+from querydet_jax.data.prepare.coco import prepare_coco
+from querydet_jax.data.readers import tfds_coco
+from querydet_jax.data.readers.records import Records
+from querydet_jax.data.readers.tfds_coco import COCO_CLASSES, COCO_IDS, TfdsCocoDataset, pixel_boxes, whole_areas
 from querydet_jax.evaluation.coco import evaluate
+from querydet_jax.runtime.errors import ConfigError, DataError
 
 COPY = "coco/2017/1.1.0"
 

@@ -14,12 +14,13 @@ import pytest
 from PIL import Image
 
 from querydet_jax.config import Config, DataConfig, override
-from querydet_jax.data import eval_batches, open_dataset, prepare, train_batches
+from querydet_jax.data import eval_batches, open_dataset, train_batches
 from querydet_jax.data import transforms as t
 from querydet_jax.data.__main__ import main
-from querydet_jax.data.coco import CocoDataset
-from querydet_jax.data.prepare import prepare_visdrone
-from querydet_jax.data.visdrone import (
+from querydet_jax.data.prepare import visdrone as prepare
+from querydet_jax.data.prepare.visdrone import prepare_visdrone
+from querydet_jax.data.readers.coco import CocoDataset
+from querydet_jax.data.readers.visdrone import (
     CLASSES,
     VisDroneDataset,
     parse_annotations,
@@ -27,7 +28,7 @@ from querydet_jax.data.visdrone import (
     split_rows,
     training_rows,
 )
-from querydet_jax.errors import ConfigError, DataError
+from querydet_jax.runtime.errors import ConfigError, DataError
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "aux.npz"
 

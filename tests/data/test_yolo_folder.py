@@ -12,8 +12,8 @@ from PIL import Image
 
 from querydet_jax.config import DataConfig
 from querydet_jax.data import Dataset, open_dataset
-from querydet_jax.data.yolo import labels_beside, read_names
-from querydet_jax.errors import DataError
+from querydet_jax.data.readers.yolo import labels_beside, read_names
+from querydet_jax.runtime.errors import DataError
 
 
 @pytest.fixture

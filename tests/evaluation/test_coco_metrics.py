@@ -11,15 +11,15 @@ import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from querydet_jax.errors import DataError
+from querydet_jax.data.transforms import rescale_to_original
 from querydet_jax.evaluation import (
     ImageDetections,
     SizeBin,
     evaluate,
-    rescale_to_original,
     save_results,
     to_coco_results,
 )
+from querydet_jax.runtime.errors import DataError
 
 HEADLINE = ["AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl"]
 

@@ -10,10 +10,10 @@ import pytest
 from small_detector import BASE, REACH, detector, model, pictures
 
 from querydet_jax import Detector
-from querydet_jax.errors import ConfigError, DataError
 from querydet_jax.evaluation import QueryRecall, SizeBin, query_recall
 from querydet_jax.evaluation.query import THRESHOLDS
 from querydet_jax.evaluation.runner import Evaluation
+from querydet_jax.runtime.errors import ConfigError, DataError
 
 BINS = (SizeBin(0, 8), SizeBin(8, 16), SizeBin(0, 16))
 IMAGES = pictures(2, 64, 96, seed=3)

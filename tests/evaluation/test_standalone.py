@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from querydet_jax.errors import DataError
 from querydet_jax.evaluation import evaluate, output
 from querydet_jax.evaluation.__main__ import main
 from querydet_jax.evaluation.standalone import score_coco, score_visdrone
 from querydet_jax.evaluation.visdrone import VisDroneImage, evaluate_visdrone
+from querydet_jax.runtime.errors import DataError
 
 # A car found, one found loosely, a bus missed; a region over the right edge of the image.
 TRUTH = "10,10,20,20,1,4,0,0\n60,10,20,20,1,4,0,0,\n10,60,30,20,1,9,0,0\n90,60,40,40,0,0,0,0\n"

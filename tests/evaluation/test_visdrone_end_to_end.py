@@ -11,9 +11,10 @@ import pytest
 import small_detector
 from PIL import Image
 
-from querydet_jax import build_model, commands, export_weights
+from querydet_jax import build_model, export_weights
+from querydet_jax.cli import commands
 from querydet_jax.config import Config, DataConfig, save_config
-from querydet_jax.data.visdrone import VisDroneDataset
+from querydet_jax.data.readers.visdrone import VisDroneDataset
 from querydet_jax.evaluation.visdrone import VisDroneImage, evaluate_visdrone
 from querydet_jax.evaluation.visdrone_files import read_result_file
 

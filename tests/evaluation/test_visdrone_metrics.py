@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from visdrone_oracle import drop_in_regions, evaluate_by_loops
 
-from querydet_jax.errors import DataError
 from querydet_jax.evaluation import visdrone
 from querydet_jax.evaluation.metrics import DEFAULT_BINS
 from querydet_jax.evaluation.visdrone import VisDroneImage, evaluate_visdrone
 from querydet_jax.evaluation.visdrone_files import as_written, read_result_file, write_result_files
 from querydet_jax.evaluation.visdrone_results import CLASSES
+from querydet_jax.runtime.errors import DataError
 
 RECORDED = Path(__file__).parents[1] / "golden" / "aux.npz"
 HEADLINE = ["AP", "AP50", "AP75", "AR1", "AR10", "AR100", "AR500"]

@@ -13,8 +13,8 @@ import pytest
 import recipe
 
 import querydet_jax as qd
-from querydet_jax.evaluation import rescale_to_original
-from querydet_jax.models.skeleton import join_candidates
+from querydet_jax.data.transforms import rescale_to_original
+from querydet_jax.models.candidates import join_candidates
 from querydet_jax.sparse import whole_map
 
 HERE = Path(__file__).parent

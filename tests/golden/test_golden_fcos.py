@@ -15,7 +15,7 @@ import pytest
 import recipe
 
 import querydet_jax as qd
-from querydet_jax.evaluation import rescale_to_original
+from querydet_jax.data.transforms import rescale_to_original
 
 HERE = Path(__file__).parent
 CONFIG = HERE.parents[1] / "configs" / "coco_fcos_r50.py"

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import querydet_jax as qd
-from querydet_jax.evaluation import rescale_to_original
+from querydet_jax.data.transforms import rescale_to_original
 from querydet_jax.ops.anchors import cell_anchors, grid_anchors
 from querydet_jax.ops.points import grid_points
 

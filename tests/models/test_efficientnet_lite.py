@@ -32,10 +32,10 @@ from querydet_jax.config import (
     load_config,
     override,
 )
-from querydet_jax.errors import ConfigError, WeightsError
-from querydet_jax.models import depthwise
 from querydet_jax.models.backbones import build_backbone
 from querydet_jax.models.layers import Conv, msra_init
+from querydet_jax.ops import depthwise
+from querydet_jax.runtime.errors import ConfigError, WeightsError
 
 HERE = Path(__file__).parent
 FLOAT32 = jnp.dtype("float32")

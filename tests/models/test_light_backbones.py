@@ -32,9 +32,9 @@ from querydet_jax.config import (
     check,
     load_config,
 )
-from querydet_jax.errors import ConfigError, WeightsError
 from querydet_jax.models.backbones import build_backbone
 from querydet_jax.models.backbones.shufflenet_v2 import channel_shuffle
+from querydet_jax.runtime.errors import ConfigError, WeightsError
 from querydet_jax.weights import state_dict
 
 HERE = Path(__file__).parent

@@ -11,8 +11,10 @@ from jax import lax
 
 from querydet_jax.config import BackboneConfig
 from querydet_jax.models.backbones import build_backbone
-from querydet_jax.models.backbones.resnet import BasicBlock, Bottleneck, is_bgr, max_pool_3x3, pixel_statistics
+from querydet_jax.models.backbones.resnet import BasicBlock, Bottleneck
 from querydet_jax.models.layers import FrozenNorm, msra_init
+from querydet_jax.ops.pixels import is_bgr, pixel_statistics
+from querydet_jax.ops.pooling import max_pool_3x3
 
 FLOAT32 = jnp.dtype("float32")
 
@@ -111,12 +113,12 @@ def test_max_pool_gradient_equals_finite_differences() -> None:
 def test_pixel_statistics_are_in_the_flavours_channel_order() -> None:
     mean, std = pixel_statistics("msra")
     assert is_bgr("msra") and not is_bgr("torchvision")
-    np.testing.assert_allclose(mean[...], [103.53, 116.28, 123.675], rtol=1e-6)
-    np.testing.assert_array_equal(std[...], np.ones(3))
+    np.testing.assert_allclose(mean, [103.53, 116.28, 123.675], rtol=1e-6)
+    np.testing.assert_array_equal(std, np.ones(3))
     mean, std = pixel_statistics("torchvision")
     # ImageNet's statistics of RGB in [0, 1].
-    np.testing.assert_allclose(mean[...], np.array([0.485, 0.456, 0.406]) * 255, rtol=1e-5)
-    np.testing.assert_allclose(std[...], np.array([0.229, 0.224, 0.225]) * 255, rtol=1e-5)
+    np.testing.assert_allclose(mean, np.array([0.485, 0.456, 0.406]) * 255, rtol=1e-5)
+    np.testing.assert_allclose(std, np.array([0.229, 0.224, 0.225]) * 255, rtol=1e-5)
 
 
 @pytest.mark.parametrize("freeze_at", range(6))

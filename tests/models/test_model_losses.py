@@ -14,7 +14,7 @@ from truths import TRUTHS, assert_finite, losses_and_gradients
 
 from querydet_jax.config import LossConfig, ModelConfig
 from querydet_jax.models import DenseDetector, Losses
-from querydet_jax.models.skeleton import level_weights
+from querydet_jax.models.loss_terms import level_weights
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (2, 64, 96, 3)).astype(np.uint8)
 BOXES = np.zeros((2, 5, 4), np.float32)

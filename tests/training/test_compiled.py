@@ -15,7 +15,7 @@ import pytest
 from small_training import SCENES, SMALL, a_batch, start
 
 from querydet_jax.config import Config, load_config, override
-from querydet_jax.errors import ConfigError
+from querydet_jax.runtime.errors import ConfigError
 from querydet_jax.training import compiled, train
 from querydet_jax.training.compiled import CompileWatch, Memory, Programs, out_of_memory_explained
 from querydet_jax.training.parallel import AXIS, carrier

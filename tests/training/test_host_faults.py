@@ -17,7 +17,7 @@ from PIL import Image
 from several_hosts import finished, hosts, started
 from small_training import assert_same_run
 
-from querydet_jax import host_failures
+from querydet_jax.runtime import host_failures
 from querydet_jax.training.checkpoint import restore_model_state
 
 ENDLESS = ["--train.steps", "100000", "--train.eval-every", "0", "--train.schedule", "steps"]  # not a cosine to the end

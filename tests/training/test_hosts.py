@@ -11,8 +11,8 @@ import pytest
 from several_hosts import finished, hosts, started
 from small_training import assert_same_run
 
-from querydet_jax.errors import ConfigError
-from querydet_jax.hosts import Hosts, check
+from querydet_jax.runtime.errors import ConfigError
+from querydet_jax.runtime.hosts import Hosts, check
 from querydet_jax.training.checkpoint import restore_model_state
 
 

@@ -22,8 +22,8 @@ from little_room import disk, no_file_longer_than
 from small_training import SCENES
 
 from querydet_jax.config import Config, load_config, override, save_config
-from querydet_jax.errors import Preempted, QueryDetError
 from querydet_jax.models import build_model
+from querydet_jax.runtime.errors import Preempted, QueryDetError
 from querydet_jax.training import train
 from querydet_jax.training.checkpoint import restore_model_state
 from querydet_jax.weights import load_weights, state_dict

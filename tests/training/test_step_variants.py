@@ -10,8 +10,8 @@ import pytest
 from small_training import SMALL, a_batch, assert_same_run, run_steps, start
 
 from querydet_jax.config import override
-from querydet_jax.errors import ConfigError
 from querydet_jax.models import build_model
+from querydet_jax.runtime.errors import ConfigError
 from querydet_jax.training.parallel import AXIS, carrier, check_batch_size
 from querydet_jax.training.step import merge_into
 from querydet_jax.weights import state_dict

@@ -11,10 +11,10 @@ from small_training import SCENES
 
 from querydet_jax.config import load_config, override
 from querydet_jax.data import open_dataset
-from querydet_jax.detector import Detector
-from querydet_jax.errors import ConfigError, QueryDetError, WeightsError
 from querydet_jax.evaluation.runner import evaluate_detectors
+from querydet_jax.inference.detector import Detector
 from querydet_jax.models import build_model
+from querydet_jax.runtime.errors import ConfigError, QueryDetError, WeightsError
 from querydet_jax.training import train
 from querydet_jax.training.checkpoint import restore_model_state
 from querydet_jax.weights import load_weights

@@ -11,8 +11,8 @@ import pytest
 from flax import nnx
 
 from querydet_jax.config import BackboneConfig, FPNConfig, HeadConfig, ModelConfig, QueryConfig
-from querydet_jax.errors import WeightsError
 from querydet_jax.models import build_model
+from querydet_jax.runtime.errors import WeightsError
 from querydet_jax.weights.names import (
     from_torch_layout,
     naming_style,

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from querydet_jax.errors import WeightsError
+from querydet_jax.runtime.errors import WeightsError
 from querydet_jax.weights import read_tensors
 from querydet_jax.weights.writers import write_tensors
 

@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 
 from querydet_jax.config import BackboneConfig, FPNConfig, HeadConfig, ModelConfig, QueryConfig
-from querydet_jax.errors import WeightsError
 from querydet_jax.models import build_model
+from querydet_jax.runtime.errors import WeightsError
 from querydet_jax.weights import export_weights, load_weights, state_dict
 
 SMALL = ModelConfig(

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax import Array, lax
+from jax import Array
 
 from querydet_jax.config import BackboneConfig
 from querydet_jax.models.backbones.freezing import norm_kind, stop_if_frozen
-from querydet_jax.models.layers import Conv, Frozen, msra_init
+from querydet_jax.models.layers import Conv, msra_init
+from querydet_jax.ops.pooling import max_pool_3x3
 
 _DEPTHS = {
     "resnet10": (1, 1, 1, 1),
@@ -22,23 +21,6 @@ _DEPTHS = {
     "resnet101": (3, 4, 23, 3),
 }
 _BOTTLENECK = {"resnet50", "resnet101"}
-
-# Statistics in the channel order each flavour's weights expect.
-_PIXELS = {
-    "msra": ((103.530, 116.280, 123.675), (1.0, 1.0, 1.0)),  # BGR
-    "torchvision": ((123.675, 116.280, 103.530), (58.395, 57.120, 57.375)),  # RGB
-    "efficientnet_lite": ((127.0,) * 3, (128.0,) * 3),  # RGB
-}
-
-
-def pixel_statistics(flavor: str) -> tuple[Frozen, Frozen]:
-    """Mean and std ``[3]`` in the flavour's channel order (msra: BGR, torchvision: RGB)."""
-    mean, std = _PIXELS[flavor]
-    return Frozen(jnp.asarray(mean, jnp.float32)), Frozen(jnp.asarray(std, jnp.float32))
-
-
-def is_bgr(flavor: str) -> bool:
-    return flavor == "msra"
 
 
 class BasicBlock(nnx.Module):
@@ -89,24 +71,6 @@ class Stem(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         return max_pool_3x3(jax.nn.relu(self.conv1(x)))
-
-
-def max_pool_3x3(x: Array) -> Array:
-    """3x3 max pool, stride 2, padding 1, ``[B, H, W, C]``, as a maximum of nine strided slices.
-
-    The same as ``lax.reduce_window``, whose gradient (select-and-scatter) takes XLA's CPU backend
-    131 ms on ``[8, 160, 160, 32]`` (2 cores, jaxlib 0.10.2) where this one's takes 17. Where inputs tie, this one
-    shares the gradient; after a ReLU those are the zeros, which pass none on.
-    """
-    batch, height, width, channels = x.shape
-    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-jnp.inf)
-    rows, columns = (height - 1) // 2, (width - 1) // 2
-    taps = [
-        lax.slice(padded, (0, i, j, 0), (batch, i + 2 * rows + 1, j + 2 * columns + 1, channels), (1, 2, 2, 1))
-        for i in range(3)
-        for j in range(3)
-    ]
-    return functools.reduce(jnp.maximum, taps)
 
 
 class ResNet(nnx.Module):

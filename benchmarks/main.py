@@ -1,0 +1,51 @@
+"""Time QueryDet, part by part or image to detections: one subcommand a table or figure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import tyro
+
+from benchmarks.accelerators.report import Accelerator, accelerator
+from benchmarks.paper.ablation import Table1, Table3, table1, table3
+from benchmarks.paper.figure2 import Figure2, figure2
+from benchmarks.paper.figure4 import Figure4, figure4
+from benchmarks.paper.listing import Paper, list_paper
+from benchmarks.paper.tables import Table4, Table5, Table6, table4, table5, table6
+from benchmarks.speed.capacities import Capacities, capacities
+from benchmarks.speed.end_to_end import EndToEnd, end_to_end
+from benchmarks.speed.nms import Nms, nms
+from benchmarks.speed.precision import Precision, precision
+from benchmarks.speed.static_vs_dynamic import StaticVsDynamic, static_vs_dynamic
+from benchmarks.speed.train_step import TrainStep, train_step
+
+COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
+    "accelerator": (Accelerator, accelerator),
+    "capacities": (Capacities, capacities),
+    "end-to-end": (EndToEnd, end_to_end),
+    "figure2": (Figure2, figure2),
+    "figure4": (Figure4, figure4),
+    "nms": (Nms, nms),
+    "paper": (Paper, list_paper),
+    "precision": (Precision, precision),
+    "static-vs-dynamic": (StaticVsDynamic, static_vs_dynamic),
+    "table1": (Table1, table1),
+    "table3": (Table3, table3),
+    "table4": (Table4, table4),
+    "table5": (Table5, table5),
+    "table6": (Table6, table6),
+    "train-step": (TrainStep, train_step),
+}
+
+
+def main() -> None:
+    """Run the benchmark that the command line names."""
+    subcommands: Any = tyro.extras.subcommand_type_from_defaults(
+        {name: kind() for name, (kind, _) in COMMANDS.items()},
+        {name: (kind.__doc__ or "") for name, (kind, _) in COMMANDS.items()},
+    )
+    kind: Any = Annotated[subcommands, tyro.conf.ConsolidateSubcommandArgs]
+    arguments = tyro.cli(kind, description=__doc__)
+    run = {kind: function for kind, function in COMMANDS.values()}[type(arguments)]
+    run(arguments)

@@ -1,0 +1,282 @@
+"""Every table and figure of the paper: what trains and evaluates each row, and what can be told without data."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import functools
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flax import nnx
+
+from benchmarks.flops import inference_gflop
+from benchmarks.paper import numbers as paper
+from benchmarks.report import Column, Report, Row, decimals, ms, times
+from benchmarks.subject import laid_out_queries, random_image, scripted_detector, timed_rows
+from querydet_jax.config import Config, InferenceConfig, LossConfig, ModelConfig, load_config, override
+from querydet_jax.inference.detector import Detector
+from querydet_jax.models import DenseDetector, build_model
+from querydet_jax.models.base import SIZE_DIVISOR
+from querydet_jax.runtime.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Paper:
+    """Every table and figure: cards, commands, needs, the paper's numbers, parameters; FLOPs and speed on request."""
+
+    tables: tuple[int, ...] = ()
+    """Of 1 to 9 (default: all, and the figures)."""
+    flops: bool = False
+    """Also count the FLOPs of an image, image to detections."""
+    speed: bool = False
+    """Also time an image with random weights (minutes a table on a CPU)."""
+    size: tuple[int, int] = (0, 0)
+    """Height and width of that image, multiples of 32 (0 0: the card's first test canvas)."""
+    active: float = 0.03
+    """Share of P2's cells made active (context 2 included) by the cascade from P4."""
+    rounds: int = 5
+    """Timed rounds."""
+    configs: str = "configs"
+    """Folder of the cards."""
+    out: str = "runs/benchmark"
+    """Folder for the json and csv."""
+
+
+@dataclass(frozen=True)
+class Card:
+    """An experiment file: its configuration, and of its docstring the command and what keeps it from being run."""
+
+    config: Config
+    train: str
+    needs: str
+
+
+def list_paper(arguments: Paper) -> None:
+    chosen = _chosen(arguments)
+    cards, absent = _cards(Path(arguments.configs), [row.card for _, _, row in chosen])
+    figures = [] if arguments.tables else _figures(cards)
+    rows: list[Row] = []
+    for number, table, row in chosen:
+        card = cards.get(row.card)
+        rows.append(
+            {
+                "table": f"Table {number}",
+                "row": row.name,
+                "card": row.card,
+                "evaluate": evaluate_command(row),
+                "train": None if card is None else card.train,
+                "needs": None if card is None else card.needs,
+                **{f"paper_{column}": table.value(row, column) for column in (*paper.COCO, *paper.VISDRONE)},
+                "paper_speed_up": table.speed_up(row),
+            }
+        )
+    _add_computed(rows, chosen, cards, arguments)
+    Report(
+        "paper",
+        "The paper's tables and figures" + _computed_with(arguments),
+        _columns(arguments),
+        [*rows, *figures],
+        notes=_notes(arguments, chosen, figures, cards),
+        not_run=[
+            *absent,
+            *([] if arguments.flops else ["FLOPs: --flops counts them"]),
+            *([] if arguments.speed else ["speed: --speed times every row on this machine"]),
+        ],
+        left=4,
+    ).publish(arguments.out, arguments)
+
+
+def evaluate_command(row: paper.PaperRow) -> str:
+    """The command that gives the row, once its card has been trained."""
+    return f"python eval.py runs/{row.card} {_flags(row)}"
+
+
+def read_card(path: Path) -> Card:
+    """Read an experiment file with its docstring.
+
+    Raises:
+      ConfigError: as ``load_config``; or the docstring lacks its lines ``Command:`` and ``Measured``.
+    """
+    config = load_config(path)
+    lines = (ast.get_docstring(ast.parse(path.read_text())) or "").splitlines()
+
+    def after(start: str) -> str:
+        found = next((line for line in lines if line.startswith(start)), None)
+        if found is None:
+            raise ConfigError(f"{path}: its docstring has no line {start!r}; see the other cards")
+        return found.partition(": ")[2]
+
+    needs = re.search(r"needs (.*?)\.?$", after("Measured"))
+    return Card(config, after("Command:"), needs[1] if needs else "")
+
+
+def _chosen(arguments: Paper) -> list[tuple[int, paper.Table, paper.PaperRow]]:
+    unknown = [number for number in arguments.tables if number not in paper.TABLES]
+    if unknown:
+        raise ConfigError(f"--tables {unknown[0]}: the paper has Tables {min(paper.TABLES)} to {max(paper.TABLES)}")
+    if any(side % SIZE_DIVISOR or side < 0 for side in arguments.size) or (0 in arguments.size and any(arguments.size)):
+        raise ConfigError(f"--size {arguments.size}: give a height and a width, multiples of {SIZE_DIVISOR}, or 0 0")
+    return [found for found in paper.rows() if not arguments.tables or found[0] in arguments.tables]
+
+
+def _cards(folder: Path, names: list[str]) -> tuple[dict[str, Card], list[str]]:
+    """The cards that are there by name, and a line for each that is not."""
+    found, absent = {}, []
+    for name in dict.fromkeys(names):
+        path = folder / f"{name}.py"
+        if path.is_file():
+            found[name] = read_card(path)
+        else:
+            absent.append(f"{name}: {path} is absent; --configs names the folder of the cards")
+    return found, absent
+
+
+def _figures(cards: dict[str, Card]) -> list[Row]:
+    rows = []
+    for number, (title, name, words) in paper.FIGURES.items():
+        card = cards.get(name)
+        rows.append(
+            {
+                "table": f"Figure {number}",
+                "row": title,
+                "card": name or None,
+                "evaluate": f"python benchmark.py {words}",
+                "train": None if card is None else card.train,
+                "needs": None if card is None else card.needs,
+            }
+        )
+    return rows
+
+
+# What needs no data -------------------------------------------------------------------------------
+
+
+def _structure(config: ModelConfig) -> ModelConfig:
+    """The configuration without what only training reads."""
+    return dataclasses.replace(config, loss=LossConfig(), query=dataclasses.replace(config.query, levels=()))
+
+
+@functools.cache
+def _shapes(structure: ModelConfig) -> DenseDetector:
+    return nnx.eval_shape(lambda: build_model(structure))
+
+
+@functools.cache
+def _gflop(structure: ModelConfig, inference: InferenceConfig, size: tuple[int, int], active: float) -> float:
+    return inference_gflop(_shapes(structure), inference, size, laid_out_queries(*size, active))
+
+
+def _inference(card: Card, row: paper.PaperRow) -> InferenceConfig:
+    # At a score threshold of 0 every level brings all its candidates to NMS, the worst case.
+    return override(card.config.inference, {"query": row.query, **row.changes, "score_threshold": 0.0})
+
+
+def _add_computed(
+    rows: list[Row],
+    chosen: list[tuple[int, paper.Table, paper.PaperRow]],
+    cards: dict[str, Card],
+    arguments: Paper,
+) -> None:
+    """Parameters, and FLOPs and times where they are asked for, into the rows of cards that are there."""
+    groups: dict[Any, list[tuple[Row, paper.PaperRow, Card]]] = {}
+    for entry, (number, _, row) in zip(rows, chosen, strict=True):
+        card = cards.get(row.card)
+        if card is None:
+            continue
+        structure = _structure(card.config.model)
+        parameters = nnx.to_flat_state(nnx.state(_shapes(structure), nnx.Param))
+        entry["parameters"] = sum(math.prod(x.shape) for _, x in parameters)
+        size = arguments.size if any(arguments.size) else card.config.data.test_canvases[0]
+        if arguments.flops:
+            entry["gflop"] = _gflop(structure, _inference(card, row), size, arguments.active)
+        groups.setdefault((number, row.over or row.name, size), []).append((entry, row, card))
+    if arguments.speed:
+        for (_, over, size), members in groups.items():
+            _add_times(members, over, size, arguments)
+
+
+def _add_times(
+    members: list[tuple[Row, paper.PaperRow, Card]], over: str, size: tuple[int, int], arguments: Paper
+) -> None:
+    """Milliseconds of rows timed in turn, and speed-ups over the row ``over``, if it is among them."""
+    queries = laid_out_queries(*size, arguments.active)
+    models: dict[ModelConfig, DenseDetector] = {}
+    detectors: dict[Any, Detector] = {}  # rows that compute alike are timed once
+    for _, row, card in sorted(members, key=lambda member: member[1].name != over):
+        structure, inference = _structure(card.config.model), _inference(card, row)
+        if structure not in models:
+            models[structure] = build_model(structure)
+        if (structure, inference) not in detectors:
+            detectors[structure, inference] = scripted_detector(models[structure], inference, queries, size)
+    measured = {row["method"]: row for row in timed_rows(detectors, random_image(*size), arguments.rounds)}
+    keys = ("ms_p50", "ms_p90", *(["speed_up"] if any(row.name == over for _, row, _ in members) else []))
+    for entry, row, card in members:
+        found = measured[_structure(card.config.model), _inference(card, row)]
+        entry |= {key: found[key] for key in keys}
+
+
+# What is printed ------------------------------------------------------------------------------------
+
+
+def _flags(row: paper.PaperRow) -> str:
+    changes = [f"--inference.{name.replace('_', '-')} {value}" for name, value in row.changes.items()]
+    return " ".join([f"--methods {row.query}", *changes])
+
+
+def _columns(arguments: Paper) -> list[Column]:
+    return [
+        Column("table", "table"),
+        Column("row", "row"),
+        Column("card", "card"),
+        Column("evaluate", "EVALUATE", _arguments),
+        Column("parameters", "parameters", lambda count: f"{count / 1e6:.1f} M"),
+        *([Column("gflop", "GFLOP", decimals(0))] if arguments.flops else []),
+        *([Column("ms_p50", "ms p50", ms), Column("speed_up", "speed-up", times)] if arguments.speed else []),
+        Column("paper_AP", "paper AP", decimals(2)),
+        Column("paper_APs", "APs", decimals(2)),
+        Column("paper_FPS", "FPS", decimals(2)),
+        Column("paper_speed_up", "speed-up", times),
+    ]
+
+
+def _arguments(command: str) -> str:
+    """Of a command of ``evaluate_command`` what follows the run."""
+    program, _, rest = command.partition(" runs/")
+    return rest.partition(" ")[2] if program == "python eval.py" else "below"
+
+
+def _computed_with(arguments: Paper) -> str:
+    if not (arguments.flops or arguments.speed):
+        return ""
+    size = "x".join(map(str, arguments.size)) if any(arguments.size) else "each card's test size"
+    timing = f", medians of {arguments.rounds} interleaved rounds" if arguments.speed else ""
+    return f": random weights, {size}, batch 1, about {arguments.active:.0%} of P2 active with CSQ{timing}"
+
+
+def _notes(
+    arguments: Paper,
+    chosen: list[tuple[int, paper.Table, paper.PaperRow]],
+    figures: list[Row],
+    cards: dict[str, Card],
+) -> list[str]:
+    tables = {number: table for number, table, _ in chosen}
+    lines = [
+        "paper: RTX 2080Ti; speed-up over the same model's dense heads on P2..P7. "
+        "parameters: with the frozen ones, without norms",
+        *(
+            ["GFLOP: XLA's count, an addition and a multiplication being two; CQ and CSQ with padding"]
+            if arguments.flops
+            else []
+        ),
+        "evaluate: python eval.py runs/CARD EVALUATE, once the card is trained; what a benchmark gives at once:",
+        *(f"  Table {n}: python benchmark.py {table.at_once}" for n, table in tables.items() if table.at_once),
+        *(f"  {row['table']}: {row['evaluate']}" for row in figures),
+    ]
+    for needs in dict.fromkeys(card.needs for card in cards.values()):
+        lines.append(f"train (needs {needs}; on a pod the same on every host with --hosts.auto):")
+        lines += [f"  {card.train}" for card in cards.values() if card.needs == needs]
+    return lines

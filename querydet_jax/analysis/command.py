@@ -1,0 +1,45 @@
+"""`python -m querydet_jax.data report`."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from querydet_jax.analysis import figure
+from querydet_jax.analysis.findings import image_rows, measure, results
+from querydet_jax.analysis.tables import text
+from querydet_jax.cli.command_line import parse
+from querydet_jax.data import open_dataset
+from querydet_jax.runtime.files import write_csv, write_json, writing
+from querydet_jax.viz.plots import NEEDS, save_plot
+
+
+@dataclass(frozen=True)
+class ReportArguments:
+    split: Literal["train", "val"] = "train"
+    """Which half of the data set, under its own resize rule."""
+    out: str = ""
+    """Folder for report.json, images.csv and report.png (default: data-SPLIT in the run folder, or in runs/NAME)."""
+
+
+def report() -> None:
+    """Count what a data set asks of a configuration: sizes, anchors, queries, buffers. Takes CONFIG and its fields."""
+    arguments, config, source = parse(
+        ReportArguments,
+        "Count what a data set asks of a configuration, without reading an image.",
+        words=sys.argv[2:],
+        program="python -m querydet_jax.data report",
+    )
+    above = Path(source) if Path(source).is_dir() else Path("runs") / config.name
+    out = Path(arguments.out) if arguments.out else above / f"data-{arguments.split}"
+    found = measure(open_dataset(config.data, arguments.split), config, arguments.split)
+    counted: dict[str, Any] = results(found)
+    print(text(counted, config))
+    write_json(out / "report.json", counted, indent=2)
+    write_csv(out / "images.csv", image_rows(found))
+    with writing(out / "report.png"):
+        plotted = save_plot(partial(figure.draw, found=found, results=counted), out / "report.png", figure.SIZE)
+    print(f"wrote to {out}: report.json, images.csv, " + ("report.png" if plotted else f"no report.png, which {NEEDS}"))

@@ -1,0 +1,129 @@
+"""Fields of nested dataclasses by dotted name: replacing them, reading them from plain values, typed.
+
+Errors name the field, and for a key that does not exist the nearest one that does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from typing import Any, Literal
+
+from querydet_jax.runtime.errors import ConfigError
+
+
+def replace_field(node: Any, key: str, value: Any, root: type) -> Any:
+    """A copy of the dataclass ``node`` with the field of dotted name ``key`` replaced.
+
+    Args:
+      root: the outermost dataclass, searched for a key that is right but in the wrong group.
+
+    Raises:
+      ConfigError: no such key, or a value of another type.
+    """
+    return _replace(node, key.split("."), value, key, root)
+
+
+def from_dict(cls: type, raw: Any, where: str) -> Any:
+    """The dataclass ``cls`` from nested dictionaries, as ``dataclasses.asdict`` makes them.
+
+    Args:
+      where: the file, for messages.
+
+    Raises:
+      ConfigError: an unknown key, or a value of another type than the field's.
+    """
+    return _from_dict(cls, raw, where, "", cls)
+
+
+def _replace(node: Any, parts: list[str], value: Any, full: str, root: type) -> Any:
+    names = [f.name for f in dataclasses.fields(node)]
+    head, rest = parts[0], parts[1:]
+    if head not in names:
+        above = full.split(".")[: -len(parts)]
+        raise ConfigError(_unknown_key(full, head, names, "".join(f"{part}." for part in above), root))
+    old = getattr(node, head)
+    if rest:
+        if not dataclasses.is_dataclass(old):
+            raise ConfigError(f"{full}: {head} is a value, not a group; drop what follows it")
+        new = _replace(old, rest, value, full, root)
+    elif dataclasses.is_dataclass(old):
+        if not isinstance(value, type(old)):
+            raise ConfigError(f"{full}: is a group of fields; name one of {', '.join(_field_names(old))}")
+        new = value
+    else:
+        new = _typed(typing.get_type_hints(type(node))[head], value, full)
+    return dataclasses.replace(node, **{head: new})
+
+
+def _unknown_key(full: str, key: str, names: list[str], prefix: str, root: type) -> str:
+    # A right name in the wrong group tells more than a likeness.
+    elsewhere = [p for p in _dotted(root) if p.split(".")[-1] == key]
+    near = [prefix + name for name in difflib.get_close_matches(key, names, n=1, cutoff=0.4)]
+    hint = next(iter(elsewhere + near), None)
+    return f"unknown configuration key {full}: " + (
+        f"did you mean {hint}?" if hint else f"the keys here are {', '.join(names)}"
+    )
+
+
+def _dotted(cls: type, prefix: str = "") -> list[str]:
+    out = []
+    for name, hint in typing.get_type_hints(cls).items():
+        if dataclasses.is_dataclass(hint):
+            out += _dotted(typing.cast(type, hint), f"{prefix}{name}.")
+        else:
+            out.append(prefix + name)
+    return out
+
+
+def _field_names(node: Any) -> list[str]:
+    return [f.name for f in dataclasses.fields(node)]
+
+
+def _from_dict(cls: type, raw: Any, where: str, prefix: str, root: type) -> Any:
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{where}: {prefix.rstrip('.') or 'the file'} must be a group of fields")
+    hints = typing.get_type_hints(cls)
+    for key in raw:
+        if key not in hints:
+            raise ConfigError(f"{where}: " + _unknown_key(prefix + key, key, list(hints), prefix, root))
+    values = {}
+    for key, value in raw.items():
+        hint = hints[key]
+        if dataclasses.is_dataclass(hint):
+            values[key] = _from_dict(typing.cast(type, hint), value, where, f"{prefix}{key}.", root)
+        else:
+            values[key] = _typed(hint, value, f"{where}: {prefix}{key}")
+    return cls(**values)
+
+
+def _typed(hint: Any, value: Any, key: str) -> Any:
+    """``value`` as the declared type; int is taken for float and lists for tuples, nothing else."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        if value not in args:
+            near = difflib.get_close_matches(str(value), [str(a) for a in args], n=1)
+            raise ConfigError(
+                f"{key}: {value!r} is not one of {', '.join(map(str, args))}"
+                + (f"; did you mean {near[0]}?" if near else "")
+            )
+        return value
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise ConfigError(f"{key}: expected a sequence, got {value!r}")
+        if len(args) == 2 and args[1] is Ellipsis:
+            return tuple(_typed(args[0], v, key) for v in value)
+        if len(value) != len(args):
+            raise ConfigError(f"{key}: expected {len(args)} values, got {value!r}")
+        return tuple(_typed(a, v, key) for a, v in zip(args, value, strict=True))
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        return _typed(next(a for a in args if a is not type(None)), value, key)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+        raise ConfigError(f"{key}: expected {hint.__name__}, got {value!r}")
+    return value

@@ -1,0 +1,150 @@
+"""Which fields of a configuration go together; what contradicts itself is a ConfigError with the remedy."""
+
+from __future__ import annotations
+
+from querydet_jax.config.schema import Config, ModelConfig
+from querydet_jax.runtime.errors import ConfigError
+
+# Networks of one width and one kind of weights, and that kind. Residual networks come in two, msra and torchvision.
+_LIGHT_FLAVORS = {
+    "efficientnet_lite0": "efficientnet_lite",
+    "mobilenet_v2": "torchvision",
+    "shufflenet_v2": "torchvision",
+}
+
+
+def backbone_flavors(name: str) -> tuple[str, ...]:
+    """Values of ``BackboneConfig.flavor`` that a backbone can have, the usual one first."""
+    return (_LIGHT_FLAVORS[name],) if name in _LIGHT_FLAVORS else ("msra", "torchvision")
+
+
+def check(config: Config) -> None:
+    """Raise ConfigError where fields contradict each other."""
+    model, inference, data, train = config.model, config.inference, config.data, config.train
+    levels = model.levels
+    if not 2 <= model.min_level <= 5 <= model.max_level <= 7 or model.min_level == model.max_level:
+        raise ConfigError(
+            f"model.min_level {model.min_level}, model.max_level {model.max_level}: "
+            "need 2 <= min_level <= 5 <= max_level <= 7 and min_level < max_level"
+        )
+    if model.num_classes < 1:
+        raise ConfigError(f"model.num_classes {model.num_classes}: must be at least 1")
+    if not 0 <= model.backbone.freeze_at <= 5:
+        raise ConfigError(f"model.backbone.freeze_at {model.backbone.freeze_at}: must be 0 (train all) to 5 (none)")
+    backbone = model.backbone
+    if backbone.flavor not in (flavors := backbone_flavors(backbone.name)):
+        raise ConfigError(
+            f"model.backbone.name {backbone.name}, model.backbone.flavor {backbone.flavor}: set the flavor to "
+            + " or ".join(flavors)
+        )
+    if backbone.name in _LIGHT_FLAVORS and (backbone.norm == "group" or backbone.width != 64):
+        raise ConfigError(
+            f"model.backbone.norm {backbone.norm}, model.backbone.width {backbone.width}: {backbone.name} has one "
+            "width and no group norm; use norm frozen or batch and leave width at 64"
+        )
+    if not 0 < model.head.prior < 1:
+        raise ConfigError(f"model.head.prior {model.head.prior}: must be a probability between 0 and 1")
+    if model.head.norm == "group" and model.head.channels % 32:
+        raise ConfigError(f"model.head.channels {model.head.channels}: must be a multiple of 32 with group norm")
+    if model.head.norm == "group" and inference.query != "dense":
+        raise ConfigError(
+            f"model.head.norm group, inference.query {inference.query}: group norm needs the whole map; "
+            "set inference.query dense, or train with model.head.norm none"
+        )
+    if model.fpn.top_source == "pool" and model.max_level > 6:
+        raise ConfigError(
+            f"model.fpn.top_source pool, model.max_level {model.max_level}: pooling makes P6 only; set max_level 6"
+        )
+    if model.detector == "faster_rcnn":
+        _check_faster_rcnn(model)
+    for name in ("range_scale", "center_radius"):
+        if getattr(model.fcos, name) <= 0:
+            raise ConfigError(f"model.fcos.{name} {getattr(model.fcos, name)}: must be above 0")
+    loss = model.loss
+    if loss.smooth_l1_beta <= 0:
+        raise ConfigError(f"model.loss.smooth_l1_beta {loss.smooth_l1_beta}: must be above 0 (1e-6: plain L1)")
+    if loss.level_weighting == "table" and len(loss.level_weights) != len(levels):
+        raise ConfigError(
+            f"model.loss.level_weights has {len(loss.level_weights)} entries for {len(levels)} levels "
+            f"P{levels[0]}..P{levels[-1]}: give one each, or set model.loss.level_weighting to uniform or linear"
+        )
+    if model.query.enabled:
+        if not model.query.levels:
+            raise ConfigError("model.query.levels is empty: give one or more, or set model.query.enabled false")
+        for name in ("query_weights", "query_gammas"):
+            if len(getattr(loss, name)) != len(model.query.levels):
+                raise ConfigError(
+                    f"model.loss.{name} has {len(getattr(loss, name))} entries for the "
+                    f"{len(model.query.levels)} levels of model.query.levels: give one each"
+                )
+        if not set(model.query.levels) <= set(levels):
+            raise ConfigError(f"model.query.levels {model.query.levels}: not all within P{levels[0]}..P{levels[-1]}")
+    if inference.query != "dense":
+        if not model.query.enabled:
+            raise ConfigError(
+                f"inference.query {inference.query} needs a query head: set model.query.enabled, "
+                "or inference.query to dense"
+            )
+        if not levels[0] < inference.start_level <= levels[-1]:
+            raise ConfigError(
+                f"inference.start_level {inference.start_level}: must be one of P{levels[0] + 1}..P{levels[-1]}"
+            )
+    if any(not 0 < c <= 1 for c in inference.capacities) or list(inference.capacities) != sorted(
+        set(inference.capacities)
+    ):
+        raise ConfigError(
+            f"inference.capacities {inference.capacities}: must be increasing fractions of a level's cells in (0, 1]"
+        )
+    if inference.overflow == "cap" and not inference.capacities:
+        raise ConfigError("inference.overflow cap needs a buffer: give inference.capacities at least one fraction")
+    if inference.context < 0:
+        raise ConfigError(f"inference.context {inference.context}: must be at least 0")
+    if inference.soft_sigma <= 0:
+        raise ConfigError(f"inference.soft_sigma {inference.soft_sigma}: must be above 0")
+    for name in ("chunk", "tile", "topk", "max_detections", "batch_size"):
+        if getattr(inference, name) < 1:
+            raise ConfigError(f"inference.{name} {getattr(inference, name)}: must be at least 1")
+    for name in ("train_canvases", "test_canvases"):
+        canvases = getattr(data, name)
+        if not canvases or any(side % 32 or side < 32 for canvas in canvases for side in canvas):
+            raise ConfigError(f"data.{name} {canvases}: give (height, width) pairs, each a multiple of 32")
+    if data.patches and data.source != "visdrone":
+        raise ConfigError(f"data.patches: needs data.source visdrone, which is {data.source}; leave it out")
+    if data.source == "visdrone" and (data.train_annotations or data.val_annotations):
+        raise ConfigError(
+            f"data.train_annotations {data.train_annotations!r}, val_annotations {data.val_annotations!r}: source "
+            "visdrone reads the annotations/ beside its images/; leave them empty"
+        )
+    if data.source == "tfds" and (
+        data.train_annotations or data.train_images or data.val_annotations or data.val_images
+    ):
+        raise ConfigError(
+            "data.train_annotations, train_images, val_annotations, val_images: source tfds reads data.tfds_name under "
+            "data.root; leave them empty"
+        )
+    if config.classes and len(config.classes) != model.num_classes:
+        raise ConfigError(
+            f"classes has {len(config.classes)} names, model.num_classes is {model.num_classes}: make them agree"
+        )
+    for name in ("batch_size", "accumulate", "steps", "log_every", "checkpoint_every"):
+        if getattr(train, name) < 1:
+            raise ConfigError(f"train.{name} {getattr(train, name)}: must be at least 1")
+    if not 0 <= train.ema < 1:
+        raise ConfigError(f"train.ema {train.ema}: must be 0 (no moving average) or below 1, such as 0.999")
+    if model.backbone.norm == "group" and model.backbone.width % 32:
+        raise ConfigError(f"model.backbone.width {model.backbone.width}: must be a multiple of 32 with group norm")
+
+
+def _check_faster_rcnn(model: ModelConfig) -> None:
+    stages = model.faster_rcnn
+    if model.head.norm != "none" or model.head.num_convs < 1:
+        raise ConfigError(
+            f"model.head.norm {model.head.norm}, model.head.num_convs {model.head.num_convs}: an RPN has at least one "
+            "convolution and no norm; set norm none and num_convs 1 (Faster R-CNN) or 3 (QueryDet's)"
+        )
+    for name in ("train_topk", "proposals", "rpn_samples", "roi_samples", "roi_size", "channels"):
+        if getattr(stages, name) < 1:
+            raise ConfigError(f"model.faster_rcnn.{name} {getattr(stages, name)}: must be at least 1")
+    for name in ("proposal_iou", "rpn_foreground", "roi_foreground", "roi_iou"):
+        if not 0 < getattr(stages, name) <= 1:
+            raise ConfigError(f"model.faster_rcnn.{name} {getattr(stages, name)}: must be above 0 and at most 1")

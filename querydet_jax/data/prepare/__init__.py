@@ -1,0 +1,1 @@
+"""Write a data set once in the form that training reads fastest."""

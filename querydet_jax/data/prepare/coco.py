@@ -1,0 +1,256 @@
+"""Writing COCO in ArrayRecord, laid out as tensorflow_datasets lays out ``coco/2017``, without TensorFlow.
+
+TFDS's own builder needs TensorFlow, to unpack the archives and to shuffle what does not fit in a
+gigabyte of memory. This writes the same layout from a folder, a shard at a time, or turns a copy
+that TFDS made in its default format, tfrecord, into ArrayRecord.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import shutil
+import struct
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+from array_record.python.array_record_module import ArrayRecordWriter
+
+from querydet_jax.config import DataConfig
+from querydet_jax.data.readers.coco import CocoDataset
+from querydet_jax.data.readers.images import stored_size
+from querydet_jax.data.readers.records import quiet
+from querydet_jax.data.readers.tfds_coco import IDS_KEY, SPLITS, TfdsCocoDataset
+from querydet_jax.data.sources import open_dataset
+from querydet_jax.runtime.errors import DataError
+from querydet_jax.runtime.files import folder_written_aside, write_json
+from querydet_jax.runtime.progress import progress
+
+NAME, VERSION = "coco/2017", "1.1.0"
+_INFO = "dataset_info.json"
+_SHARD = 1000  # images a file, about 160 MB of COCO: TFDS holds those of one in memory
+
+Examples = Callable[[], Iterator[tuple[int, dict[str, Any]]]]
+
+
+def prepare_coco(source: str | Path, out: str | Path, *, overwrite: bool = False) -> str:
+    """Write ``out/coco/2017/1.1.0`` in ArrayRecord, with the features of TFDS's ``coco/2017``.
+
+    From a folder, images are in the order of the annotation file, their bytes as they are, and boxes
+    are clipped to the image; ``metadata.json`` keeps the category ids. As in TFDS's own copies, boxes
+    are float32 shares of the image's sides and areas lose their fraction (see ``tfds_coco``). From a
+    copy in tfrecord, the records of train and validation are copied as they are; its checksums are
+    not looked at. Everything is written beside the folder and renamed at the end.
+
+    Args:
+      source: the folder of COCO 2017 as distributed (``annotations/instances_{train,val}2017.json``,
+        ``train2017/``, ``val2017/``), or a version's folder of a TFDS copy (with ``dataset_info.json``).
+      out: the TFDS data directory.
+      overwrite: whether an ArrayRecord copy that is there is replaced.
+
+    Returns:
+      A line on what was written.
+
+    Raises:
+      DataError: the source is not in order; a copy is there; ``out`` cannot be written.
+    """
+    source, root = Path(source).resolve(), Path(out).resolve()
+    folder = root / NAME / VERSION
+    if not source.is_dir():
+        raise DataError(f"{source}: no such folder; name the folder of COCO, or of a copy that TFDS made")
+    _refuse(folder, source, overwrite)
+    write = functools.partial(_convert, source)
+    if not (source / _INFO).is_file():
+        write = functools.partial(_write, _open(source))
+    try:
+        with folder_written_aside(folder) as aside:
+            write(aside)
+    except OSError as error:
+        raise DataError(
+            f"{folder}: not prepared, nothing is left of it ({error}); make the source readable, and give --out a "
+            "folder that can be written, with space for the images"
+        ) from None
+    # Reads every record once, and leaves the index that training would otherwise begin with.
+    counts = [f"{len(TfdsCocoDataset(root, f'{NAME}:{VERSION}', ours))} {ours}" for ours in SPLITS]
+    return f"wrote {' and '.join(counts)} images to {folder}; use it by --data.source tfds --data.root {out}"
+
+
+def _refuse(folder: Path, source: Path, overwrite: bool) -> None:
+    if not folder.exists():
+        return
+    if folder == source:
+        raise DataError(f"{folder}: is where the images come from; give --out another folder")
+    try:
+        ours = json.loads((folder / _INFO).read_text()).get("fileFormat") == "array_record"
+    except (OSError, ValueError, AttributeError):
+        ours = False
+    if not ours:  # whatever it is, not this command's to delete
+        raise DataError(f"{folder}: is there and not a copy in ArrayRecord; give --out another folder")
+    if not overwrite:
+        raise DataError(f"{folder}: has been prepared before; add --overwrite to prepare it anew, or use it")
+
+
+def _open(source: Path) -> dict[str, CocoDataset]:
+    data = DataConfig(source="coco", root=str(source))
+    datasets: dict[str, Any] = {theirs: open_dataset(data, ours) for ours, theirs in SPLITS.items()}
+    train, val = datasets["train"], datasets["validation"]
+    if (train.category_ids, train.classes) != (val.category_ids, val.classes):
+        raise DataError(f"{source}: the annotation files of train and val list different categories; make them agree")
+    if len(set(train.classes)) < len(train.classes):
+        raise DataError(f"{source}: two categories of one name; rename one")
+    return datasets
+
+
+class _Coco(tfds.core.ShardBasedBuilder, skip_registration=True):
+    """COCO 2017, detection: images, boxes and labels of the train and validation splits."""
+
+    name = "coco"
+    VERSION = tfds.core.Version(VERSION)
+    BUILDER_CONFIGS = [tfds.core.BuilderConfig(name="2017", description="COCO 2017, train and validation.")]
+
+    def __init__(self, datasets: dict[str, CocoDataset], data_dir: Path):
+        self._datasets = datasets
+        super().__init__(config="2017", data_dir=data_dir)
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        train = self._datasets["train"]
+        objects = {
+            "area": np.int64,
+            "bbox": tfds.features.BBoxFeature(),
+            "id": np.int64,
+            "is_crowd": np.bool_,
+            "label": tfds.features.ClassLabel(names=list(train.classes)),
+        }
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description=self.__doc__,
+            homepage="https://cocodataset.org",
+            features=tfds.features.FeaturesDict(
+                {
+                    "image": tfds.features.Image(encoding_format="jpeg"),
+                    "image/filename": tfds.features.Text(),
+                    "image/id": np.int64,
+                    "objects": tfds.features.Sequence(objects),
+                }
+            ),
+            metadata=tfds.core.MetadataDict({IDS_KEY: list(train.category_ids)}),
+        )
+
+    def _shard_iterators_per_split(self, dl_manager: tfds.download.DownloadManager) -> dict[str, list[Examples]]:
+        del dl_manager  # nothing is downloaded
+        total = sum(map(len, self._datasets.values()))
+        bar = iter(progress(range(total), "writing", " images"))
+        return {split: _shards(dataset, bar) for split, dataset in self._datasets.items()}
+
+
+def _write(datasets: dict[str, CocoDataset], aside: Path) -> None:
+    """Fill the folder ``aside`` from COCO folders."""
+    with quiet():
+        builder = _Coco(datasets, aside / "build")
+        builder.download_and_prepare(
+            file_format="array_record", download_config=tfds.download.DownloadConfig(try_download_gcs=False)
+        )
+    made = Path(builder.data_dir)
+    for file in made.iterdir():
+        os.rename(file, aside / file.name)
+    shutil.rmtree(aside / "build")
+
+
+def _shards(dataset: CocoDataset, bar: Iterator[int]) -> list[Examples]:
+    def examples(first: int) -> Iterator[tuple[int, dict[str, Any]]]:
+        for i in range(first, min(first + _SHARD, len(dataset))):
+            next(bar)
+            yield i, _example(dataset, i)
+
+    return [functools.partial(examples, first) for first in range(0, len(dataset), _SHARD)]
+
+
+def _example(dataset: CocoDataset, i: int) -> dict[str, Any]:
+    path, (h, w) = dataset.image_path(i), dataset.size(i)
+    try:
+        encoded = path.read_bytes()
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such image file; restore it or remove its entry from the annotations") from None
+    stored = stored_size(encoded, str(path))
+    if stored != (h, w):
+        raise DataError(
+            f"{path}: the image is stored as {stored[1]}x{stored[0]} (width x height) but the annotations say {w}x{h}; "
+            "correct width and height there, or store the image upright, without EXIF rotation"
+        )
+    truth, objects = dataset.annotation(i), []
+    for entry, k, crowd in zip(dataset.entries(i), truth.classes.tolist(), truth.crowd.tolist(), strict=True):
+        x, y, width, height = entry["bbox"]
+        y0, x0, y1, x1 = (min(max(v, 0.0), 1.0) for v in (y / h, x / w, (y + height) / h, (x + width) / w))
+        objects.append(
+            {
+                "area": int(entry.get("area", width * height)),
+                "bbox": tfds.features.BBox(ymin=y0, xmin=x0, ymax=y1, xmax=x1),
+                "id": entry["id"],
+                "is_crowd": crowd,
+                "label": k,
+            }
+        )
+    return {
+        "image": encoded,
+        "image/filename": dataset.file_name(i),
+        "image/id": dataset.image_id(i),
+        "objects": objects,
+    }
+
+
+def _convert(source: Path, aside: Path) -> None:
+    """Fill the folder ``aside`` with the train and validation records of a TFDS copy in tfrecord."""
+    path = source / _INFO
+    try:
+        info = json.loads(path.read_text())
+        stored = info.get("fileFormat", "tfrecord")
+        splits = {s["name"]: s for s in info["splits"] if s["name"] in SPLITS.values()}
+        lengths = {name: [int(n) for n in s["shardLengths"]] for name, s in splits.items()}
+        name = info["name"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path}: not readable as TFDS's description of a data set ({error}); restore it") from None
+    if stored != "tfrecord":
+        raise DataError(f"{path}: the copy is in {stored}; only tfrecord has to be, and can be, converted")
+    if set(splits) != set(SPLITS.values()):
+        raise DataError(f"{path}: lists the splits {', '.join(splits)}; need {', '.join(SPLITS.values())}")
+    bar = iter(progress(range(sum(map(sum, lengths.values()))), "converting", " images"))
+    for split, shards in lengths.items():
+        of = len(shards)
+        files = [f"{name}-{split}.{{}}-{k:05d}-of-{of:05d}" for k in range(of)]
+        for file, count in zip(files, shards, strict=True):
+            writer = ArrayRecordWriter(str(aside / file.format("array_record")), "group_size:1")
+            found = 0
+            for record in _tfrecords(source / file.format("tfrecord")):
+                writer.write(record)
+                found += 1
+                next(bar, None)
+            writer.close()
+            if found != count:
+                raise DataError(
+                    f"{source / file.format('tfrecord')}: holds {found} records instead of {count}; restore the file"
+                )
+    for other in source.iterdir():
+        if other.is_file() and other.name != _INFO and ".tfrecord" not in other.name:
+            shutil.copyfile(other, aside / other.name)
+    write_json(aside / _INFO, {**info, "fileFormat": "array_record", "splits": list(splits.values())}, indent=2)
+
+
+def _tfrecords(path: Path) -> Iterator[bytes]:
+    """The records of a tfrecord file: length (8 bytes), its checksum (4), the record, its checksum (4)."""
+    try:
+        with path.open("rb") as file:
+            left = os.fstat(file.fileno()).st_size
+            while left:
+                header = file.read(12)
+                (length,) = struct.unpack("<Q4x", header) if len(header) == 12 else (left,)
+                left -= 12 + length + 4
+                if left < 0:
+                    raise DataError(f"{path}: ends within a record; restore the file")
+                yield file.read(length)
+                file.seek(4, os.SEEK_CUR)
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file; restore the copy") from None

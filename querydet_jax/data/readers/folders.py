@@ -1,0 +1,79 @@
+"""What readers of picture folders with a text file a picture share: listing, reading, image sizes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePath
+
+from PIL import ExifTags, Image
+
+from querydet_jax.runtime.errors import DataError
+
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"})
+_SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
+_READERS = 8  # threads: opening thousands of files is waiting, most of all on network disks
+
+
+def by_stem(folder: Path, suffixes: Collection[str]) -> dict[str, str]:
+    """Files at any depth below ``folder``: name without suffix to name, both relative to it, in order of name.
+
+    Names that begin with a dot are passed over (macOS leaves such beside every file of an archive).
+
+    Raises:
+      DataError: two files that differ in their suffix alone.
+    """
+    found: dict[str, str] = {}
+    names = []
+    for above, _, files in os.walk(folder):
+        inside = PurePath(above).relative_to(folder)
+        names += [inside / f for f in files if not f.startswith(".") and PurePath(f).suffix.lower() in suffixes]
+    for name in sorted(names):
+        stem = name.with_suffix("").as_posix()
+        if stem in found:
+            raise DataError(
+                f"{folder}: {found[stem]} and {name.as_posix()} are two files of one name; rename or remove one"
+            )
+        found[stem] = name.as_posix()
+    return found
+
+
+def read_text(path: Path) -> str:
+    """A text file in UTF-8, with or without byte order mark.
+
+    Raises:
+      DataError: not readable, or not text.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise DataError(f"{path}: not readable ({error.strerror}); check the file and its permissions") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not text in UTF-8 ({error.reason} at byte {error.start}); restore the file") from None
+
+
+def image_sizes(paths: Sequence[Path], *, upright: bool) -> list[tuple[int, int]]:
+    """(height, width) of image files in pixels, from their headers, without decoding.
+
+    Args:
+      paths: the files.
+      upright: as shown, the EXIF orientation applied; otherwise as stored.
+
+    Raises:
+      DataError: a file that is no image, or not readable.
+    """
+
+    def size(path: Path) -> tuple[int, int]:
+        try:
+            with Image.open(path) as image:
+                sideways = upright and image.getexif().get(ExifTags.Base.Orientation) in _SIDEWAYS
+                return (image.width, image.height) if sideways else (image.height, image.width)
+        except Exception as error:  # of PIL's many readers, for files cut short or altered
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise DataError(
+                f"{path}: not readable as an image ({reason}); restore the file, or remove it and its annotation"
+            ) from None
+
+    with ThreadPoolExecutor(_READERS) as pool:
+        return list(pool.map(size, paths))

@@ -1,0 +1,305 @@
+"""COCO as tensorflow_datasets lays it out (``coco/2017``), read at random from ArrayRecord.
+
+Letters: n images, m boxes of all images. A record holds an image with its boxes, so that even sizes
+and boxes would cost reading every image: they are read once, into an index file beside the records.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import tensorflow_datasets as tfds
+from tensorflow_datasets.core.constants import DATA_DIR
+
+from querydet_jax.data.dataset import Annotation, Dataset
+from querydet_jax.data.readers.images import read_image, stored_size
+from querydet_jax.data.readers.records import Records, quiet
+from querydet_jax.data.transforms import MIN_SIDE
+from querydet_jax.runtime.errors import DataError
+from querydet_jax.runtime.files import written_aside
+from querydet_jax.runtime.progress import progress
+
+_log = logging.getLogger("querydet_jax")
+
+# COCO's 80 classes have ids from 1 to 90. Records count them from 0, without gaps.
+_UNUSED_IDS = {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}
+COCO_IDS = tuple(i for i in range(1, 91) if i not in _UNUSED_IDS)
+COCO_CLASSES = (
+    "person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat", "traffic light",
+    "fire hydrant", "stop sign", "parking meter", "bench", "bird", "cat", "dog", "horse", "sheep", "cow",
+    "elephant", "bear", "zebra", "giraffe", "backpack", "umbrella", "handbag", "tie", "suitcase", "frisbee",
+    "skis", "snowboard", "sports ball", "kite", "baseball bat", "baseball glove", "skateboard", "surfboard",
+    "tennis racket", "bottle", "wine glass", "cup", "fork", "knife", "spoon", "bowl", "banana", "apple",
+    "sandwich", "orange", "broccoli", "carrot", "hot dog", "pizza", "donut", "cake", "chair", "couch",
+    "potted plant", "bed", "dining table", "toilet", "tv", "laptop", "mouse", "remote", "keyboard", "cell phone",
+    "microwave", "oven", "toaster", "sink", "refrigerator", "book", "clock", "vase", "scissors", "teddy bear",
+    "hair drier", "toothbrush",
+)  # fmt: skip
+
+IDS_KEY = "category_ids"  # in metadata.json of copies that prepare_coco made
+SPLITS: dict[Literal["train", "val"], str] = {"train": "train", "val": "validation"}  # our names to TFDS's
+_DECIMALS = 3  # of a pixel, see pixel_boxes
+_REMEDY = "make the copy anew: python -m querydet_jax.data prepare-coco --help"
+
+
+class TfdsCocoDataset(Dataset):
+    """A split of a prepared copy of ``coco/2017``, or of another data set laid out like it.
+
+    Images come in the order of the records. The copy has to be in ArrayRecord (see ``prepare_coco``).
+    Sizes and boxes come from ``querydet_index-SPLIT.npz`` in the copy's folder, which is written when
+    it is not there, or is not of these records; where the folder cannot be written they are read anew
+    each time. An image whose EXIF data turn it on its side is taken as stored, as its boxes are.
+
+    Args:
+      root: the TFDS data directory; "" is TFDS's own, ``~/tensorflow_datasets``.
+      name: builder and configuration, ``coco/2017``; the newest version, or ``coco/2017:1.1.0``.
+      split: "train" or "val" (which TFDS calls validation).
+
+    Raises:
+      DataError: no such copy, not in ArrayRecord, not laid out like ``coco/2017``, or damaged.
+    """
+
+    def __init__(self, root: str | Path, name: str, split: Literal["train", "val"]):
+        self._folder = _version_folder(Path(root or DATA_DIR), name)
+        self._split, self._name = SPLITS[split], name
+        try:
+            with quiet():
+                builder: Any = tfds.builder_from_directory(self._folder)
+        except Exception as error:  # of several libraries, for files cut short or altered
+            raise self._damaged(error) from None
+        self._check_layout(builder)
+        self.classes, self.category_ids = self._categories(builder)
+        self._records = Records(self._folder, self._split)
+        index = self._open_index(builder)
+        self._ids, self._names, self._sizes = index.ids, index.names, index.sizes
+        owner = np.repeat(np.arange(len(index.counts)), index.counts)
+        boxes = pixel_boxes(index.shares, index.sizes[owner])
+        kept = np.all((boxes[:, 2:] - boxes[:, :2]) > MIN_SIDE, axis=1)
+        if not kept.all():
+            _log.warning(
+                "%s: left out %d of %d boxes, which have no width or no height",
+                self._folder, (~kept).sum(), len(boxes),
+            )  # fmt: skip
+        self._boxes, self._areas = boxes[kept], index.areas[kept]
+        self._labels, self._crowd = index.labels[kept].astype(np.int32), index.crowd[kept]
+        self._starts = np.searchsorted(owner[kept], np.arange(len(index.ids) + 1))
+
+    def _damaged(self, reason: object) -> DataError:
+        first = (str(reason).splitlines() or [type(reason).__name__])[0]
+        return DataError(f"{self._folder}: damaged copy of a data set ({first}); {_REMEDY}")
+
+    def _check_layout(self, builder: Any) -> None:
+        formats = {f.value for f in builder.info.available_file_formats()}
+        if "array_record" not in formats:
+            raise DataError(
+                f"{self._folder}: stored as {', '.join(sorted(formats)) or 'nothing'}, which cannot be read at random; "
+                "convert it: python -m querydet_jax.data prepare-coco --help"
+            )
+        if self._split not in builder.info.splits:
+            raise DataError(
+                f"{self._folder}: has the splits {', '.join(builder.info.splits) or 'none'}, not {self._split}; "
+                "correct data.tfds_name"
+            )
+        features = builder.info.features
+        needed = {"image", "image/filename", "image/id", "objects"}
+        inside = {"area", "bbox", "is_crowd", "label"}
+        lacking = needed - set(features) or inside - set(getattr(features["objects"], "feature", ()))
+        if lacking:
+            raise DataError(
+                f"{self._folder}: not laid out like coco/2017 (no {', '.join(sorted(lacking))}); correct data.tfds_name"
+            )
+
+    def _categories(self, builder: Any) -> tuple[tuple[str, ...], tuple[int, ...]]:
+        """Class names and their ids in annotation and result files."""
+        names = tuple(builder.info.features["objects"].feature["label"].names)
+        ids = (builder.info.metadata or {}).get(IDS_KEY)
+        if ids is not None:
+            if len(ids) != len(names) or not all(isinstance(i, int) for i in ids):
+                raise self._damaged(f"metadata.json: {IDS_KEY} are not an integer for each of {len(names)} classes")
+            return names, tuple(ids)
+        # Some copies have lost the file of the names; they are then numbers.
+        if names not in (COCO_CLASSES, tuple(map(str, range(len(COCO_CLASSES))))):
+            raise DataError(
+                f"{self._folder}: its {len(names)} classes are not COCO's, so their ids in result files are unknown; "
+                f"correct data.tfds_name, or write the ids to metadata.json ({{{IDS_KEY!r}: [1, 2, ...]}})"
+            )
+        return COCO_CLASSES, COCO_IDS
+
+    def _open_index(self, builder: Any) -> _Index:
+        path = self._folder / f"querydet_index-{self._split}.npz"
+        try:
+            files = sorted(Path(f) for f in builder.info.splits[self._split].filepaths)
+            of = [_FORM, *(f"{file.name} {file.stat().st_size}" for file in files)]
+        except OSError as error:
+            raise self._damaged(error) from None
+        index = _read_index(path, of)
+        if index is None:
+            index = self._make_index()
+            try:
+                with written_aside(path) as aside:
+                    np.savez(aside, of=np.array(of), **asdict(index))
+            except OSError as error:
+                _log.warning(
+                    "%s: cannot be written (%s), so sizes and boxes will be read again next time; make the folder "
+                    "writable once to keep them", path, error.strerror or error,
+                )  # fmt: skip
+        self._check_index(index)
+        return index
+
+    def _make_index(self) -> _Index:
+        sizes, objects, ids, names = [], [], [], []
+        try:
+            records = range(len(self._records))
+            for i in progress(records, f"indexing {self._name} {self._split}", " images"):
+                record = self._records[i]
+                name = _text(record["image/filename"])
+                sizes.append(stored_size(record["image"], f"{self._folder} {name}"))
+                objects.append(record["objects"])
+                ids.append(int(record["image/id"]))
+                names.append(name)
+        except DataError:
+            raise
+        except Exception as error:  # as above
+            raise self._damaged(error) from None
+
+        def joined(key: str, kind: type, *shape: int) -> np.ndarray:
+            parts = [np.asarray(o[key], kind).reshape(-1, *shape) for o in objects]
+            return np.concatenate([np.zeros((0, *shape), kind), *parts])
+
+        return _Index(
+            ids=np.array(ids, np.int64),
+            names=np.array(names, str),
+            sizes=np.array(sizes, np.int32).reshape(-1, 2),
+            counts=np.array([len(o["label"]) for o in objects], np.int64),
+            shares=joined("bbox", np.float32, 4),
+            labels=joined("label", np.int64),
+            crowd=joined("is_crowd", np.bool_),
+            areas=joined("area", np.int64),
+        )
+
+    def _check_index(self, index: _Index) -> None:
+        if not len(index.ids):
+            raise self._damaged("no images")
+        if len(np.unique(index.ids)) != len(index.ids):
+            raise self._damaged("two images of one id")
+        if not ((index.shares >= 0) & (index.shares <= 1)).all():  # not so for nan either
+            raise self._damaged("a box that reaches out of its image")
+        if not ((index.labels >= 0) & (index.labels < len(self.classes))).all():
+            raise self._damaged(f"a label outside 0 to {len(self.classes) - 1}")
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def image_id(self, i: int) -> int:
+        return int(self._ids[i])
+
+    def file_name(self, i: int) -> str:
+        return str(self._names[i])
+
+    def size(self, i: int) -> tuple[int, int]:
+        height, width = self._sizes[i].tolist()
+        return height, width
+
+    def annotation(self, i: int) -> Annotation:
+        part = slice(self._starts[i], self._starts[i + 1])
+        return Annotation(self._boxes[part].astype(np.float32), self._labels[part], self._crowd[part])
+
+    def load(self, i: int) -> np.ndarray:
+        try:
+            encoded = self._records[i]["image"]
+        except Exception as error:  # as above
+            raise self._damaged(error) from None
+        return read_image(encoded, f"{self._folder} {self.file_name(i)}", self.size(i))
+
+    def _truth_boxes(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        part = slice(self._starts[i], self._starts[i + 1])
+        boxes = self._boxes[part]
+        sides = np.round(boxes[:, 2:] - boxes[:, :2], _DECIMALS)
+        return np.concatenate([boxes[:, :2], sides], axis=1), whole_areas(self._areas[part], sides)
+
+
+@dataclass(frozen=True)
+class _Index:
+    """What the records hold beside the pixels, in their order."""
+
+    ids: np.ndarray  # int64 [n]
+    names: np.ndarray  # str [n]
+    sizes: np.ndarray  # int32 [n, 2], (height, width) in pixels
+    counts: np.ndarray  # int64 [n], boxes of each image
+    shares: np.ndarray  # float32 [m, 4], y0 x0 y1 x1 as shares of the image's sides
+    labels: np.ndarray  # int64 [m]
+    crowd: np.ndarray  # bool [m]
+    areas: np.ndarray  # int64 [m], px^2
+
+
+_FORM = "1"  # of the index; raise it whenever _Index changes
+
+
+def pixel_boxes(shares: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """Boxes in pixels.
+
+    A share is a float32, which is up to 3e-8 of the side off: 2e-5 px of 640. Rounding to a
+    thousandth of a pixel gives the decimals of the annotation file back, of which COCO's has two.
+
+    Args:
+      shares: float32 [m, 4], (y0, x0, y1, x1), each as a share of the image's side.
+      sizes: [m, 2], (height, width) of each box's image.
+
+    Returns:
+      float64 [m, 4], (x0, y0, x1, y1).
+    """
+    sides = np.tile(sizes[:, ::-1], 2).astype(np.float64)
+    return np.round(shares[:, [1, 0, 3, 2]].astype(np.float64) * sides, _DECIMALS)
+
+
+def whole_areas(areas: np.ndarray, sides: np.ndarray) -> np.ndarray:
+    """Areas of which the fraction was cut off, with a likely one, float64 [m] px^2.
+
+    Only bins by size ask for areas, and what counts is the side of a bin's edge, a whole number, that
+    an area is on. Where the box has this area but for the fraction, the area is the box's; otherwise
+    it is a segment's, and half a pixel is as good as any fraction, as an outline's is hardly ever whole.
+
+    Args:
+      areas: int64 [m].
+      sides: float64 [m, 2], width and height of the boxes.
+    """
+    boxes = np.prod(sides, axis=1)
+    return np.where(np.floor(boxes) == areas, boxes, areas + 0.5)
+
+
+def _read_index(path: Path, of: list[str]) -> _Index | None:
+    """The index in the file, if it is readable and one of these records."""
+    if not path.is_file():
+        return None
+    try:
+        with path.open("rb") as file, np.load(file) as stored:
+            if stored["of"].tolist() == of:
+                return _Index(**{key: stored[key] for key in stored.files if key != "of"})
+    except Exception as error:  # of zip and NumPy, for files cut short or altered
+        _log.warning("%s: not readable (%s); making it anew", path, (str(error).splitlines() or [""])[0])
+    return None
+
+
+def _version_folder(root: Path, name: str) -> Path:
+    """The folder of the named version, or of the newest, below the data directory."""
+    base, _, wanted = name.partition(":")
+    found = {}
+    for info in (root / base).glob("*/dataset_info.json"):
+        version = info.parent.name
+        if all(part.isdecimal() for part in version.split(".")) and wanted in ("", version):
+            found[tuple(map(int, version.split(".")))] = info.parent
+    if not base or not found:
+        raise DataError(
+            f"{root / base}: no prepared copy{f' of version {wanted}' if wanted else ''} of this data set; correct "
+            "data.root (the TFDS data directory) or data.tfds_name, or make one: python -m querydet_jax.data "
+            "prepare-coco --help"
+        )
+    return found[max(found)]
+
+
+def _text(value: bytes | str) -> str:
+    return value.decode() if isinstance(value, bytes) else value

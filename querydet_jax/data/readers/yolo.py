@@ -1,0 +1,198 @@
+"""YOLO text labels in the layout of ultralytics: ``images/train`` and, of the same names, ``labels/train``."""
+
+from __future__ import annotations
+
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from querydet_jax.data.dataset import Annotation, Dataset
+from querydet_jax.data.readers.folders import SUFFIXES, by_stem, image_sizes, read_text
+from querydet_jax.data.readers.images import read_image
+from querydet_jax.data.transforms import clip
+from querydet_jax.runtime.errors import DataError
+
+_log = logging.getLogger("querydet_jax")
+
+_NAMES = "classes.txt"  # of LabelImg, which also puts it among the labels
+_SLACK = 1e-3  # rounding: how far outside 0..1 a coordinate may be
+
+
+class YoloDataset(Dataset):
+    """Images at any depth of a folder, and text files at the same places of another.
+
+    A line of a text file is an object: class number from 0, then centre x, centre y, width and
+    height as shares of the image's width and height, the image being upright (EXIF applied). An
+    image without text file holds no objects. Boxes are clipped to the image; those without area are
+    left out (counted and logged once). Category ids are the class numbers of the files, image ids
+    count from 1 in order of the names.
+
+    Args:
+      images: folder of the images.
+      labels: folder of the text files.
+      classes: the names, see ``read_names``.
+
+    Raises:
+      DataError: a folder missing; no images; two images of one name; a text file without image; a
+        malformed line; a file that is no image.
+    """
+
+    def __init__(self, images: str | Path, labels: str | Path, classes: tuple[str, ...]):
+        self._folder, labels = Path(images), Path(labels)
+        self.classes, self.category_ids = classes, tuple(range(len(classes)))
+        if not self._folder.is_dir():
+            raise DataError(
+                f"{self._folder}: no such image folder; correct data.root and data.train_images or val_images"
+            )
+        if not labels.is_dir():
+            raise DataError(
+                f"{labels}: no such folder of labels; correct data.root, or name it by data.train_annotations or "
+                "val_annotations"
+            )
+        pictures, texts = by_stem(self._folder, SUFFIXES), by_stem(labels, (".txt",))
+        if not pictures:
+            raise DataError(f"{self._folder}: no images in this folder ({', '.join(sorted(SUFFIXES))})")
+        for stem, name in texts.items():
+            if stem not in pictures and Path(name).name != _NAMES:
+                raise DataError(
+                    f"{labels / name}: there is no image {self._folder / stem}.* for these labels; restore the image "
+                    "or remove the file"
+                )
+        self._names = list(pictures.values())
+        self._sizes = image_sizes([self._folder / name for name in self._names], upright=True)
+        self._annotations, empty, total = [], 0, 0
+        for stem, size in zip(pictures, self._sizes, strict=True):
+            rows = np.zeros((0, 5))
+            if stem in texts:
+                path = labels / texts[stem]
+                rows = parse_labels(read_text(path), str(path), classes)
+            annotation = _annotation(rows, size)
+            self._annotations.append(annotation)
+            empty, total = empty + len(rows) - len(annotation.boxes), total + len(rows)
+        if empty:
+            _log.warning("%s: left out %d of %d boxes, which have no area in their image", labels, empty, total)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def image_id(self, i: int) -> int:
+        return i + 1
+
+    def file_name(self, i: int) -> str:
+        return self._names[i]
+
+    def size(self, i: int) -> tuple[int, int]:
+        return self._sizes[i]
+
+    def annotation(self, i: int) -> Annotation:
+        return self._annotations[i]
+
+    def load(self, i: int) -> np.ndarray:
+        path = self._folder / self._names[i]
+        return read_image(path, str(path), self._sizes[i])
+
+
+def labels_beside(images: Path) -> Path:
+    """The folder of labels that belongs to a folder of images: its path with the last ``images`` made ``labels``.
+
+    Raises:
+      DataError: no part of the path is called ``images``.
+    """
+    parts = list(images.parts)
+    if "images" not in parts:
+        raise DataError(
+            f"{images}: no part of this path is called images, so it does not tell where the labels are; name their "
+            "folder by data.train_annotations or val_annotations"
+        )
+    parts[len(parts) - 1 - parts[::-1].index("images")] = "labels"
+    return Path(*parts)
+
+
+def read_names(root: str | Path) -> tuple[str, ...]:
+    """Class names of a YOLO folder: ``names`` of its ``data.yaml``, or the lines of its ``classes.txt``.
+
+    Raises:
+      DataError: neither file is there, or it does not hold the names of classes 0, 1, ... in full.
+    """
+    path, plain = Path(root) / "data.yaml", Path(root) / _NAMES
+    if path.is_file():
+        return _yaml_names(path)
+    if not plain.is_file():
+        raise DataError(f"{path}: no such file, nor {_NAMES}; write one with the class names (names: [car, boat])")
+    names = tuple(line.strip() for line in read_text(plain).rstrip().splitlines())
+    if not names or not all(names):
+        raise DataError(f"{plain}: has {'a blank line' if names else 'no lines'}; give a class name on each line")
+    return names
+
+
+def _yaml_names(path: Path) -> tuple[str, ...]:
+    try:
+        content = yaml.safe_load(read_text(path))
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"line {mark.line + 1} is" if mark else "is"
+        reason = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise DataError(f"{path}: {where} not readable as YAML ({reason}); correct the file") from None
+    names: Any = content.get("names") if isinstance(content, dict) else None
+    if isinstance(names, dict):
+        if set(names) != set(range(len(names))):
+            raise DataError(f"{path}: names has the keys {list(names)}; number the classes 0, 1, ... without gaps")
+        names = [names[k] for k in range(len(names))]
+    if not isinstance(names, list) or not names:
+        raise DataError(f"{path}: has no list `names`; give the class names (names: [car, boat])")
+    for k, name in enumerate(names):
+        if not isinstance(name, (str, int, float)) or isinstance(name, bool):  # YAML takes a bare `no` for false
+            raise DataError(f"{path}: the name of class {k} is {name!r}; write it in quotes")
+    return tuple(map(str, names))
+
+
+def parse_labels(text: str, name: str, classes: tuple[str, ...]) -> np.ndarray:
+    """float64 [n, 5] of the text of a label file: class, centre x, centre y, width, height, shares of the image.
+
+    Args:
+      text: the content.
+      name: what messages call the file.
+      classes: the names of the classes that there are.
+
+    Raises:
+      DataError: a malformed line: not five numbers, an unknown class, a coordinate outside 0..1.
+    """
+    rows = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        words = line.split()
+        if not words:
+            continue
+        where = f"{name}: line {number}"
+        try:
+            row = [float(word) for word in words]
+        except ValueError:
+            row = []
+        if len(row) != 5 or not all(map(math.isfinite, row)):
+            raise DataError(
+                f"{where} is {line.strip()[:80]!r}; a line is five numbers, class x y width height: correct it, or "
+                "export boxes rather than outlines or key points"
+            )
+        if row[0] not in range(len(classes)):
+            raise DataError(
+                f"{where} has class {words[0]}, where 0 to {len(classes) - 1} are named; correct it, or name the class "
+                "in data.yaml"
+            )
+        if min(row[1:]) < -_SLACK or max(row[1:]) > 1 + _SLACK:
+            raise DataError(
+                f"{where} has {' '.join(words[1:])}, not all between 0 and 1; give centre x and width as shares of the "
+                "image's width, centre y and height as shares of its height"
+            )
+        rows.append(row)
+    return np.array(rows, np.float64).reshape(-1, 5)
+
+
+def _annotation(rows: np.ndarray, size: tuple[int, int]) -> Annotation:
+    """Boxes in pixels of an image of ``size`` (height, width), without those that have no area in it."""
+    h, w = size
+    centre, extent = rows[:, 1:3] * (w, h), rows[:, 3:5] * (w, h)
+    boxes, kept = clip(np.concatenate([centre - extent / 2, centre + extent / 2], axis=1), size)
+    return Annotation(boxes[kept], rows[kept, 0].astype(np.int32), np.zeros(int(kept.sum()), bool))

@@ -1,0 +1,1 @@
+"""Images to detections: the compiled detector, and its export."""

@@ -1,0 +1,186 @@
+"""A detector as one file that runs without this package: ``querydet_jax.inference.export.artifact`` says what is in it.
+
+Weights are arguments of the programs, not constants in them: all programs share one copy, XLA has nothing to fold,
+and a program of QueryDet on ResNet-50 has 0.2 MB in place of 164.
+Shape letters: B batch, H W image, D detections.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib.util
+import io
+import json
+import zipfile
+from collections.abc import Iterator, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from querydet_jax.config import Config, InferenceConfig
+from querydet_jax.inference.detector import Detector
+from querydet_jax.inference.export.artifact import FORMAT, MANIFEST, VERSION, WEIGHTS
+from querydet_jax.runtime.errors import ConfigError, DataError
+from querydet_jax.runtime.files import written_aside
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+Canvas = tuple[int, int]
+
+
+def write_artifact(
+    path: str | Path,
+    detector: Detector,
+    config: Config,
+    *,
+    canvases: Sequence[Canvas],
+    batch_sizes: Sequence[int] = (),
+    platforms: Sequence[str] = PLATFORMS,
+) -> dict[str, Any]:
+    """Lower a detector for every canvas and batch size, and write it with its weights.
+
+    Args:
+      path: the file, which appears whole or not at all.
+      detector: weights and inference settings.
+      config: names, classes and the resize rule for the manifest.
+      canvases: (height, width) of the inputs.
+      batch_sizes: numbers of images a call; none: any number, which dense inference alone can do.
+      platforms: of cpu, cuda, tpu; each program runs on all of them.
+
+    Returns:
+      The manifest.
+
+    Raises:
+      ConfigError: no canvas or platform, one named twice, or a batch size that cannot be.
+      DataError: flatbuffers is not installed, or the file cannot be written.
+    """
+    _check(detector.config, canvases, batch_sizes, platforms)
+    names, parameters = named_parameters(detector)
+    parts, programs = {WEIGHTS: _npz(dict(zip(names, parameters, strict=True)))}, []
+    for height, width in canvases:
+        for batch in batch_sizes or (None,):
+            part = f"programs/{height}x{width}{'' if batch is None else f'_batch{batch}'}.bin"
+            parts[part] = lower(detector, (batch, height, width), platforms)
+            programs.append({"part": part, "canvas": [height, width], "batch_size": batch})
+    manifest = {
+        "format": FORMAT,
+        "format_version": VERSION,
+        "made_with": {name: metadata.version(name) for name in ("jax", "jaxlib", "flatbuffers")},
+        "name": config.name,
+        "classes": config.classes or [f"class {k}" for k in range(config.model.num_classes)],
+        "platforms": list(platforms),
+        "canvases": [list(canvas) for canvas in canvases],
+        "batch_sizes": list(batch_sizes) or None,
+        "preprocessing": {
+            "pixels": "uint8 RGB; the programs normalize them",
+            "resize": "keep the aspect ratio: short side to test_short px, or less where the long side would exceed "
+            "test_max px; bilinear, antialiased",
+            "test_short": config.data.test_short,
+            "test_max": config.data.test_max,
+            "padding": "below and to the right, to the smallest canvas that holds the image; sizes tells what is image",
+        },
+        "inference": _settings(detector.config),
+        "programs": programs,
+        "parts": {
+            part: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for part, data in parts.items()
+        },
+    }
+    _write(Path(path), {MANIFEST: json.dumps(manifest, indent=2, allow_nan=False).encode(), **parts})
+    return manifest
+
+
+def lower(detector: Detector, shape: tuple[int | None, int, int], platforms: Sequence[str]) -> bytes:
+    """The program of ``(weights, images, sizes)`` for images ``[B, H, W, 3]``, serialized.
+
+    Args:
+      shape: (B, H, W); B None: any number of images.
+    """
+    batch, height, width = shape
+    names, parameters = named_parameters(detector)
+    function, state = detector.function()
+    tree = jax.tree.structure(state)
+
+    def program(weights: dict[str, Array], images: Array, sizes: Array) -> dict[str, Any]:
+        result = function(tree.unflatten([weights[name] for name in names]), images, sizes)
+        # Plain containers: what reads them knows no class of this package.
+        fields = {name: getattr(result, name) for name in ("boxes", "scores", "classes", "valid")}
+        return {**fields, "stats": {str(level): counts._asdict() for level, counts in result.stats.items()}}
+
+    number: Any = jax.export.symbolic_shape("b")[0] if batch is None else batch
+    weights = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in zip(names, parameters, strict=True)}
+    with _without_folders():
+        exported = jax.export.export(jax.jit(program), platforms=platforms)(
+            weights,
+            jax.ShapeDtypeStruct((number, height, width, 3), jnp.uint8),
+            jax.ShapeDtypeStruct((number, 2), jnp.int32),
+        )
+        return bytes(exported.serialize())
+
+
+def named_parameters(detector: Detector) -> tuple[list[str], list[Array]]:
+    """All arrays of a detector's state and their dotted names, ``backbone.res2.0.conv1.kernel``."""
+    _, state = detector.function()
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    names = [".".join(str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey)) for path, _ in leaves]
+    return names, [leaf for _, leaf in leaves]
+
+
+def _check(
+    inference: InferenceConfig, canvases: Sequence[Canvas], batch_sizes: Sequence[int], platforms: Sequence[str]
+) -> None:
+    if importlib.util.find_spec("flatbuffers") is None:
+        raise DataError("exporting needs flatbuffers, an extra; pip install -r requirements-export.txt")
+    for name, values in (("canvases", canvases), ("batch_sizes", batch_sizes), ("platforms", platforms)):
+        if len(set(values)) != len(values) or (not values and name != "batch_sizes"):
+            raise ConfigError(f"{name} {values}: name each once, and at least one")
+    if any(batch < 1 for batch in batch_sizes):
+        raise ConfigError(f"batch_sizes {batch_sizes}: must be at least 1")
+    if not batch_sizes and inference.query != "dense":
+        raise ConfigError(
+            f"inference.query {inference.query} pools its buffers over the batch, so their size depends on it: give "
+            "batch_sizes, or set inference.query dense"
+        )
+
+
+def _settings(inference: InferenceConfig) -> dict[str, Any]:
+    settings = dataclasses.asdict(inference)
+    del settings["batch_size"]  # the artifact's own are beside
+    return settings
+
+
+def _npz(arrays: dict[str, Array]) -> bytes:
+    buffer = io.BytesIO()
+    np.savez(buffer, allow_pickle=False, **{name: np.asarray(x) for name, x in arrays.items()})
+    return buffer.getvalue()
+
+
+def _write(path: Path, parts: dict[str, bytes]) -> None:
+    if path.is_dir():
+        raise DataError(f"{path}: is a folder; name a file, such as {path / 'detector.zip'}")
+    try:
+        with written_aside(path) as aside, zipfile.ZipFile(aside, "w", zipfile.ZIP_STORED) as archive:
+            for name, data in parts.items():
+                entry = zipfile.ZipInfo(name)  # with a fixed time: equal artifacts are equal files
+                entry.external_attr = 0o644 << 16
+                archive.writestr(entry, data)
+    except OSError as error:
+        raise DataError(f"{path}: not writable ({error}); name a file in a folder that is") from None
+
+
+@contextlib.contextmanager
+def _without_folders() -> Iterator[None]:
+    """A program tells each operation's source line: by the file's name, not by where the file lay on this machine."""
+    setting = "jax_hlo_source_file_canonicalization_regex"
+    before = getattr(jax.config, setting)
+    jax.config.update(setting, r".*[/\\]")
+    try:
+        yield
+    finally:
+        jax.config.update(setting, before)

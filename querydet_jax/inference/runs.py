@@ -1,0 +1,31 @@
+"""A run's trained model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from querydet_jax.config import Config
+from querydet_jax.models import DenseDetector, build_model
+from querydet_jax.runtime.errors import ConfigError
+from querydet_jax.weights import load_weights
+
+
+def open_model(config: Config, source: str | Path, weights: str | Path | None = None) -> DenseDetector:
+    """The model of ``config`` with the weights of the run folder ``source``, or with ``weights``.
+
+    Raises:
+      ConfigError: neither, or weights that lack a part of the model.
+      WeightsError: the weights do not belong to this model.
+    """
+    if weights is None:
+        if not Path(source).is_dir():
+            raise ConfigError(f"{source}: a configuration holds no weights; add --weights, or give a run folder")
+        weights = source
+    model = build_model(config.model)
+    report = load_weights(model, weights)
+    if report.missing:
+        raise ConfigError(
+            f"{weights}: lacks {len(report.missing)} of the model's tensors ({', '.join(report.missing[:3])}, ...); "
+            "give weights of the whole detector, trained with this configuration"
+        )
+    return model

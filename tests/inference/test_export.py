@@ -1,0 +1,303 @@
+"""Artifacts: the same detections from one file, in a process with jax alone; and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import importlib.util
+import io
+import json
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import small_detector as small
+from PIL import Image
+
+import querydet_jax as qd
+from querydet_jax.cli import commands
+from querydet_jax.config import Config, DataConfig, save_config
+from querydet_jax.inference.export import artifact as artifact_module
+from querydet_jax.inference.export.artifact import Artifact, ArtifactError
+from querydet_jax.inference.export.command import export
+from querydet_jax.inference.export.writer import write_artifact
+from querydet_jax.models import RetinaNet
+from querydet_jax.ops.depthwise import depthwise_conv
+from querydet_jax.runtime.errors import ConfigError, DataError, QueryDetError
+
+pytestmark = pytest.mark.compiled_as_used
+
+pytest.importorskip("flatbuffers", reason="pip install -r requirements-export.txt")
+
+CANVAS = (64, 96)
+SIZES = np.array([[64, 96], [50, 96]], np.int32)
+CONFIG = Config(
+    name="small",
+    classes=("ant", "bee", "cow"),
+    model=dataclasses.replace(
+        small.MODEL,
+        max_level=5,
+        loss=dataclasses.replace(small.MODEL.loss, level_weighting="uniform"),
+        backbone=dataclasses.replace(small.MODEL.backbone, name="resnet10"),
+        query=dataclasses.replace(small.MODEL.query, num_convs=1),
+    ),
+    data=DataConfig(test_short=64, test_max=96, test_canvases=(CANVAS,)),
+    inference=dataclasses.replace(small.BASE, start_level=3, capacities=(0.25,)),
+)
+ALONE = """
+import sys
+import numpy as np
+from artifact import Artifact
+images, sizes = np.load("images.npy"), np.load("sizes.npy")
+for name, batches in (("csq", (1, 2)), ("dense", (2,))):
+    detect = Artifact(name + ".zip")
+    for batch in batches:
+        found = detect(images[-batch:], sizes[-batch:])
+        stats = {f"{level}_{key}": x for level, counts in found.stats.items() for key, x in counts.items()}
+        np.savez(f"{name}_{batch}.npz", **{**found._asdict(), "stats": None, **stats})
+loaded = {name.split(".")[0] for name in sys.modules}
+assert "jax" in loaded and not loaded & {"flax", "querydet_jax", "orbax", "optax", "PIL"}, loaded
+"""
+
+
+@functools.cache
+def model() -> RetinaNet:
+    model = qd.build_model(CONFIG.model, seed=0)
+    assert isinstance(model, RetinaNet)
+    return small.randomize(model, seed=16)
+
+
+@functools.cache
+def detector(query: str) -> qd.Detector:
+    return qd.Detector(model(), dataclasses.replace(CONFIG.inference, query=query))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """csq.zip for one and for two images, dense.zip for any number; both for all platforms."""
+    folder = tmp_path_factory.mktemp("artifacts")
+    for query, batch_sizes in (("csq", (1, 2)), ("dense", ())):
+        write_artifact(folder / f"{query}.zip", detector(query), CONFIG, canvases=[CANVAS], batch_sizes=batch_sizes)
+    return folder
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    with zipfile.ZipFile(path) as archive:
+        return {name: archive.read(name) for name in archive.namelist()}
+
+
+def rewritten(path: Path, to: Path, changed: dict[str, bytes], **fields) -> Path:
+    """A sound archive with other parts, and other fields of the manifest."""
+    whole = {**contents(path), **changed}
+    whole["manifest.json"] = json.dumps({**json.loads(whole["manifest.json"]), **fields}).encode()
+    with zipfile.ZipFile(to, "w") as archive:
+        for name, data in whole.items():
+            archive.writestr(name, data)
+    return to
+
+
+def test_same_detections_bit_for_bit_with_jax_alone(folder, tmp_path):
+    images = small.pictures(2, *CANVAS)
+    np.save(tmp_path / "images.npy", images)
+    np.save(tmp_path / "sizes.npy", SIZES)
+    for file in (folder / "csq.zip", folder / "dense.zip", Path(artifact_module.__file__)):
+        shutil.copy(file, tmp_path)
+    ran = subprocess.run([sys.executable, "-c", ALONE], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    for query, batches in (("csq", (1, 2)), ("dense", (2,))):  # a single picture: with predict.py below
+        for batch in batches:
+            expected = detector(query)(images[-batch:], SIZES[-batch:])
+            assert expected.valid.sum() > 10
+            with np.load(tmp_path / f"{query}_{batch}.npz", allow_pickle=True) as found:
+                for name in ("boxes", "scores", "classes", "valid"):
+                    np.testing.assert_array_equal(found[name], getattr(expected, name), strict=True)
+                for level, stats in expected.stats.items():
+                    assert {key: int(found[f"{level}_{key}"]) for key in stats._fields} == {
+                        key: int(x) for key, x in stats._asdict().items()
+                    }
+
+
+def test_manifest(folder):
+    whole = contents(folder / "csq.zip")
+    manifest = json.loads(whole.pop("manifest.json"))
+    assert set(whole) == {"weights.npz", "programs/64x96_batch1.bin", "programs/64x96_batch2.bin"}
+    assert {name: hashlib.sha256(data).hexdigest() for name, data in whole.items()} == {
+        name: part["sha256"] for name, part in manifest["parts"].items()
+    }
+    assert manifest["made_with"]["jax"] == jax.__version__ and manifest["classes"] == list(CONFIG.classes)
+    assert manifest["inference"]["threshold"] == small.BASE.threshold and manifest["inference"]["query"] == "csq"
+    assert manifest["preprocessing"]["test_short"] == 64 and manifest["preprocessing"]["test_max"] == 96
+    # One copy of the weights, by name; none in the programs, and nothing of where this machine keeps its files.
+    with np.load(io.BytesIO(whole["weights.npz"])) as weights:
+        np.testing.assert_array_equal(weights["head.bbox_pred.kernel"], model().head.bbox_pred.kernel[...])
+    for name, data in whole.items():
+        if name.startswith("programs/"):
+            assert jax.export.deserialize(bytearray(data)).platforms == ("cpu", "cuda", "tpu")
+            assert len(data) < 300_000 and b"base.py" in data and str(Path(__file__).parents[2]).encode() not in data
+
+
+def test_depthwise_convolution_is_exported_for_every_platform():
+    """The one layer whose program depends on the platform (multiply-adds on CPU)."""
+    x, kernel = small.pictures(2, 16, 24).astype(np.float32), jnp.asarray(np.ones((3, 3, 1, 3), np.float32))
+    conv = jax.jit(lambda x, kernel: depthwise_conv(x, kernel, 2, ((1, 1), (1, 1))))
+    number = jax.export.symbolic_shape("b")[0]
+    exported = jax.export.export(conv, platforms=("cpu", "cuda", "tpu"))(
+        jax.ShapeDtypeStruct((number, 16, 24, 3), jnp.float32), kernel
+    )
+    assert "convolution" in str(exported.mlir_module()) and "case" in str(exported.mlir_module())
+    np.testing.assert_array_equal(exported.call(x, kernel), conv(x, kernel))
+
+
+@pytest.mark.parametrize("place", ["manifest.json", "weights.npz", "programs/64x96.bin", "directory"])
+def test_a_damaged_byte_is_refused(folder, tmp_path, place):
+    data = bytearray((folder / "dense.zip").read_bytes())
+    with zipfile.ZipFile(folder / "dense.zip") as archive:
+        at = archive.start_dir + 50 if place == "directory" else archive.getinfo(place).header_offset + 300
+    data[at] ^= 0x40
+    (tmp_path / "damaged.zip").write_bytes(data)
+    with pytest.raises(ArtifactError, match="damaged.zip: damaged, cut short .*export it again"):
+        Artifact(tmp_path / "damaged.zip")
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.9999])
+def test_a_truncated_file_is_refused(folder, tmp_path, share):
+    data = (folder / "dense.zip").read_bytes()
+    (tmp_path / "short.zip").write_bytes(data[: int(share * len(data))])
+    with pytest.raises(ArtifactError, match="short.zip: damaged, cut short .*copy it again"):
+        Artifact(tmp_path / "short.zip")
+
+
+def test_what_is_not_what_was_written_is_refused(folder, tmp_path):
+    """Archives without a damaged byte."""
+    path = folder / "dense.zip"
+    cases = {
+        "weights.npz is not what was written": rewritten(path, tmp_path / "a.zip", {"weights.npz": b"others"}),
+        "format version 2, this reader knows 1": rewritten(path, tmp_path / "b.zip", {}, format_version=2),
+        "its manifest.json is of no artifact": rewritten(path, tmp_path / "c.zip", {}, format="something else"),
+        "no such file": tmp_path / "absent.zip",
+    }
+    for message, file in cases.items():
+        with pytest.raises(ArtifactError, match=f"{file.name}: .*{message}"):
+            Artifact(file)
+
+
+def test_programs_of_a_jax_that_writes_otherwise_are_refused(folder, tmp_path):
+    part = "programs/64x96.bin"
+    whole = contents(folder / "dense.zip")
+    exported = jax.export.deserialize(bytearray(whole[part]))
+    newer = exported.calling_convention_version + 99
+    for foreign in (
+        b"not what jax.export serializes",
+        bytes(dataclasses.replace(exported, calling_convention_version=newer).serialize()),
+        bytes(dataclasses.replace(exported, mlir_module_serialized=b"newer operations").serialize()),
+    ):
+        parts = json.loads(whole["manifest.json"])["parts"]
+        parts[part]["sha256"] = hashlib.sha256(foreign).hexdigest()
+        other = Artifact(rewritten(folder / "dense.zip", tmp_path / "x.zip", {part: foreign}, parts=parts))
+        with pytest.raises(ArtifactError, match=f"x.zip: {part} was written by jax .* pip install jax=="):
+            other(small.pictures(1, *CANVAS))
+
+
+def test_another_platform_is_refused(tmp_path):
+    for name in ("gpu.zip", "again.zip"):
+        write_artifact(tmp_path / name, detector("dense"), CONFIG, canvases=[(32, 32)], platforms=["cuda"])
+    assert (tmp_path / "gpu.zip").read_bytes() == (tmp_path / "again.zip").read_bytes()
+    with pytest.raises(ArtifactError, match="gpu.zip: exported for cuda, and jax runs on cpu here.*--platforms cpu"):
+        Artifact(tmp_path / "gpu.zip")
+
+
+def test_other_input_is_refused(folder):
+    detect = Artifact(folder / "csq.zip")
+    assert detect.canvases == (CANVAS,) and detect.batch_sizes == (1, 2) and detect.classes == CONFIG.classes
+    for batch, height, width in ((3, *CANVAS), (1, 96, 64), (0, *CANVAS)):
+        with pytest.raises(ArtifactError, match=f"csq.zip: {batch} images of {height}x{width} .*1, 2 images of 64x96"):
+            detect(np.zeros((batch, height, width, 3), np.uint8))
+    with pytest.raises(ArtifactError, match=r"dense.zip: 0 images .*any number"):
+        Artifact(folder / "dense.zip")(np.zeros((0, *CANVAS, 3), np.uint8))
+    with pytest.raises(ArtifactError, match="must be uint8"):
+        detect(np.zeros((1, *CANVAS, 3), np.float32))
+    with pytest.raises(ArtifactError, match="a .height, width. each"):
+        detect(np.zeros((1, *CANVAS, 3), np.uint8), SIZES)
+
+
+def test_what_cannot_be_exported_is_refused(tmp_path):
+    for message, changes in {
+        "pools its buffers over the batch": {"batch_sizes": ()},
+        "batch_sizes .0,.: must be at least 1": {"batch_sizes": (0,)},
+        "canvases .*name each once": {"canvases": [CANVAS, CANVAS]},
+        "platforms .*at least one": {"platforms": ()},
+    }.items():
+        with pytest.raises(ConfigError, match=message):
+            write_artifact(
+                tmp_path / "x.zip", detector("csq"), CONFIG, **{"canvases": [CANVAS], "batch_sizes": (1,), **changes}
+            )
+    (tmp_path / "file").touch()
+    for path, message in ((tmp_path, "is a folder"), (tmp_path / "file" / "x.zip", "not writable")):
+        with pytest.raises(DataError, match=message):
+            write_artifact(path, detector("dense"), CONFIG, canvases=[(32, 32)], platforms=["cpu"])
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_without_flatbuffers(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(DataError, match="pip install -r requirements-export.txt"):
+        write_artifact(tmp_path / "x.zip", detector("dense"), CONFIG, canvases=[CANVAS])
+    with pytest.raises(ArtifactError, match="dense.zip: reading it needs flatbuffers; pip install flatbuffers"):
+        Artifact(folder / "dense.zip")
+
+
+def run_command(command, monkeypatch, *words: object) -> None:
+    monkeypatch.setattr(sys, "argv", [f"{command.__name__}.py", *map(str, words)])
+    command()
+
+
+def test_predict_from_an_artifact_is_predict_from_the_run(tmp_path, monkeypatch, capsys):
+    """Also of a picture smaller than its canvas."""
+    config = dataclasses.replace(CONFIG, inference=dataclasses.replace(CONFIG.inference, query="dense"))
+    save_config(config, tmp_path / "config.json")
+    qd.export_weights(model(), tmp_path / "model.npz")
+    (tmp_path / "pictures").mkdir()
+    for i, shape in enumerate([(120, 180), (110, 220)]):
+        Image.fromarray(small.pictures(2, *shape, seed=i)[1]).save(tmp_path / "pictures" / f"{i}.png")
+    source = (tmp_path / "config.json", "--weights", tmp_path / "model.npz")
+    run_command(export, monkeypatch, *source, "--out", tmp_path / "x.zip", "--platforms", "cpu")
+    assert "2 programs" in (said := capsys.readouterr().out) and "canvases 64x96, 96x64, batch size any" in said
+
+    seen = ("--images", tmp_path / "pictures", "--min-score", "0.2")
+    run_command(commands.predict, monkeypatch, *source, *seen, "--out", tmp_path / "run")
+    run_command(commands.predict, monkeypatch, "--artifact", tmp_path / "x.zip", *seen, "--out", tmp_path / "artifact")
+    written = sorted(path.name for path in (tmp_path / "run").iterdir())
+    assert written == ["0_detections.jpg", "1_detections.jpg", "detections.json"]
+    for name in written:
+        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "artifact" / name).read_bytes()
+    found = json.loads((tmp_path / "run" / "detections.json").read_text())
+    assert [len(entry["detections"]) > 3 for entry in found["images"]] == [True] * 2
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--inference.threshold 0.3", "--inference.threshold: fixed in an artifact; give it to export.py"),
+        ("--data.no-patches", "--data.no-patches: fixed in an artifact"),
+        ("--name other", "--name: fixed in an artifact"),
+        ("--weights model.npz", "--weights model.npz: an artifact has its own"),
+        ("--speed 3", "--speed: unknown option"),
+        ("", "--images: name at least one picture"),
+    ],
+)
+def test_predict_refuses_what_an_artifact_cannot_do(folder, monkeypatch, words, message):
+    with pytest.raises(QueryDetError, match=message):
+        run_command(commands.predict, monkeypatch, "--artifact", folder / "dense.zip", *words.split())
+
+
+def test_predict_takes_a_run_or_an_artifact(folder, monkeypatch):
+    with pytest.raises(ConfigError, match="runs/mine: --artifact names the model already"):
+        run_command(commands.predict, monkeypatch, "runs/mine", "--artifact", folder / "dense.zip")

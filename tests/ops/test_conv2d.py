@@ -1,0 +1,67 @@
+"""Convolution: the gradient of its kernel in blocks of rows against XLA's."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from querydet_jax.ops import conv2d
+
+
+@pytest.mark.parametrize(
+    ("size", "stride", "padding", "shape"),
+    [
+        (3, 1, [(1, 1), (1, 1)], (2, 12, 7)),  # blocks of four rows
+        (3, 1, [(1, 1), (1, 1)], (1, 11, 7)),  # a prime number of rows: one a block
+        (3, 2, [(1, 1), (1, 1)], (2, 13, 10)),
+        (3, 2, [(0, 1), (0, 1)], (1, 12, 8)),  # TensorFlow's padding
+        (7, 2, [(3, 3), (3, 3)], (2, 16, 18)),  # a ResNet's stem
+        (3, 1, [(0, 0), (0, 0)], (1, 6, 40)),  # a row is more than a block
+    ],
+)
+def test_gradients(size, stride, padding, shape, monkeypatch):
+    for name, value in {"_BLOCK": 30, "_CELLS": 1, "_CHANNELS": 1}.items():
+        monkeypatch.setattr(conv2d, name, value)
+    rng = np.random.default_rng(size)
+    x = jnp.asarray(rng.normal(size=(*shape, 5)), jnp.float32)
+    kernel = jnp.asarray(rng.normal(size=(size, size, 5, 4)), jnp.float32)
+
+    def plain(x, kernel):
+        return lax.conv_general_dilated(
+            x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+
+    def ours(x, kernel):
+        return conv2d.conv2d(x, kernel, stride, padding)
+
+    expected, pull = jax.vjp(plain, x, kernel)
+    found, our_pull = jax.vjp(ours, x, kernel)
+    np.testing.assert_array_equal(found, expected)
+    g = jnp.asarray(rng.normal(size=expected.shape), jnp.float32)
+    (to_x, to_kernel), (expected_x, expected_kernel) = our_pull(g), pull(g)
+    np.testing.assert_array_equal(to_x, expected_x)
+    np.testing.assert_allclose(to_kernel, expected_kernel, rtol=1e-5, atol=1e-5)
+
+
+def test_bfloat16_is_summed_in_float32(monkeypatch):
+    """A thousand cells of ones: in bfloat16 the sum would stop at 256."""
+    monkeypatch.setattr(conv2d, "_CELLS", 1)
+    monkeypatch.setattr(conv2d, "_CHANNELS", 1)
+    x, kernel = jnp.ones((1, 32, 32, 1), jnp.bfloat16), jnp.zeros((1, 1, 1, 1), jnp.bfloat16)
+    _, pull = jax.vjp(lambda kernel: conv2d.conv2d(x, kernel, 1, [(0, 0), (0, 0)]), kernel)
+    (gradient,) = pull(jnp.ones((1, 32, 32, 1), jnp.bfloat16))
+    assert gradient.dtype == jnp.bfloat16 and float(gradient.reshape(())) == 1024
+
+
+def test_large_maps_take_blocks_and_small_ones_do_not():
+    """A loop over blocks is in the program of the one, and in none of the other."""
+
+    def loops(side: int, channels: int) -> int:
+        x, kernel = jnp.zeros((1, side, side, channels)), jnp.zeros((3, 3, channels, 4))
+        gradient = jax.grad(lambda kernel: conv2d.conv2d(x, kernel, 1, [(1, 1), (1, 1)]).sum())
+        return jax.jit(gradient).lower(kernel).as_text().count("stablehlo.while")
+
+    assert (loops(65, 16), loops(64, 16), loops(65, 3)) == (1, 0, 0)
