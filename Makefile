@@ -8,7 +8,7 @@ DEMO ?= runs/demo
 # Tests in as many processes as there are processors; the tests of a file share what they have made.
 WORKERS ?= --numprocesses logical --maxprocesses 8 --dist loadfile
 
-.PHONY: demo test lint benchmark clean
+.PHONY: demo test lint docs benchmark clean
 
 demo: $(VENV)/.installed  ## Train on generated scenes, evaluate densely and with CSQ, draw pictures (about 10 minutes)
 	rm -rf $(DEMO)
@@ -26,6 +26,10 @@ lint: $(VENV)/.installed-test  ## Style and types only
 	$(PY) -m ruff format --check .
 	$(PY) -m basedpyright --pythonpath $(PY)
 
+docs: $(VENV)/.installed-docs  ## The documentation, in docs/_build/html; warnings are errors
+	$(PY) -m sphinx --fail-on-warning --keep-going --quiet -b html docs docs/_build/html
+	@echo "built docs/_build/html/index.html"
+
 benchmark: $(VENV)/.installed  ## Dense against CSQ, ResNet-50, 800x1344
 	$(PY) benchmark.py end-to-end
 
@@ -42,5 +46,9 @@ $(VENV)/.installed-test: $(VENV)/.installed requirements-test.txt
 	$(PY) -m pip install --quiet -r requirements-test.txt
 	touch $@
 
+$(VENV)/.installed-docs: $(VENV)/.installed requirements-docs.txt
+	$(PY) -m pip install --quiet -r requirements-docs.txt
+	touch $@
+
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis docs/_build

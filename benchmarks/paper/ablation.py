@@ -53,7 +53,7 @@ def table3(arguments: Table3) -> None:
 def parts(model: ModelConfig, query: str) -> dict[str, bool]:
     """The check marks of Table 3.
 
-    ``HR`` high resolution (P2), ``RB`` losses re-balanced over levels (paper eq. 4), ``QH`` trained with a query
+    ``HR`` high resolution (P2), ``RB`` losses re-balanced over levels (QueryDet eq. 4), ``QH`` trained with a query
     head, ``CSQ`` cascade sparse query at inference.
     """
     balanced = len(set(level_weights(model))) > 1

@@ -108,7 +108,7 @@ class LossConfig:
     """Losses of paper section 3.4; defaults are the published code's COCO values.
 
     The paper's own text differs in three named options: ``level_weighting="linear"`` (beta_l from
-    1 to ``linear_max``), ``query_radius="level"`` (s_l of eq. 3 in place of the object's own scale)
+    1 to ``linear_max``), ``query_radius="level"`` (s_l of QueryDet eq. 3 in place of the object's own scale)
     and ``InferenceConfig.threshold=0.15``. The matcher, its IoUs and smooth L1 are RetinaNet's and the RPN's; FCOS has
     its own targets (``FCOSConfig``) and the GIoU loss. Faster R-CNN has no focal loss but the query head's, and divides
     by numbers of samples (``FasterRCNNConfig``), not by the running average.

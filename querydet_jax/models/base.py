@@ -196,7 +196,7 @@ class DenseDetector(nnx.Module):
     def weigh(
         self, sums: dict[str, list[Array]], divisor: Array | float, query: Array | None
     ) -> tuple[dict[str, Array], dict[str, Array]]:
-        """Loss terms and their parts by level (paper eq. 4): sum_l beta_l sum / divisor for each of ``sums``,
+        """Loss terms and their parts by level (QueryDet eq. 4): sum_l beta_l sum / divisor for each of ``sums``,
         which are by level; ``query``: sum_q w_q mean focal of ``query_losses`` (0 without a query head)."""
         weights = jnp.asarray(level_weights(self.config), jnp.float32)
         per_level = {name: jnp.stack(values) for name, values in sums.items()}

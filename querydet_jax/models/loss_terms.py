@@ -106,7 +106,7 @@ def query_scale_range(config: ModelConfig, level: int) -> tuple[float, float]:
 
 
 def level_weights(config: ModelConfig) -> tuple[float, ...]:
-    """beta_l of paper eq. 4, finest level first."""
+    """Return the weights beta_l that re-balance the levels (QueryDet eq. 4 summed over levels), finest level first."""
     loss, count = config.loss, len(config.levels)
     if loss.level_weighting == "table":
         return loss.level_weights

@@ -58,8 +58,11 @@ class RetinaNet(DenseDetector):
         whole: Whole | None = None,
         remat: bool = False,
     ) -> Losses:
-        """loss_cls = sum_l beta_l sum focal / N, loss_box = sum_l beta_l sum smooth L1 / N,
-        loss_query = sum_q w_q mean focal; total is their sum. Foreground are anchors; ``keys`` are not used."""
+        """Return the losses of QueryDet eq. 4, weighted over levels as in the published code.
+
+        loss_cls = sum_l beta_l sum focal / N, loss_box = sum_l beta_l sum smooth L1 / N, loss_query =
+        sum_q w_q mean focal; total is their sum. Foreground are anchors; ``keys`` are not used.
+        """
         config, loss = self.config, self.config.loss
         boxes, classes = jnp.asarray(boxes, jnp.float32), jnp.asarray(classes, jnp.int32)
         features = self.features(jnp.asarray(images), sizes)

@@ -19,7 +19,7 @@ def binary_cross_entropy(logits: Array, targets: Array) -> Array:
 
 
 def focal_loss(logits: Array, targets: Array, *, alpha: float, gamma: float) -> Array:
-    """Sigmoid focal loss a_t (1 - p_t)^g BCE(x, t) (Lin et al. 2017, eq. 5), one value an element.
+    """Sigmoid focal loss a_t (1 - p_t)^g BCE(x, t) (RetinaNet, Lin et al. 2017, eq. 5), one value an element.
 
     ``1 - p_t`` is taken as ``sigmoid`` of the negated signed logit, never as a difference, so a
     fractional ``gamma`` keeps finite gradients at any logit.

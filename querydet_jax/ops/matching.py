@@ -183,12 +183,12 @@ def query_targets(
     radius: Literal["object", "level"] = "object",
     factor: float = 1.0,
 ) -> Array:
-    """Where a level's query head should fire, bool ``[h, w]`` (paper section 3.2, eqs. 2 and 3).
+    """Return where a level's query head should fire, bool ``[h, w]``.
 
-    With D the distance from a cell's middle to the nearest small object's centre, a cell is a
-    query if D is below a radius: that object's own scale ``sqrt(w h)`` (``object``, the published
-    code), or s_l, the upper end of ``scale_range`` (``level``, eq. 3), times ``factor``. Only the
-    nearest small object counts, the first one on ties.
+    QueryDet eq. 2: D is the distance from a cell's middle to the nearest small object's centre.
+    QueryDet eq. 3: the target is 1 where D is below a radius: that object's own scale ``sqrt(w h)``
+    (``object``, the published code), or s_l, the upper end of ``scale_range`` (``level``, the paper),
+    times ``factor``. Only the nearest small object counts, the first one on ties.
 
     Args:
       boxes: ``[G, 4]`` px; rows with a negative ``classes`` entry are padding.

@@ -32,7 +32,7 @@ def boxes_around(points: Array, sides: Array) -> Array:
 
 
 def centerness(sides: Array) -> Array:
-    """sqrt(min(l, r) / max(l, r) * min(t, b) / max(t, b)) (eq. 3 there), ``[..., 4]`` to ``[...]``: 1 in a box's
+    """sqrt(min(l, r) / max(l, r) * min(t, b) / max(t, b)) (FCOS eq. 3), ``[..., 4]`` to ``[...]``: 1 in a box's
     middle, 0 on its sides and outside."""
     sides = jnp.maximum(sides, 0.0)
     low, high = jnp.minimum(sides[..., :2], sides[..., 2:]), jnp.maximum(sides[..., :2], sides[..., 2:])

@@ -20,11 +20,11 @@ from jax import Array, lax
 
 _WINDOW = 16  # T: one window covers the boxes of up to 15 cells
 _BOXES = 16  # boxes a turn
-_CANONICAL_SIZE, _CANONICAL_LEVEL = 224.0, 4  # FPN (Lin et al. 2017a), eq. 1: a box of 224 px is read from P4
+_CANONICAL_SIZE, _CANONICAL_LEVEL = 224.0, 4  # FPN eq. 1 (Lin et al. 2017a): a box of 224 px is read from P4
 
 
 def box_levels(boxes: Array, min_level: int, max_level: int) -> Array:
-    """Pyramid level int32 ``[...]`` to read boxes ``[..., 4]`` from (FPN, eq. 1): the finer, the smaller they are."""
+    """Pyramid level int32 ``[...]`` to read boxes ``[..., 4]`` from (FPN eq. 1): the finer, the smaller they are."""
     sizes = jnp.maximum(boxes[..., 2:] - boxes[..., :2], 0.0)
     scale = jnp.sqrt(sizes[..., 0] * sizes[..., 1])
     level = jnp.floor(_CANONICAL_LEVEL + jnp.log2(scale / _CANONICAL_SIZE + 1e-8))

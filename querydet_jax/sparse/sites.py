@@ -61,7 +61,9 @@ class Sites:
 
 
 def children(parents: Array, shape: tuple[int, int]) -> Array:
-    """The 2x2 children on the finer level of the true cells of ``parents [B, h, w]``.
+    """Return the keys: the 2x2 children, on the finer level, of the true cells of ``parents [B, h, w]``.
+
+    QueryDet eq. 1: a query (x, y) on P_l has the keys (2x + i, 2y + j), i and j in {0, 1}, on P_{l-1}.
 
     Args:
       shape: (h, w) of the finer level, at most twice the parents'. Below that (P6 of an odd P5 is
