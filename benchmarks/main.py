@@ -15,7 +15,6 @@ from benchmarks.paper.listing import Paper, list_paper
 from benchmarks.paper.tables import Table4, Table5, Table6, table4, table5, table6
 from benchmarks.speed.capacities import Capacities, capacities
 from benchmarks.speed.end_to_end import EndToEnd, end_to_end
-from benchmarks.speed.nms import Nms, nms
 from benchmarks.speed.precision import Precision, precision
 from benchmarks.speed.static_vs_dynamic import StaticVsDynamic, static_vs_dynamic
 from benchmarks.speed.train_step import TrainStep, train_step
@@ -26,7 +25,6 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "end-to-end": (EndToEnd, end_to_end),
     "figure2": (Figure2, figure2),
     "figure4": (Figure4, figure4),
-    "nms": (Nms, nms),
     "paper": (Paper, list_paper),
     "precision": (Precision, precision),
     "static-vs-dynamic": (StaticVsDynamic, static_vs_dynamic),

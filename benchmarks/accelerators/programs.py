@@ -1,13 +1,17 @@
-"""Programs to be compiled for a chip that is not there: inference dense and with CSQ, and the training step.
+"""Programs to compile for a chip that is absent: inference, dense and with CSQ, and the training step.
 
-Models are abstract, shapes without values. XLA counts of a conditional the dearest branch (on TPU: adds up all) and a
-loop's body once, so CSQ's ladder and its turns would be miscounted: here each sparse level has one buffer, as large as
-its sites need, and is computed in one turn, padding included. Results are the same.
+Models are abstract: shapes without values. XLA counts of a conditional the dearest branch (on a TPU, all branches),
+so the capacity ladder would be miscounted. Here each sparse level has one buffer, as large as its sites need, and no
+dense rung. Accelerators compute a buffer in one turn, padding included. The results are those of CSQ.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -19,20 +23,9 @@ from benchmarks.flops import sparse_level_shapes
 from querydet_jax.config import DataConfig, InferenceConfig, TrainConfig
 from querydet_jax.inference.detector import Detector, sparse_options
 from querydet_jax.models import DenseDetector
-from querydet_jax.sparse import (
-    CascadeLevel,
-    Method,
-    SparseOptions,
-    Stack,
-    grow,
-    run_stacks,
-    run_stacks_on_tiles,
-    select_sites,
-    select_tiles,
-    tile_sites,
-)
-from querydet_jax.sparse.level import input_at_sites
-from querydet_jax.sparse.methods import Computed, Finish, room_needed
+from querydet_jax.sparse import CascadeLevel, SparseOptions, Stack
+from querydet_jax.sparse.methods import METHODS, Computed, cascade_sparse_query, room_needed
+from querydet_jax.sparse.tiles import grid_shape
 from querydet_jax.training.parallel import AXIS, ShardMap
 from querydet_jax.training.schedule import make_optimizer
 from querydet_jax.training.step import init_state, make_step
@@ -41,20 +34,31 @@ from querydet_jax.training.step import init_state, make_step
 def inference_program(
     model: DenseDetector, inference: InferenceConfig, shape: tuple[int, int, int], rooms: Mapping[int, int]
 ) -> Program:
-    """Images ``[B, H, W, 3]`` of ``shape`` (B, H, W) to detections.
+    """Return the program from images ``[B, H, W, 3]`` of ``shape`` (B, H, W) to detections.
 
     Args:
-      rooms: of CSQ, cells by level, see ``rooms_needed``; ``{}`` for dense inference.
+      rooms: buffer sizes of CSQ in cells, by level (see ``rooms_needed``); ``{}`` for dense inference.
     """
-    function, state = Detector(model, inference, one_turn(rooms) if rooms else None).function()
+    detect, state = Detector(model, inference).function()
+
+    def detect_with_one_buffer_per_level(*arguments: Any) -> Any:
+        # Active while the program is traced: the configuration has one ladder for all levels.
+        with mock.patch.dict(METHODS, csq=partial(_csq_in_one_buffer, rooms)):
+            return detect(*arguments)
+
     array = jax.ShapeDtypeStruct
-    return Program(function, state, (array((*shape, 3), jnp.uint8), array((shape[0], 2), jnp.int32)))
+    images = (array((*shape, 3), jnp.uint8), array((shape[0], 2), jnp.int32))
+    return Program(detect_with_one_buffer_per_level if rooms else detect, state, images)
 
 
 def rooms_needed(
     model: DenseDetector, inference: InferenceConfig, shape: tuple[int, int, int], queries: np.ndarray
 ) -> dict[int, int]:
-    """Cells of the buffer of each sparse level, whole turns, where each image has P4's ``queries`` bool ``[h, w]``."""
+    """Return the buffer size of each sparse level, in cells and whole chunks, by level.
+
+    Args:
+      queries: bool ``[h, w]`` on P4, the same for each image.
+    """
     batch, *size = shape
     options = sparse_options(inference)
     rooms = {}
@@ -66,26 +70,21 @@ def rooms_needed(
     return rooms
 
 
-def one_turn(rooms: Mapping[int, int]) -> Method:
-    """CSQ in a buffer of ``rooms[level]`` cells, all in one turn. What has no room there is lost."""
-
-    def compute(
-        level: CascadeLevel, keys: jax.Array, stacks: Sequence[Stack], finish: Finish, options: SparseOptions
-    ) -> Computed:
-        room = rooms[level.level]
-        rings = grow(keys, options.context + level.margin)
-        active = rings[options.context]
-        if options.kernel == "tiles":
-            number = room // options.tile**2
-            tiles = select_tiles(active, number, options.tile)
-            outputs, sites = run_stacks_on_tiles(level, active, tiles, stacks, chunk=number), tile_sites(tiles, keys)
-        else:
-            rows, sites, table = input_at_sites(level, select_sites(rings, room), options.context, room)
-            outputs = run_stacks(rows, table, sites, stacks, chunk=room)
-        count = jnp.sum(active.astype(jnp.int32))
-        return Computed(finish(outputs, sites), active, count, jnp.int32(room), jnp.asarray(False))
-
-    return compute
+def _csq_in_one_buffer(
+    rooms: Mapping[int, int],
+    level: CascadeLevel,
+    keys: jax.Array,
+    stacks: Sequence[Stack],
+    select: Any,
+    options: SparseOptions,
+) -> Computed:
+    """Run CSQ with one buffer of ``rooms[level]`` cells and no dense rung. Cells that do not fit are lost."""
+    cells = keys.size
+    if options.kernel == "tiles":
+        batch, height, width = keys.shape
+        cells = options.tile**2 * math.prod(grid_shape((batch, height, width), options.tile))
+    fraction = min(1.0, (rooms[level.level] - 0.5) / cells)  # half a cell less: sizes are rounded up
+    return cascade_sparse_query(level, keys, stacks, select, options._replace(capacities=(fraction,), overflow="cap"))
 
 
 def train_program(

@@ -17,17 +17,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from small_detector import BASE, assert_same, counts, model, pictures
 
 from benchmarks.accelerators.chips import CHIPS, Chip, out_of_memory, roofline
 from benchmarks.accelerators.hlo import traffic
-from benchmarks.accelerators.programs import Program, inference_program, one_turn, rooms_needed, train_program
+from benchmarks.accelerators.programs import Program, inference_program, rooms_needed, train_program
 from benchmarks.accelerators.report import Accelerator, accelerator
 from benchmarks.flops import gflop
 from benchmarks.subject import laid_out_queries, random_model
 from querydet_jax.config import InferenceConfig, override
+from querydet_jax.inference.detector import Detector
 from querydet_jax.runtime.errors import ConfigError
-from querydet_jax.sparse import CascadeLevel, Conv, Sites, SparseOptions
-from querydet_jax.sparse.methods import METHODS, Computed
 
 ROOT = Path(__file__).parents[2]
 RECORDED = json.loads(Path(__file__).with_name("accelerator_figures.json").read_text())
@@ -77,34 +77,17 @@ def test_without_libtpu_the_error_names_the_extra(monkeypatch):
         accelerator(Accelerator())
 
 
-@pytest.mark.parametrize(("kernel", "room"), [("gather", 72), ("tiles", 128)])
-def test_one_turn_computes_what_csq_does(kernel, room):
-    rng = np.random.default_rng(0)
-
-    def conv(inputs: int, outputs: int) -> Conv:
-        return Conv(*(jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((3, 3, inputs, outputs), outputs)))
-
-    level = CascadeLevel(3, jnp.asarray(rng.normal(size=(2, 9, 12, 4)), jnp.float32), output=conv(4, 4))
-    stacks = [[conv(4, 4), conv(4, 3)]]
-    keys = np.zeros((2, 9, 12), bool)
-    keys[0, 2, 3] = keys[0, 2, 4] = keys[1, 5, 10] = True
-
-    def on_map(outputs: list[jax.Array], sites: Sites) -> jax.Array:
-        cells = jnp.where(sites.is_key, sites.index, keys.size)
-        return jnp.zeros((keys.size, 3)).at[cells].set(outputs[0], mode="drop")
-
-    options = SparseOptions(0.5, 2, (0.7,), 8, kernel=kernel)
-
-    @jax.jit
-    def both(keys: jax.Array) -> list[Computed]:
-        return [method(level, keys, stacks, on_map, options) for method in (METHODS["csq"], one_turn({3: room}))]
-
-    expected, found = both(keys)
-    assert int(expected.capacity) > 0
-    np.testing.assert_allclose(found.result, expected.result, rtol=1e-5, atol=1e-4)
-    assert np.any(np.asarray(found.result) != 0, axis=1).sum() == keys.sum()
-    assert (int(found.count), int(found.capacity)) == (int(expected.count), room)
-    np.testing.assert_array_equal(found.active, expected.active)
+@pytest.mark.parametrize("kernel", ["gather", "tiles"])
+def test_one_buffer_per_level_gives_the_detections_of_csq(kernel):
+    inference = override(BASE, {"kernel": kernel})
+    images = pictures(2, 64, 96)
+    expected = Detector(model(), inference)(images)
+    rooms = {3: 96, 2: 128} if kernel == "gather" else {3: 128, 2: 192}  # neither level needs all of it
+    program = inference_program(model(), inference, images.shape[:3], rooms)
+    found = jax.jit(program.function)(program.whole, images, jnp.array([[64, 96]] * 2, jnp.int32))
+    assert {level: int(stats.capacity) for level, stats in found.stats.items()} == rooms
+    assert counts(found) == counts(expected)
+    assert_same(found, expected)
 
 
 def test_rooms_by_hand():
