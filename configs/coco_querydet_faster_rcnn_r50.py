@@ -1,17 +1,15 @@
-"""Faster R-CNN with Cascade Sparse Query in its RPN, ResNet-50, COCO, 1x schedule (paper Table 9).
+"""Faster R-CNN with Cascade Sparse Query in its RPN.
 
-Reproduces: AP 38.47, APs 22.98 dense at 17.57 FPS, AP 38.20, APs 22.23 with CSQ at 19.03 FPS (paper, one RTX 2080Ti).
-Command: python train.py configs/coco_querydet_faster_rcnn_r50.py --data.root COCO --train.init R-50.pkl
-Pod: the same command on every host with --hosts.auto; up to 16 devices in all (coco_querydet_r50.py tells of more).
-Rows: python eval.py runs/coco_querydet_faster_rcnn_r50 (dense and CSQ).
 The paper states three shared 3x3 convolutions in the RPN, three 1x1 branches, levels P2..P6, queries from P4, gamma 1.2
-and the threshold 0.15. The rest is detectron2's Faster R-CNN: one anchor size a level, so s_l is 64 px on P3 and 128 on
-P4; losses of the levels are not re-balanced, as the paper trains objectness and boxes as usual.
-Measured here: not measured; needs COCO and an accelerator.
+and the threshold 0.15. The rest is detectron2's Faster R-CNN. It has one anchor size per level, so s_l is 64 px on P3
+and 128 px on P4. The losses are not re-balanced over levels: the paper trains objectness and boxes as usual.
+
+`python eval.py runs/coco_querydet_faster_rcnn_r50` gives both rows, dense and with CSQ.
 """
 
 from querydet_jax.config import (
     AnchorConfig,
+    Card,
     Config,
     DataConfig,
     FPNConfig,
@@ -22,6 +20,15 @@ from querydet_jax.config import (
     TrainConfig,
 )
 
+card = Card(
+    title="QueryDet on Faster R-CNN, ResNet-50, COCO, 1x schedule (paper Table 9)",
+    reproduces=(
+        "AP 38.47, APs 22.98 dense at 17.57 FPS; AP 38.20, APs 22.23 with CSQ at 19.03 FPS (paper, one RTX 2080Ti)"
+    ),
+    command="python train.py configs/coco_querydet_faster_rcnn_r50.py --data.root COCO --train.init R-50.pkl",
+    pod="the same command on every host with --hosts.auto; at most 16 devices in all",
+    needs="COCO and an accelerator",
+)
 config = Config(
     name="coco_querydet_faster_rcnn_r50",
     model=ModelConfig(

@@ -1,13 +1,8 @@
-"""Demo: QueryDet on generated aerial scenes, from scratch.
-
-Reproduces: nothing of the paper; shows that everything works, in minutes on two CPU cores.
-Command: make demo    (python train.py configs/demo.py && python eval.py runs/demo)
-Pod: made for one computer; on several, python train.py configs/demo.py on every host, up to 8 devices in all.
-Measured: README.md.
-"""
+"""A small QueryDet, trained from scratch on generated aerial scenes in minutes on two CPU cores."""
 
 from querydet_jax.config import (
     BackboneConfig,
+    Card,
     Config,
     DataConfig,
     FPNConfig,
@@ -18,6 +13,13 @@ from querydet_jax.config import (
     TrainConfig,
 )
 
+card = Card(
+    title="QueryDet on generated aerial scenes, from scratch",
+    reproduces="nothing of the paper; shows that everything works",
+    command="make demo    (python train.py configs/demo.py && python eval.py runs/demo)",
+    pod=("made for one computer; on several, python train.py configs/demo.py on every host, at most 8 devices in all"),
+    measured="README.md",
+)
 config = Config(
     name="demo",
     # Trains from scratch on two CPU cores: half a ResNet-18 with live batch norm, 64-channel heads.

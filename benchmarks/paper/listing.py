@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import functools
 import math
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ from benchmarks.flops import inference_gflop
 from benchmarks.paper import numbers as paper
 from benchmarks.report import Column, Report, Row, decimals, ms, times
 from benchmarks.subject import laid_out_queries, random_image, scripted_detector, timed_rows
-from querydet_jax.config import Config, InferenceConfig, LossConfig, ModelConfig, load_config, override
+from querydet_jax.config import Card, Config, InferenceConfig, LossConfig, ModelConfig, load_card, load_config, override
 from querydet_jax.inference.detector import Detector
 from querydet_jax.models import DenseDetector, build_model
 from querydet_jax.models.base import SIZE_DIVISOR
@@ -47,40 +45,39 @@ class Paper:
 
 
 @dataclass(frozen=True)
-class Card:
-    """An experiment file: its configuration, and of its docstring the command and what keeps it from being run."""
+class _Experiment:
+    """An experiment file: its configuration and its card."""
 
     config: Config
-    train: str
-    needs: str
+    card: Card
 
 
 def list_paper(arguments: Paper) -> None:
     chosen = _chosen(arguments)
-    cards, absent = _cards(Path(arguments.configs), [row.card for _, _, row in chosen])
-    figures = [] if arguments.tables else _figures(cards)
+    experiments, absent = _experiments(Path(arguments.configs), [row.card for _, _, row in chosen])
+    figures = [] if arguments.tables else _figures(experiments)
     rows: list[Row] = []
     for number, table, row in chosen:
-        card = cards.get(row.card)
+        found = experiments.get(row.card)
         rows.append(
             {
                 "table": f"Table {number}",
                 "row": row.name,
                 "card": row.card,
                 "evaluate": evaluate_command(row),
-                "train": None if card is None else card.train,
-                "needs": None if card is None else card.needs,
+                "train": None if found is None else found.card.command,
+                "needs": None if found is None else found.card.needs,
                 **{f"paper_{column}": table.value(row, column) for column in (*paper.COCO, *paper.VISDRONE)},
                 "paper_speed_up": table.speed_up(row),
             }
         )
-    _add_computed(rows, chosen, cards, arguments)
+    _add_computed(rows, chosen, experiments, arguments)
     Report(
         "paper",
         "The paper's tables and figures" + _computed_with(arguments),
         _columns(arguments),
         [*rows, *figures],
-        notes=_notes(arguments, chosen, figures, cards),
+        notes=_notes(arguments, chosen, figures, experiments),
         not_run=[
             *absent,
             *([] if arguments.flops else ["FLOPs: --flops counts them"]),
@@ -95,25 +92,6 @@ def evaluate_command(row: paper.PaperRow) -> str:
     return f"python eval.py runs/{row.card} {_flags(row)}"
 
 
-def read_card(path: Path) -> Card:
-    """Read an experiment file with its docstring.
-
-    Raises:
-      ConfigError: as ``load_config``; or the docstring lacks its lines ``Command:`` and ``Measured``.
-    """
-    config = load_config(path)
-    lines = (ast.get_docstring(ast.parse(path.read_text())) or "").splitlines()
-
-    def after(start: str) -> str:
-        found = next((line for line in lines if line.startswith(start)), None)
-        if found is None:
-            raise ConfigError(f"{path}: its docstring has no line {start!r}; see the other cards")
-        return found.partition(": ")[2]
-
-    needs = re.search(r"needs (.*?)\.?$", after("Measured"))
-    return Card(config, after("Command:"), needs[1] if needs else "")
-
-
 def _chosen(arguments: Paper) -> list[tuple[int, paper.Table, paper.PaperRow]]:
     unknown = [number for number in arguments.tables if number not in paper.TABLES]
     if unknown:
@@ -123,30 +101,30 @@ def _chosen(arguments: Paper) -> list[tuple[int, paper.Table, paper.PaperRow]]:
     return [found for found in paper.rows() if not arguments.tables or found[0] in arguments.tables]
 
 
-def _cards(folder: Path, names: list[str]) -> tuple[dict[str, Card], list[str]]:
+def _experiments(folder: Path, names: list[str]) -> tuple[dict[str, _Experiment], list[str]]:
     """The cards that are there by name, and a line for each that is not."""
     found, absent = {}, []
     for name in dict.fromkeys(names):
         path = folder / f"{name}.py"
         if path.is_file():
-            found[name] = read_card(path)
+            found[name] = _Experiment(load_config(path), load_card(path))
         else:
             absent.append(f"{name}: {path} is absent; --configs names the folder of the cards")
     return found, absent
 
 
-def _figures(cards: dict[str, Card]) -> list[Row]:
+def _figures(experiments: dict[str, _Experiment]) -> list[Row]:
     rows = []
     for number, (title, name, words) in paper.FIGURES.items():
-        card = cards.get(name)
+        found = experiments.get(name)
         rows.append(
             {
                 "table": f"Figure {number}",
                 "row": title,
                 "card": name or None,
                 "evaluate": f"python benchmark.py {words}",
-                "train": None if card is None else card.train,
-                "needs": None if card is None else card.needs,
+                "train": None if found is None else found.card.command,
+                "needs": None if found is None else found.card.needs,
             }
         )
     return rows
@@ -170,52 +148,52 @@ def _gflop(structure: ModelConfig, inference: InferenceConfig, size: tuple[int, 
     return inference_gflop(_shapes(structure), inference, size, laid_out_queries(*size, active))
 
 
-def _inference(card: Card, row: paper.PaperRow) -> InferenceConfig:
+def _inference(experiment: _Experiment, row: paper.PaperRow) -> InferenceConfig:
     # At a score threshold of 0 every level brings all its candidates to NMS, the worst case.
-    return override(card.config.inference, {"query": row.query, **row.changes, "score_threshold": 0.0})
+    return override(experiment.config.inference, {"query": row.query, **row.changes, "score_threshold": 0.0})
 
 
 def _add_computed(
     rows: list[Row],
     chosen: list[tuple[int, paper.Table, paper.PaperRow]],
-    cards: dict[str, Card],
+    experiments: dict[str, _Experiment],
     arguments: Paper,
 ) -> None:
     """Parameters, and FLOPs and times where they are asked for, into the rows of cards that are there."""
-    groups: dict[Any, list[tuple[Row, paper.PaperRow, Card]]] = {}
+    groups: dict[Any, list[tuple[Row, paper.PaperRow, _Experiment]]] = {}
     for entry, (number, _, row) in zip(rows, chosen, strict=True):
-        card = cards.get(row.card)
-        if card is None:
+        found = experiments.get(row.card)
+        if found is None:
             continue
-        structure = _structure(card.config.model)
+        structure = _structure(found.config.model)
         parameters = nnx.to_flat_state(nnx.state(_shapes(structure), nnx.Param))
         entry["parameters"] = sum(math.prod(x.shape) for _, x in parameters)
-        size = arguments.size if any(arguments.size) else card.config.data.test_canvases[0]
+        size = arguments.size if any(arguments.size) else found.config.data.test_canvases[0]
         if arguments.flops:
-            entry["gflop"] = _gflop(structure, _inference(card, row), size, arguments.active)
-        groups.setdefault((number, row.over or row.name, size), []).append((entry, row, card))
+            entry["gflop"] = _gflop(structure, _inference(found, row), size, arguments.active)
+        groups.setdefault((number, row.over or row.name, size), []).append((entry, row, found))
     if arguments.speed:
         for (_, over, size), members in groups.items():
             _add_times(members, over, size, arguments)
 
 
 def _add_times(
-    members: list[tuple[Row, paper.PaperRow, Card]], over: str, size: tuple[int, int], arguments: Paper
+    members: list[tuple[Row, paper.PaperRow, _Experiment]], over: str, size: tuple[int, int], arguments: Paper
 ) -> None:
     """Milliseconds of rows timed in turn, and speed-ups over the row ``over``, if it is among them."""
     queries = laid_out_queries(*size, arguments.active)
     models: dict[ModelConfig, DenseDetector] = {}
     detectors: dict[Any, Detector] = {}  # rows that compute alike are timed once
-    for _, row, card in sorted(members, key=lambda member: member[1].name != over):
-        structure, inference = _structure(card.config.model), _inference(card, row)
+    for _, row, experiment in sorted(members, key=lambda member: member[1].name != over):
+        structure, inference = _structure(experiment.config.model), _inference(experiment, row)
         if structure not in models:
             models[structure] = build_model(structure)
         if (structure, inference) not in detectors:
             detectors[structure, inference] = scripted_detector(models[structure], inference, queries, size)
     measured = {row["method"]: row for row in timed_rows(detectors, random_image(*size), arguments.rounds)}
     keys = ("ms_p50", "ms_p90", *(["speed_up"] if any(row.name == over for _, row, _ in members) else []))
-    for entry, row, card in members:
-        found = measured[_structure(card.config.model), _inference(card, row)]
+    for entry, row, experiment in members:
+        found = measured[_structure(experiment.config.model), _inference(experiment, row)]
         entry |= {key: found[key] for key in keys}
 
 
@@ -261,7 +239,7 @@ def _notes(
     arguments: Paper,
     chosen: list[tuple[int, paper.Table, paper.PaperRow]],
     figures: list[Row],
-    cards: dict[str, Card],
+    experiments: dict[str, _Experiment],
 ) -> list[str]:
     tables = {number: table for number, table, _ in chosen}
     lines = [
@@ -276,7 +254,8 @@ def _notes(
         *(f"  Table {n}: python benchmark.py {table.at_once}" for n, table in tables.items() if table.at_once),
         *(f"  {row['table']}: {row['evaluate']}" for row in figures),
     ]
-    for needs in dict.fromkeys(card.needs for card in cards.values()):
+    cards = [experiment.card for experiment in experiments.values()]
+    for needs in dict.fromkeys(card.needs for card in cards):
         lines.append(f"train (needs {needs}; on a pod the same on every host with --hosts.auto):")
-        lines += [f"  {card.train}" for card in cards.values() if card.needs == needs]
+        lines += [f"  {card.command}" for card in cards if card.needs == needs]
     return lines

@@ -1,6 +1,7 @@
 """Configuration: the schema, the rules between its fields, loading and saving."""
 
-from querydet_jax.config.loading import load_config, override, save_config
+from querydet_jax.config.card import Card
+from querydet_jax.config.loading import load_card, load_config, override, save_config
 from querydet_jax.config.rules import check
 from querydet_jax.config.schema import (
     AnchorConfig,
@@ -21,6 +22,7 @@ from querydet_jax.config.schema import (
 __all__ = [
     "AnchorConfig",
     "BackboneConfig",
+    "Card",
     "Config",
     "DataConfig",
     "FCOSConfig",
@@ -33,6 +35,7 @@ __all__ = [
     "QueryConfig",
     "TrainConfig",
     "check",
+    "load_card",
     "load_config",
     "override",
     "save_config",

@@ -14,6 +14,7 @@ import runpy
 from pathlib import Path
 from typing import Any, TypeVar
 
+from querydet_jax.config.card import Card
 from querydet_jax.config.fields import from_dict, replace_field
 from querydet_jax.config.rules import check
 from querydet_jax.config.schema import Config
@@ -42,17 +43,37 @@ def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Co
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path}: not readable as JSON ({error}); restore or re-create it") from None
     else:
-        try:
-            config = runpy.run_path(str(path)).get("config")
-        except Exception as error:  # the file is a user's program: it can fail in any way
-            raise ConfigError(
-                f"{path}: {type(error).__name__}: {error}; mend the file (field names are in querydet_jax/config.py)"
-            ) from None
+        config = _run(path).get("config")
         if not isinstance(config, Config):
             raise ConfigError(f"{path}: does not define `config = Config(...)`; see configs/demo.py")
         fields = dataclasses.asdict(config)
     # The same road for both: dataclasses do not look at the types that they are given.
     return override(from_dict(Config, fields, where=str(path)), overrides or {})
+
+
+def load_card(path: str | Path) -> Card:
+    """Read the ``card`` of an experiment file (``.py``).
+
+    Raises:
+      ConfigError: file absent, without a ``card``, or one that contradicts itself.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such configuration file; see configs/ for those provided")
+    card = _run(path).get("card")
+    if not isinstance(card, Card):
+        raise ConfigError(f"{path}: does not define `card = Card(...)`; see configs/demo.py")
+    return card
+
+
+def _run(path: Path) -> dict[str, Any]:
+    """Run an experiment file and return its variables."""
+    try:
+        return runpy.run_path(str(path))
+    except Exception as error:  # the file is a user's program: it can fail in any way
+        raise ConfigError(
+            f"{path}: {type(error).__name__}: {error}; fix the file (field names are in querydet_jax/config/schema.py)"
+        ) from None
 
 
 def override(config: Group, changes: dict[str, Any]) -> Group:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import sys
 from pathlib import Path
 from unittest.mock import create_autospec
@@ -17,10 +16,9 @@ from small_detector import BASE, MODEL, model
 
 from benchmarks.flops import counted, gflop, inference_gflop
 from benchmarks.main import main
-from benchmarks.paper import listing
 from benchmarks.paper import numbers as paper
 from benchmarks.subject import laid_out_queries
-from querydet_jax.config import InferenceConfig, load_config, override, save_config
+from querydet_jax.config import InferenceConfig, load_card, load_config, override, save_config
 from querydet_jax.inference.detector import Detector
 from querydet_jax.models import build_model
 from querydet_jax.runtime.errors import ConfigError, QueryDetError
@@ -71,23 +69,22 @@ def test_what_the_paper_says_of_its_own_numbers() -> None:
 @pytest.mark.parametrize("name", sorted({row.card for _, _, row in paper.rows()}))
 def test_every_card_of_the_papers_tables_exists_and_names_its_numbers(name: str) -> None:
     path = CONFIGS / f"{name}.py"
-    docstring = path.read_text().split('"""')[1]
+    card = load_card(path)
     numbers = [
         (number, table.value(row, column))
         for number, table, row in paper.rows()
         for column in ("AP", "FPS")
-        # Tables 4 to 6 are measured by one card, which tells where; its docstring has the numbers of its own row.
+        # Tables 4 to 6 are measured by one card, which tells where; it gives the numbers of its own row.
         if row.card == name and (number not in (4, 5, 6) or name != "coco_querydet_r50")
     ]
     for number, value in numbers:
-        assert re.search(rf"Tables? (\d(,| and) )*{number}\b", docstring), number
-        assert f"{value:.2f}" in docstring, (number, value)
+        assert re.search(rf"Tables? (\d(,| and) )*{number}\b", card.title), number
+        assert f"{value:.2f}" in card.reproduces, (number, value)
     config = load_config(path)
     for _, _, row in paper.rows():
         if row.card == name:
             override(config, {"inference.query": row.query, **{f"inference.{k}": v for k, v in row.changes.items()}})
-    card = listing.read_card(path)
-    assert card.train.startswith(f"python train.py configs/{name}.py --data.root ") and card.needs
+    assert card.command.startswith(f"python train.py configs/{name}.py --data.root ") and card.needs
 
 
 def test_the_listing(monkeypatch, capsys, tmp_path) -> None:
@@ -127,15 +124,15 @@ def test_flops_and_speed_of_small_cards(monkeypatch, tmp_path) -> None:
     }
     save_config(override(load_config(CONFIGS / "demo.py"), small), folder / "small.json")
     (folder / "coco_querydet_faster_rcnn_r50.py").write_text(
-        '"""A card.\n\nCommand: python train.py configs/small.py\nMeasured here: not measured; needs a toy.\n"""\n'
-        "from pathlib import Path\nfrom querydet_jax.config import load_config\n"
+        "from pathlib import Path\nfrom querydet_jax.config import Card, load_config\n"
+        'card = Card(title="A toy", reproduces="9", command="python train.py small.json", pod="-", needs="a toy")\n'
         'config = load_config(Path(__file__).with_name("small.json"), {"data.test_canvases": ((64, 96),)})\n'
     )
     found = run(monkeypatch, tmp_path, *"--tables 9 --flops --speed --rounds 2 --configs".split(), str(folder))
     dense, sparse = found["rows"]
     assert dense["speed_up"] == 1.0 and (dense["needs"], dense["train"]) == (
         "a toy",
-        "python train.py configs/small.py",
+        "python train.py small.json",
     )
     for row in found["rows"]:
         assert all(np.isfinite(row[key]) and row[key] > 0 for key in ("gflop", "ms_p50", "ms_p90", "speed_up"))
@@ -198,11 +195,3 @@ def test_what_cannot_be_listed(monkeypatch, tmp_path, words: str, message: str) 
     with pytest.raises(ConfigError, match=message):
         run(monkeypatch, tmp_path, *words.split())
     assert not list(tmp_path.iterdir())
-
-
-def test_a_card_says_how_to_train_it(tmp_path) -> None:
-    shutil.copy(CONFIGS / "demo.py", tmp_path / "a.py")
-    assert listing.read_card(tmp_path / "a.py").needs == ""  # it has been measured
-    (tmp_path / "b.py").write_text("from querydet_jax.config import Config\nconfig = Config()\n")
-    with pytest.raises(ConfigError, match="its docstring has no line 'Measured'"):
-        listing.read_card(tmp_path / "b.py")

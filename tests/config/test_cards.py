@@ -17,12 +17,14 @@ from querydet_jax.config import (
     ModelConfig,
     TrainConfig,
     check,
+    load_card,
     load_config,
     save_config,
 )
 from querydet_jax.data.plan import choose_canvas
 from querydet_jax.data.readers.visdrone import patch_window
 from querydet_jax.data.transforms import resize_shape
+from querydet_jax.runtime.errors import ConfigError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -32,13 +34,27 @@ def test_the_files_provided(path: Path, tmp_path: Path) -> None:
     config = load_config(path)
     check(config)
     assert config.name != "unnamed"
-    docstring = path.read_text().split('"""')[1]
-    assert f"configs/{path.name}" in docstring  # the command that runs it
-    lines = docstring.splitlines()
-    for word in ("Reproduces:", "Command:", "Pod:", "Measured"):
-        assert sum(line.startswith(word) for line in lines) == 1, word
+    card = load_card(path)
+    assert f"configs/{path.name}" in card.command and card.title and card.reproduces and card.pod
     save_config(config, tmp_path / "config.json")
     assert load_config(tmp_path / "config.json") == config
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "does not define `card = Card"),
+        ('card = Card(title="t", reproduces="r", command="c", pod="p")', "give measured .figures. or needs"),
+        ('card = Card(title="t", reproduces="r", command="c", pod="p", measured="m", needs="n")', "not both"),
+    ],
+)
+def test_what_is_no_card(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "experiment.py"
+    path.write_text(f"from querydet_jax.config import Card\n{text}\n")
+    with pytest.raises(ConfigError, match=f"experiment.py: .*{message}"):
+        load_card(path)
+    with pytest.raises(ConfigError, match="absent.py: no such configuration file"):
+        load_card(tmp_path / "absent.py")
 
 
 def test_some_files_are_provided() -> None:

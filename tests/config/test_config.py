@@ -254,7 +254,7 @@ HEADER = "from querydet_jax.config import *\n"
         ("config = {'name': 'a'}\n", "does not define `config = Config(...)`"),
         ("def (\n", "SyntaxError: invalid syntax"),
         (HEADER + "config = Config(model=ModelConfig(num_clases=3))\n", "TypeError: "),
-        ("config = Config()\n", "NameError: name 'Config' is not defined; mend the file"),
+        ("config = Config()\n", "NameError: name 'Config' is not defined; fix the file"),
         ("import no_such_module\n", "ModuleNotFoundError: No module named 'no_such_module'"),
         ("raise RuntimeError('no GPU')\n", "RuntimeError: no GPU"),
         # A dataclass takes any value: types are checked on loading.
