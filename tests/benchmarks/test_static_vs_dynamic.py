@@ -13,20 +13,9 @@ import numpy as np
 import pytest
 
 from benchmarks.speed import static_vs_dynamic as module
-from benchmarks.speed.static_vs_dynamic import (
-    CROPS,
-    DENSE,
-    GATHER,
-    KEYS,
-    TILES,
-    Masks,
-    Programs,
-    Spconv,
-    StaticVsDynamic,
-    lay_out,
-    static_vs_dynamic,
-)
-from querydet_jax.runtime.errors import QueryDetError
+from benchmarks.speed.sparse_ways import CROPS, DENSE, GATHER, KEYS, TILES, Masks, Spconv, StaticWays
+from benchmarks.speed.static_vs_dynamic import StaticVsDynamic, lay_out, static_vs_dynamic
+from querydet_jax.runtime.errors import ConfigError, QueryDetError
 
 SMALL = dict(
     channels=8,
@@ -61,7 +50,7 @@ def test_every_way_is_measured(tmp_path, capsys, subject, ways):
 
 def test_crops_are_left_out_where_they_would_take_forever(tmp_path, capsys):
     static_vs_dynamic(StaticVsDynamic(subject="layer", out=str(tmp_path), **{**SMALL, "crops_up_to": 0.01}))
-    assert "not run: crops above 1% active: need --crops-up-to" in capsys.readouterr().out
+    assert "not run: crops above 1% active: need a larger --crops-up-to" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("target", [0.005, 0.03, 0.2, 0.6])
@@ -79,9 +68,14 @@ def prepared(subject: str = "head"):
     return arguments, stacks, features, lay_out(24, 40, 0.3)
 
 
+def static_ways(arguments, stacks):
+    relu_last = arguments.subject == "layer"
+    return StaticWays(stacks, (24, 40), relu_last=relu_last, chunk=arguments.chunk, tile=arguments.tile)
+
+
 def test_a_way_that_is_wrong_is_not_timed():
     arguments, stacks, features, masks = prepared()
-    programs = Programs(arguments, stacks)
+    programs = static_ways(arguments, stacks)
     calls = {way: programs.get(way, programs.capacity(way, masks), features, masks)[0] for way in (DENSE, GATHER)}
     module._check(arguments, calls, stacks, features, masks)
     outputs, sites = calls[GATHER]()
@@ -96,7 +90,7 @@ def test_a_way_that_is_wrong_is_not_timed():
 
 def test_the_layer_has_its_relu():
     arguments, stacks, features, masks = prepared("layer")
-    programs = Programs(arguments, stacks)
+    programs = static_ways(arguments, stacks)
     for way in (DENSE, GATHER, TILES, CROPS):
         found = programs.get(way, programs.capacity(way, masks), features, masks)[0]()
         (y,) = found if way == DENSE else found[0]
@@ -105,7 +99,7 @@ def test_the_layer_has_its_relu():
 
 def test_one_program_a_buffer_size():
     arguments, stacks, features, masks = prepared("layer")
-    programs = Programs(arguments, stacks)
+    programs = static_ways(arguments, stacks)
     capacity = programs.capacity(GATHER, masks)
     _, first = programs.get(GATHER, capacity, features, masks)
     empty = Masks(np.zeros_like(masks.keys), np.zeros_like(masks.active))
@@ -114,34 +108,25 @@ def test_one_program_a_buffer_size():
     assert first == again and other["compilations"] == 2
 
 
-def test_threads_are_restricted_before_anything_starts(monkeypatch):
-    chosen = []
-    monkeypatch.setattr(module.os, "sched_getaffinity", lambda pid: {5, 2, 7}, raising=False)
-    monkeypatch.setattr(module.os, "sched_setaffinity", lambda pid, cores: chosen.append(list(cores)), raising=False)
-    monkeypatch.setattr(module.xla_bridge, "backends_are_initialized", lambda: False)
-    monkeypatch.setenv("OMP_NUM_THREADS", "9")
-    assert module._use_threads(1) == ["every way on 1 core(s)"]
-    assert chosen == [[2]] and os.environ["OMP_NUM_THREADS"] == "1"
-    assert module._use_threads(0) == [] and "only 3 core(s)" in module._use_threads(4)[0]
-    monkeypatch.setattr(module.xla_bridge, "backends_are_initialized", lambda: True)
-    assert "it used 3 cores" in module._use_threads(1)[0]
-    assert len(chosen) == 1
-    monkeypatch.delattr(module.os, "sched_setaffinity")
-    assert "no effect" in module._use_threads(1)[0]
-
-
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system does not let a process choose its cores")
 def test_one_thread_is_one_thread():
-    """XLA makes its pool as large as the set of cores: nothing of ours but a comparison of times depends on it."""
+    """In a process of its own: XLA makes its pool as large as the set of cores that it finds when it starts."""
     script = (
-        "import os, time; from benchmarks.speed import static_vs_dynamic as m; notes = m._use_threads(1);"
-        "import jax, jax.numpy as jnp; x = jnp.ones((1500, 1500)); f = jax.jit(lambda x: x @ x);"
-        "f(x).block_until_ready();"
-        "wall, cpu = time.perf_counter(), time.process_time(); [f(x).block_until_ready() for _ in range(5)];"
-        "assert time.process_time() - cpu < 1.2 * (time.perf_counter() - wall); print(notes)"
+        "import os; from benchmarks.speed.static_vs_dynamic import confine; (note,) = confine(1);"
+        "assert len(os.sched_getaffinity(0)) == 1 and os.environ['OMP_NUM_THREADS'] == '1';"
+        "assert float(note.split()[-2]) < 1.2, note"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    assert done.returncode == 0 and "every way on 1 core(s)" in done.stdout, done.stderr
+    assert done.returncode == 0, done.stderr
+
+
+def test_more_threads_than_cores(monkeypatch):
+    monkeypatch.setattr(module.os, "sched_getaffinity", lambda pid: {5, 2, 7}, raising=False)
+    with pytest.raises(ConfigError, match="--threads 4: there are only 3 cores"):
+        module.confine(4)
+    monkeypatch.delattr(module.os, "sched_setaffinity", raising=False)
+    with pytest.raises(ConfigError, match="does not let a process choose its cores; use 0"):
+        module.confine(1)
 
 
 def test_spconv_is_not_run_with_more_threads():
