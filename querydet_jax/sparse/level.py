@@ -20,12 +20,12 @@ from querydet_jax.sparse.sites import Sites, cell_table, neighbour_table, parent
 class CascadeLevel(NamedTuple):
     """A level that is computed only around keys, and what its heads' input is made from.
 
-    ===============================  =====================================================
-    ``features``                     the input itself, ``[B, h, w, C]``
-    ``features, output``             output(features)
-    ``features, output, lateral,     output(lateral(features) + upsample(above)), ``lateral`` with a
-    above``                          kernel [1, 1, C_l, C], ``above`` ``[B, ceil(h/2), ceil(w/2), C]``
-    ===============================  =====================================================
+    ====================================  =====================================================
+    ``features``                          the input itself, ``[B, h, w, C]``
+    ``features, output``                  output(features)
+    ``features, output, lateral, above``  output(lateral(features) + upsample(above)), ``lateral`` with a
+                                          kernel [1, 1, C_l, C], ``above`` ``[B, ceil(h/2), ceil(w/2), C]``
+    ====================================  =====================================================
     """
 
     level: int
