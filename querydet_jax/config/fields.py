@@ -1,6 +1,6 @@
-"""Fields of nested dataclasses by dotted name: replacing them, reading them from plain values, typed.
+"""Replace fields of nested dataclasses by dotted name, and read dataclasses from dictionaries, checking types.
 
-Errors name the field, and for a key that does not exist the nearest one that does.
+Errors name the field; for an unknown key they suggest the nearest one.
 """
 
 from __future__ import annotations
@@ -15,25 +15,25 @@ from querydet_jax.runtime.errors import ConfigError
 
 
 def replace_field(node: Any, key: str, value: Any, root: type) -> Any:
-    """A copy of the dataclass ``node`` with the field of dotted name ``key`` replaced.
+    """Return a copy of the dataclass ``node`` with the field of dotted name ``key`` replaced.
 
     Args:
-      root: the outermost dataclass, searched for a key that is right but in the wrong group.
+      root: the outermost dataclass, searched for the key in other groups.
 
     Raises:
-      ConfigError: no such key, or a value of another type.
+      ConfigError: the key is unknown, or the value is of another type.
     """
     return _replace(node, key.split("."), value, key, root)
 
 
 def from_dict(cls: type, raw: Any, where: str) -> Any:
-    """The dataclass ``cls`` from nested dictionaries, as ``dataclasses.asdict`` makes them.
+    """Build the dataclass ``cls`` from nested dictionaries, as made by ``dataclasses.asdict``.
 
     Args:
-      where: the file, for messages.
+      where: the file's name in messages.
 
     Raises:
-      ConfigError: an unknown key, or a value of another type than the field's.
+      ConfigError: a key is unknown, or a value is not of the field's type.
     """
     return _from_dict(cls, raw, where, "", cls)
 
@@ -47,7 +47,7 @@ def _replace(node: Any, parts: list[str], value: Any, full: str, root: type) -> 
     old = getattr(node, head)
     if rest:
         if not dataclasses.is_dataclass(old):
-            raise ConfigError(f"{full}: {head} is a value, not a group; drop what follows it")
+            raise ConfigError(f"{full}: {head} is a value, not a group; remove what follows it")
         new = _replace(old, rest, value, full, root)
     elif dataclasses.is_dataclass(old):
         if not isinstance(value, type(old)):
@@ -59,7 +59,7 @@ def _replace(node: Any, parts: list[str], value: Any, full: str, root: type) -> 
 
 
 def _unknown_key(full: str, key: str, names: list[str], prefix: str, root: type) -> str:
-    # A right name in the wrong group tells more than a likeness.
+    # Prefer the same name in another group to a similar name.
     elsewhere = [p for p in _dotted(root) if p.split(".")[-1] == key]
     near = [prefix + name for name in difflib.get_close_matches(key, names, n=1, cutoff=0.4)]
     hint = next(iter(elsewhere + near), None)
@@ -100,7 +100,7 @@ def _from_dict(cls: type, raw: Any, where: str, prefix: str, root: type) -> Any:
 
 
 def _typed(hint: Any, value: Any, key: str) -> Any:
-    """``value`` as the declared type; int is taken for float and lists for tuples, nothing else."""
+    """Check that ``value`` is of the declared type and return it; convert only int to float and list to tuple."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         if value not in args:

@@ -1,11 +1,11 @@
-"""Which fields of a configuration go together; what contradicts itself is a ConfigError with the remedy."""
+"""Check that the fields of a configuration are valid and agree with each other."""
 
 from __future__ import annotations
 
 from querydet_jax.config.schema import Config, ModelConfig
 from querydet_jax.runtime.errors import ConfigError
 
-# Networks of one width and one kind of weights, and that kind. Residual networks come in two, msra and torchvision.
+# Networks with a single width and a single flavour of weights, and that flavour.
 _LIGHT_FLAVORS = {
     "efficientnet_lite0": "efficientnet_lite",
     "mobilenet_v2": "torchvision",
@@ -14,12 +14,12 @@ _LIGHT_FLAVORS = {
 
 
 def backbone_flavors(name: str) -> tuple[str, ...]:
-    """Values of ``BackboneConfig.flavor`` that a backbone can have, the usual one first."""
+    """Return the values of ``BackboneConfig.flavor`` that a backbone supports, the usual one first."""
     return (_LIGHT_FLAVORS[name],) if name in _LIGHT_FLAVORS else ("msra", "torchvision")
 
 
 def check(config: Config) -> None:
-    """Raise ConfigError where fields contradict each other."""
+    """Raise ConfigError, with field and remedy, if fields are invalid or contradict each other."""
     model, inference, data, train = config.model, config.inference, config.data, config.train
     levels = model.levels
     if not 2 <= model.min_level <= 5 <= model.max_level <= 7 or model.min_level == model.max_level:
@@ -30,7 +30,7 @@ def check(config: Config) -> None:
     if model.num_classes < 1:
         raise ConfigError(f"model.num_classes {model.num_classes}: must be at least 1")
     if not 0 <= model.backbone.freeze_at <= 5:
-        raise ConfigError(f"model.backbone.freeze_at {model.backbone.freeze_at}: must be 0 (train all) to 5 (none)")
+        raise ConfigError(f"model.backbone.freeze_at {model.backbone.freeze_at}: give 0 (train all) to 5 (freeze all)")
     backbone = model.backbone
     if backbone.flavor not in (flavors := backbone_flavors(backbone.name)):
         raise ConfigError(
@@ -39,8 +39,8 @@ def check(config: Config) -> None:
         )
     if backbone.name in _LIGHT_FLAVORS and (backbone.norm == "group" or backbone.width != 64):
         raise ConfigError(
-            f"model.backbone.norm {backbone.norm}, model.backbone.width {backbone.width}: {backbone.name} has one "
-            "width and no group norm; use norm frozen or batch and leave width at 64"
+            f"model.backbone.norm {backbone.norm}, model.backbone.width {backbone.width}: {backbone.name} has a fixed "
+            "width and no group norm; set norm frozen or batch, and leave width at 64"
         )
     if not 0 < model.head.prior < 1:
         raise ConfigError(f"model.head.prior {model.head.prior}: must be a probability between 0 and 1")
@@ -109,7 +109,7 @@ def check(config: Config) -> None:
         if not canvases or any(side % 32 or side < 32 for canvas in canvases for side in canvas):
             raise ConfigError(f"data.{name} {canvases}: give (height, width) pairs, each a multiple of 32")
     if data.patches and data.source != "visdrone":
-        raise ConfigError(f"data.patches: needs data.source visdrone, which is {data.source}; leave it out")
+        raise ConfigError(f"data.patches: needs data.source visdrone, but data.source is {data.source}; leave it out")
     if data.source == "visdrone" and (data.train_annotations or data.val_annotations):
         raise ConfigError(
             f"data.train_annotations {data.train_annotations!r}, val_annotations {data.val_annotations!r}: source "

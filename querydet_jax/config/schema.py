@@ -1,4 +1,4 @@
-"""Everything a run can vary, as frozen dataclasses."""
+"""The configuration of a run, as frozen dataclasses."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class BackboneConfig:
-    """A residual network (He et al. 2016) or a light one (paper Table 7), outputs C2..C5 at strides 4..32."""
+    """Residual network (He et al. 2016) or light backbone (QueryDet Table 7), with outputs C2..C5 at strides 4..32."""
 
     name: Literal[
         "resnet10",
@@ -20,13 +20,13 @@ class BackboneConfig:
         "mobilenet_v2",  # width 1.0
         "shufflenet_v2",  # 1.0x
     ] = "resnet50"
-    # msra: detectron2's conversion, stride in the 1x1, BGR minus mean. torchvision: stride in the 3x3, RGB, mean and
-    # std; also MobileNetV2 and ShuffleNetV2. efficientnet_lite: that network's, RGB, (x - 127) / 128.
+    # Kind of pretrained weights. msra: detectron2's conversion, stride in the 1x1, BGR minus mean. torchvision: stride
+    # in the 3x3, RGB, mean and std; also MobileNetV2 and ShuffleNetV2. efficientnet_lite: RGB, (x - 127) / 128.
     flavor: Literal["msra", "torchvision", "efficientnet_lite"] = "msra"
-    # frozen: fixed affine transform, as the paper trains. batch: live statistics, averaged over
-    # devices. group: GroupNorm(32), independent of the batch (residual networks).
+    # frozen: fixed affine transform, as in the paper. batch: batch statistics, averaged over devices.
+    # group: GroupNorm(32), residual networks only.
     norm: Literal["frozen", "batch", "group"] = "frozen"
-    freeze_at: int = 2  # 0: train all; 1: freeze the stem; 2: stem and res2; ... 5: everything
+    freeze_at: int = 2  # 0: train all; 1: freeze the stem; 2: freeze stem and res2; ... 5: freeze all
     width: int = 64  # channels of a residual network's stem; 64 is the published network
 
 
@@ -35,28 +35,29 @@ class FPNConfig:
     """Feature pyramid (Lin et al. 2017), no norm."""
 
     channels: int = 256
-    # c5, p5: P6 and P7 by strided convolutions, P6 of C5 or of P5. pool: P6 is every other cell of P5, as Faster R-CNN
-    # has it, and there is no P7.
+    # c5, p5: strided convolutions compute P6 from C5 or P5, and P7 from P6. pool: P6 is every other cell of P5, as in
+    # Faster R-CNN, without P7.
     top_source: Literal["c5", "p5", "pool"] = "c5"
 
 
 @dataclass(frozen=True)
 class HeadConfig:
-    """Detection head shared over levels: a class and a box tower; Faster R-CNN's is the one tower of its RPN."""
+    """Detection head shared over levels, with a class and a box tower; for Faster R-CNN, the one tower of the RPN."""
 
     channels: int = 256
     num_convs: int = 4
-    # none: the same weights run densely and on sites. group: GroupNorm(32) after each convolution of the towers, for
-    # dense inference, since its statistics need the whole map.
+    # none: allows sparse inference. group: GroupNorm(32) after each convolution of the towers, for dense inference
+    # only, because its statistics need the whole map.
     norm: Literal["none", "group"] = "none"
-    prior: float = 0.01  # initial foreground probability of the class logits (not of an RPN: 0.5)
-    # torch: U(+-1/sqrt(fan_in)), as published for RetinaNet; FCOS and the RPN: always zero.
+    prior: float = 0.01  # initial foreground probability of the class logits (an RPN always starts at 0.5)
+    # Initial bias of the box output. torch: U(+-1/sqrt(fan_in)), as in the published RetinaNet. FCOS and the RPN always
+    # use zero.
     box_bias: Literal["torch", "zero"] = "torch"
 
 
 @dataclass(frozen=True)
 class AnchorConfig:
-    """Anchors per cell: 3 sizes an octave from ``scale * stride`` times the aspect ratios (h/w)."""
+    """Anchors per cell: sizes from ``scale * stride`` on, ``sizes_per_octave`` of them, at each aspect ratio (h/w)."""
 
     scale: float = 4.0
     sizes_per_octave: int = 3
@@ -69,52 +70,52 @@ class AnchorConfig:
 
 @dataclass(frozen=True)
 class FCOSConfig:
-    """What FCOS has in place of anchors and their matching (Tian et al. 2019)."""
+    """How FCOS matches points to objects (Tian et al. 2019), in place of anchors."""
 
-    # P_l learns boxes whose farthest side is range_scale to twice that many strides away; the finest level nearer
-    # ones too, the coarsest all that are farther. The lower end is also the query head's s_l.
+    # A point of P_l matches boxes whose farthest side is between range_scale and 2 range_scale strides away. The finest
+    # level has no lower limit, the coarsest no upper one. The lower limit is also the query head's s_l.
     range_scale: float = 4.0
-    center_radius: float = 1.5  # strides from a box's centre, in x and y, within which a point learns it
+    center_radius: float = 1.5  # in strides: a point matches a box if it is nearer to its centre in x and in y
 
 
 @dataclass(frozen=True)
 class FasterRCNNConfig:
-    """The second stage and what both stages are trained on (Ren et al. 2015; defaults are detectron2's)."""
+    """Second stage of Faster R-CNN, and training samples of both stages (Ren et al. 2015; detectron2's defaults)."""
 
-    train_topk: int = 2000  # boxes a level before NMS in training; at inference inference.topk
-    proposals: int = 1000  # boxes an image after NMS
-    proposal_iou: float = 0.7  # of that NMS, which is by level
-    rpn_samples: int = 256  # anchors an image that the RPN learns from
-    rpn_foreground: float = 0.5  # at most this share of them foreground
-    roi_samples: int = 512  # proposals an image that the second stage learns from
-    roi_foreground: float = 0.25
-    roi_iou: float = 0.5  # a proposal with this IoU with an object is foreground
-    roi_size: int = 7  # bins a side that a proposal is pooled to
-    channels: int = 1024  # of the two fully connected layers
+    train_topk: int = 2000  # boxes per level before NMS in training; inference uses inference.topk
+    proposals: int = 1000  # boxes per image after NMS
+    proposal_iou: float = 0.7  # IoU threshold of that NMS, which runs per level
+    rpn_samples: int = 256  # anchors per image that train the RPN
+    rpn_foreground: float = 0.5  # largest share of foreground among them
+    roi_samples: int = 512  # proposals per image that train the second stage
+    roi_foreground: float = 0.25  # largest share of foreground among them
+    roi_iou: float = 0.5  # smallest IoU with an object of a foreground proposal
+    roi_size: int = 7  # bins per side of a pooled proposal
+    channels: int = 1024  # width of the two fully connected layers
 
 
 @dataclass(frozen=True)
 class QueryConfig:
-    """The query head (paper section 3.2) and what it is trained on."""
+    """Query head (QueryDet section 3.2)."""
 
     enabled: bool = True
     levels: tuple[int, ...] = (3, 4)  # levels it is trained on
-    channels: int = 256  # of its own tower; Faster R-CNN's query branch sits on the RPN's
+    channels: int = 256  # channels of its tower (Faster R-CNN: the query branch uses the RPN's tower)
     num_convs: int = 4
 
 
 @dataclass(frozen=True)
 class LossConfig:
-    """Losses of paper section 3.4; defaults are the published code's COCO values.
+    """Losses of QueryDet section 3.4; defaults are the published code's COCO values.
 
-    The paper's own text differs in three named options: ``level_weighting="linear"`` (beta_l from
-    1 to ``linear_max``), ``query_radius="level"`` (s_l of QueryDet eq. 3 in place of the object's own scale)
-    and ``InferenceConfig.threshold=0.15``. The matcher, its IoUs and smooth L1 are RetinaNet's and the RPN's; FCOS has
-    its own targets (``FCOSConfig``) and the GIoU loss. Faster R-CNN has no focal loss but the query head's, and divides
-    by numbers of samples (``FasterRCNNConfig``), not by the running average.
+    The paper's text differs from the code in three options: ``level_weighting="linear"`` (beta_l from 1 to
+    ``linear_max``), ``query_radius="level"`` (s_l of QueryDet eq. 3 instead of the object's own scale) and
+    ``InferenceConfig.threshold=0.15``. RetinaNet and the RPN use the matcher, its IoUs and smooth L1; FCOS uses
+    ``FCOSConfig`` and the GIoU loss. Faster R-CNN uses the focal loss only for its query head, and normalises by the
+    number of samples (``FasterRCNNConfig``), not by the running average.
     """
 
-    matcher: Literal["loop", "standard"] = "loop"  # loop: QueryDet's; standard: detectron2's
+    matcher: Literal["loop", "standard"] = "loop"  # loop: QueryDet's code; standard: detectron2's
     iou_background: float = 0.4
     iou_foreground: float = 0.5
     focal_alpha: float = 0.25
@@ -124,7 +125,7 @@ class LossConfig:
     level_weighting: Literal["table", "linear", "uniform"] = "table"
     level_weights: tuple[float, ...] = (1.0, 1.4, 2.1, 2.5, 2.9, 3.2)
     linear_max: float = 3.0
-    query_weights: tuple[float, ...] = (10.0, 10.0)  # one a query level
+    query_weights: tuple[float, ...] = (10.0, 10.0)  # one per query level
     query_gammas: tuple[float, ...] = (1.2, 1.2)
     query_alpha: float = 0.25
     query_radius: Literal["object", "level"] = "object"
@@ -142,12 +143,12 @@ class ModelConfig:
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     fpn: FPNConfig = field(default_factory=FPNConfig)
     head: HeadConfig = field(default_factory=HeadConfig)
-    anchors: AnchorConfig = field(default_factory=AnchorConfig)  # of detectors retinanet and faster_rcnn
-    fcos: FCOSConfig = field(default_factory=FCOSConfig)  # of detector fcos
-    faster_rcnn: FasterRCNNConfig = field(default_factory=FasterRCNNConfig)  # of detector faster_rcnn
+    anchors: AnchorConfig = field(default_factory=AnchorConfig)  # detectors retinanet and faster_rcnn
+    fcos: FCOSConfig = field(default_factory=FCOSConfig)  # detector fcos
+    faster_rcnn: FasterRCNNConfig = field(default_factory=FasterRCNNConfig)  # detector faster_rcnn
     query: QueryConfig = field(default_factory=QueryConfig)
     loss: LossConfig = field(default_factory=LossConfig)
-    # Arithmetic of convolutions. Parameters, losses, boxes and scores stay float32.
+    # Precision of convolutions. Parameters, losses, boxes and scores stay float32.
     dtype: Literal["float32", "bfloat16"] = "float32"
 
     @property
@@ -157,22 +158,22 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where images and boxes come from and how they become network input.
+    """Source of images and boxes, and their preparation for the network.
 
     An image is resized so that its short side is one of ``train_short`` (or ``test_short``) and its
-    long side at most ``*_max``, then padded bottom and right to a fixed canvas (height, width),
-    multiples of 32.
+    long side at most ``*_max``, then padded at the bottom and right to a fixed canvas (height, width).
+    Canvas sides are multiples of 32.
     """
 
-    # coco: json and images. visdrone: the official folders, text files. yolo: text files, data.yaml.
-    # tfds: a prepared copy of coco/2017 in ArrayRecord. scenes: generated.
+    # coco: JSON and images. visdrone: the official folders. yolo: text files and data.yaml.
+    # tfds: a prepared ArrayRecord copy of coco/2017. scenes: generated images.
     source: Literal["coco", "visdrone", "yolo", "tfds", "scenes"] = "scenes"
     root: str = ""
-    tfds_name: str = "coco/2017"  # tfds: builder/configuration, its splits being train and validation
-    # Relative to root. Annotations: a json (coco) or the folder of labels (yolo; visdrone has its
-    # own). Images: their folder (coco, yolo) or the split's (visdrone). Empty: as the data set is
-    # distributed, annotations/instances_train2017.json, train2017 (coco), VisDrone2019-DET-train
-    # (visdrone), images/train and the labels/ beside (yolo), and the same for val.
+    tfds_name: str = "coco/2017"  # tfds: builder/configuration with splits train and validation
+    # Paths relative to root. Annotations: a JSON file (coco) or the folder of labels (yolo). Images: their
+    # folder (coco, yolo) or the split's folder (visdrone). Empty: the layout in which the data set is
+    # distributed: annotations/instances_train2017.json and train2017 (coco), VisDrone2019-DET-train
+    # (visdrone), images/train and labels/train (yolo), likewise for val.
     train_annotations: str = ""
     train_images: str = ""
     val_annotations: str = ""
@@ -184,13 +185,13 @@ class DataConfig:
     test_max: int = 1333
     train_canvases: tuple[tuple[int, int], ...] = ((800, 1344), (1344, 800))
     test_canvases: tuple[tuple[int, int], ...] = ((800, 1344), (1344, 800))
-    crop: bool = False  # an image larger than every training canvas is cropped at random, not refused
+    crop: bool = False  # crop images larger than every training canvas at random, instead of refusing them
     flip: float = 0.5  # probability of a horizontal flip
-    keep_empty: bool = False  # train also on images without boxes (crowd boxes do not count)
-    max_boxes: int = 100  # G: ground-truth boxes kept an image, the rest dropped with a warning
+    keep_empty: bool = False  # also train on images without boxes (crowd boxes do not count)
+    max_boxes: int = 100  # G: ground-truth boxes kept per image; further ones are dropped with a warning
     threads: int = 4  # decoding threads
     processes: int = 0  # decoding worker processes (0: threads of this process only)
-    # scenes: number of generated pictures and their size (height, width)
+    # scenes: number of generated images and their size (height, width)
     scenes_train: int = 2000
     scenes_val: int = 200
     scenes_size: tuple[int, int] = (320, 320)
@@ -200,11 +201,11 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    batch_size: int = 16  # images a step, over all hosts and devices
-    accumulate: int = 1  # parts of a device's images that it computes one after another, for one update: less memory
-    # Heads of P2 and P3 image by image, and again in the backward pass: less memory, more time.
+    batch_size: int = 16  # images per step, over all hosts and devices
+    accumulate: int = 1  # parts into which a device splits its images per update, to save memory
+    # Run the heads of P2 and P3 image by image and recompute them in the backward pass: less memory, more time.
     remat: bool = False
-    parallel: Literal["pmap", "shard_map"] = "pmap"  # what carries the step over the devices; the same results
+    parallel: Literal["pmap", "shard_map"] = "pmap"  # how the step runs on several devices; results are the same
     steps: int = 90_000
     optimizer: Literal["sgd", "adamw"] = "sgd"
     learning_rate: float = 0.01
@@ -217,48 +218,48 @@ class TrainConfig:
     decay_factor: float = 0.1
     clip_value: float = 0.0  # > 0: clip each gradient element to +- this
     clip_norm: float = 0.0  # > 0: clip the global gradient norm to this
-    # > 0: decay of the moving average of the parameters, which is then what is evaluated and exported. In the first
-    # steps less, (1 + step) / (10 + step).
+    # > 0: decay of a moving average of the parameters; evaluation and export then use the average. The first steps
+    # use the smaller decay (1 + step) / (10 + step).
     ema: float = 0.0
     seed: int = 0
-    # Weights to start from (backbone or whole model): a file, a run, or efficientnet_lite0, which is
-    # the ImageNet weights of requirements-efficientnet.txt.
+    # Initial weights (backbone or whole model): a file, a run, or efficientnet_lite0, the ImageNet
+    # weights that requirements-efficientnet.txt installs.
     init: str = ""
     log_every: int = 20
     eval_every: int = 0  # steps between evaluations; 0: only at the end
-    eval_images: int = 0  # images of a mid-training evaluation; 0: all
+    eval_images: int = 0  # number of images in an evaluation during training; 0: all
     checkpoint_every: int = 5000
     keep_checkpoints: int = 3
 
 
 @dataclass(frozen=True)
 class InferenceConfig:
-    """Image to detections. Defaults are the published code's COCO QueryDet values."""
+    """Inference, from image to detections. Defaults are the published code's values for QueryDet on COCO."""
 
-    # dense: heads on every level everywhere. csq: cascade sparse query. cq: crops around the keys.
-    # ccq: complete convolution, read at the keys (paper Table 5).
+    # dense: full heads on every level. csq: cascade sparse query. cq: crops around the keys.
+    # ccq: complete convolution, read at the keys (QueryDet Table 5).
     query: Literal["dense", "csq", "cq", "ccq"] = "csq"
-    start_level: int = 4  # the query head runs densely here; finer levels are sparse
-    threshold: float = 0.12  # sigma: a cell with a query probability above it is a query
+    start_level: int = 4  # the query head runs densely on this level; finer levels are sparse
+    threshold: float = 0.12  # sigma: cells with a higher query probability are queries
     context: int = 2  # c: radius around each key; 2 is the paper's 5x5
     # Buffer sizes as fractions of a level's cells, pooled over the batch, smallest first.
     capacities: tuple[float, ...] = (0.05, 0.25)
-    # Above the largest: dense computes the level densely, so results never depend on the sizes; cap
-    # keeps the best-scoring queries that fit and reports the overflow.
+    # Above the largest buffer. dense: compute the level densely, so results never depend on capacities.
+    # cap: keep the best-scoring queries that fit and report the overflow.
     overflow: Literal["dense", "cap"] = "dense"
-    chunk: int = 256  # rows a turn of the convolution on sites, on CPU; other devices compute the whole buffer at once
+    chunk: int = 256  # rows per step of the convolution on sites, on CPU; other devices compute the buffer at once
     # gather: single cells, least work. tiles: aligned blocks of tile x tile cells, for accelerators.
-    # Both compute the same.
+    # Both give the same results.
     kernel: Literal["gather", "tiles"] = "gather"
     tile: int = 8
     score_threshold: float = 1e-4
-    topk: int = 1000  # candidates a level
-    # hard: overlapping boxes of a class go. linear, gaussian: their scores decay (soft-NMS, Bodla et al. 2017),
-    # and the decayed scores are reported.
+    topk: int = 1000  # candidates per level
+    # hard: drop overlapping boxes of a class. linear, gaussian: decay their scores (soft-NMS, Bodla et al. 2017) and
+    # report the decayed scores.
     nms: Literal["hard", "linear", "gaussian"] = "hard"
-    nms_iou: float = 0.5  # overlap from which hard and linear act
-    soft_sigma: float = 0.7  # of gaussian; the published code has 0.7 for COCO, 0.6 for VisDrone
-    soft_prune: float = 1e-4  # a decayed score must stay above it
+    nms_iou: float = 0.5  # hard and linear act on boxes with a larger IoU
+    soft_sigma: float = 0.7  # sigma of gaussian; the published code uses 0.7 for COCO, 0.6 for VisDrone
+    soft_prune: float = 1e-4  # drop candidates whose decayed score is not above this
     max_detections: int = 200
     batch_size: int = 1
 
@@ -266,7 +267,7 @@ class InferenceConfig:
 @dataclass(frozen=True)
 class Config:
     name: str = "unnamed"
-    classes: tuple[str, ...] = ()  # names for pictures and tables; empty: the data set's own
+    classes: tuple[str, ...] = ()  # class names for images and tables; empty: the data set's names
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

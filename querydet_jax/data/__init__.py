@@ -1,4 +1,4 @@
-"""Data: sources of images and boxes, transforms, batches."""
+"""Data sets, image transforms and batches."""
 
 from querydet_jax.data.dataset import Annotation, Dataset
 from querydet_jax.data.loader import eval_batches, train_batches

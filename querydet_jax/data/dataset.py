@@ -1,4 +1,4 @@
-"""What a data set is: images with boxes, and the COCO form of its ground truth."""
+"""The data set interface: images with boxes, and their ground truth in COCO form."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Annotation:
-    """The boxes of one image, n of them.
+    """The n boxes of one image.
 
     Attributes:
       boxes: float32 [n, 4], (x0, y0, x1, y1) in pixels of the original image, inside it, with
         positive width and height.
       classes: int32 [n], 0..K-1.
-      crowd: bool [n], true for a region that holds a group of objects. Training ignores such
-        boxes, COCO evaluation neither rewards nor punishes detections in them.
+      crowd: bool [n], true for a region that holds a group of objects. Training ignores crowd
+        boxes; COCO evaluation counts a detection in one neither as true nor as false.
     """
 
     boxes: np.ndarray
@@ -27,54 +27,53 @@ class Annotation:
 
 
 class Dataset(abc.ABC):
-    """Images and their boxes, by position ``0 <= i < len(dataset)``.
+    """Images and their boxes, indexed by ``0 <= i < len(dataset)``.
 
-    Objects must be picklable (worker processes hold a copy) and their methods safe to call from
-    several threads.
+    Instances must be picklable, because each worker process holds a copy, and thread-safe.
     """
 
     classes: tuple[str, ...]
-    category_ids: tuple[int, ...]  # of class k in annotation and result files
+    category_ids: tuple[int, ...]  # category id of class k in annotation and result files
 
     @abc.abstractmethod
     def __len__(self) -> int:
-        """Number of images."""
+        """Return the number of images."""
 
     @abc.abstractmethod
     def image_id(self, i: int) -> int:
-        """Identifier of image i in annotation and result files."""
+        """Return the id of image i in annotation and result files."""
 
     @abc.abstractmethod
     def file_name(self, i: int) -> str:
-        """Name of image i for messages and result files."""
+        """Return the name of image i for messages and result files."""
 
     @abc.abstractmethod
     def size(self, i: int) -> tuple[int, int]:
-        """(height, width) in pixels of what ``load(i)`` returns, without reading the image."""
+        """Return (height, width) in pixels of ``load(i)``, without reading the image."""
 
     @abc.abstractmethod
     def annotation(self, i: int) -> Annotation:
-        """The boxes of image i."""
+        """Return the boxes of image i."""
 
     @abc.abstractmethod
     def load(self, i: int) -> np.ndarray:
-        """Image i, uint8 RGB [H, W, 3].
+        """Return image i as uint8 RGB [H, W, 3].
 
         Raises:
-          DataError: the image is missing, damaged or not of ``size(i)``.
+          DataError: the image is missing or damaged, or its size is not ``size(i)``.
         """
 
     def official_truth(self, i: int) -> np.ndarray | None:
-        """The ground truth of image i for VisDrone's official evaluation, int32 [n, 8] as in its text files.
+        """Return the ground truth of image i for VisDrone's official evaluation, int32 [n, 8] as in its text files.
 
-        None in a data set that is not evaluated so.
+        Return None for a data set without official VisDrone truth.
         """
         return None
 
     def coco_ground_truth(self) -> dict[str, Any]:
-        """The ground truth as the dictionary that a COCO ``instances_*.json`` holds.
+        """Return the ground truth as the dictionary stored in a COCO ``instances_*.json``.
 
-        Annotation ids count from 1: pycocotools takes a match with annotation 0 for no match.
+        Annotation ids start at 1, because pycocotools reads a match with annotation 0 as no match.
         """
         images, annotations = [], []
         for i in range(len(self)):
@@ -98,7 +97,7 @@ class Dataset(abc.ABC):
         return {"images": images, "annotations": annotations, "categories": self._coco_categories()}
 
     def _truth_boxes(self, i: int) -> tuple[np.ndarray, np.ndarray]:
-        """Of the boxes of ``annotation(i)``, what the ground truth states: [n, 4] (x, y, width, height), areas [n]."""
+        """Return the ground-truth boxes of ``annotation(i)``, [n, 4] (x, y, width, height), and their areas [n]."""
         boxes = self.annotation(i).boxes.astype(np.float64)
         sides = boxes[:, 2:] - boxes[:, :2]
         return np.concatenate([boxes[:, :2], sides], axis=1), np.prod(sides, axis=1)

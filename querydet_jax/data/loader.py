@@ -1,9 +1,9 @@
-"""Batches for training and evaluation, read in parallel by grain.
+"""Training and evaluation batches, read in parallel by grain.
 
-Letters: B images of this shard's batch, H W canvas, G padded boxes. A pipeline is a plan (which
-image, at which size, on which canvas; see ``plan``), a function from a place in the plan to one
-example, threads or processes that call it ahead of need, and stacking. Every random choice is a
-function of (seed, epoch, image), so the batches do not depend on the number of workers.
+Letters: B images per batch of this shard, H W canvas, G padded boxes. ``plan`` chooses each image,
+its size and its canvas; worker threads or processes read examples ahead; ``_stack`` forms the batch.
+Every random choice is a function of (seed, epoch, image), so batches do not depend on the number of
+workers.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from querydet_jax.runtime.errors import ConfigError, DataError
 
 _log = logging.getLogger("querydet_jax")
 
-# Damaged images are passed over until at least this many, and more than this share of the images
-# tried, have failed: by then it is the folder that is wrong.
+# Skip damaged images until at least _TOLERATED of them, and more than _TOLERATED_SHARE of the
+# images tried, have failed. Beyond that the folder itself is wrong.
 _TOLERATED, _TOLERATED_SHARE = 8, 0.1
 _ENDLESS = 2**40  # examples
 
@@ -50,17 +50,17 @@ def train_batches(
     shard: int = 0,
     num_shards: int = 1,
 ) -> TrainBatches:
-    """Endless shuffled batches of augmented images.
+    """Iterate endlessly over shuffled batches of augmented images.
 
     Args:
       dataset: the images.
       data: sizes, canvases, augmentation and workers.
-      batch_size: images a step over all shards; a shard gets the ``batch_size / num_shards`` of
-        them that begin at row ``shard * batch_size / num_shards``.
-      seed: of the order and of every augmentation, not negative.
-      start_step: the first step to give. The batch of a step does not depend on it.
-      shard: this host.
-      num_shards: hosts.
+      batch_size: images per step over all shards. Each shard gets ``batch_size / num_shards`` rows,
+        starting at row ``shard * batch_size / num_shards``.
+      seed: seed of the order and of every augmentation, not negative.
+      start_step: the first step to yield. The content of a step's batch does not depend on it.
+      shard: index of this host.
+      num_shards: number of hosts.
 
     Returns:
       An iterator of dictionaries: ``images`` uint8 [B, H, W, 3], padded with 0 on the bottom and
@@ -68,9 +68,9 @@ def train_batches(
       of ``images``, padded with 0; ``classes`` int32 [B, G], padded with -1; ``image_ids`` int64 [B].
 
     Raises:
-      ConfigError: a field that cannot be used, or a batch size that the shards do not divide.
-      DataError: at once, no images to train on or an image that fits no canvas; while iterating,
-        too many images that cannot be read, or a loader process that has ended.
+      ConfigError: a field is invalid, or the number of shards does not divide the batch size.
+      DataError: at once, if there are no images to train on or an image fits no canvas; while
+        iterating, if too many images cannot be read or a loader process has ended.
     """
     return TrainBatches(dataset, data, batch_size, seed, start_step, shard, num_shards)
 
@@ -84,34 +84,35 @@ def eval_batches(
     shard: int = 0,
     num_shards: int = 1,
 ) -> EvalBatches:
-    """Every image once, resized but not augmented, grouped by canvas.
+    """Iterate once over all images, resized but not augmented, grouped by canvas.
 
     Args:
       dataset: the images.
       data: sizes, canvases and workers.
-      batch_size: images a batch of this shard.
-      indices: positions of the images; None: all.
-      shard: this host.
-      num_shards: hosts. All get the same number of batches with the same shapes in the same order.
+      batch_size: images per batch of this shard.
+      indices: positions of the images; None selects all.
+      shard: index of this host.
+      num_shards: number of hosts. All get the same number of batches, with the same shapes in the
+        same order.
 
     Returns:
       An iterator of dictionaries, with a ``len``: ``images`` uint8 [B, H, W, 3]; ``sizes`` int32
       [B, 2], (h, w) of the valid pixels; ``original_sizes`` int32 [B, 2], (h, w) before resizing;
-      ``image_ids`` int64 [B]; ``valid`` bool [B], false for the repetitions that fill a last batch.
+      ``image_ids`` int64 [B]; ``valid`` bool [B], false for repeated images that fill up a batch.
 
     Raises:
-      ConfigError: a field that cannot be used.
-      DataError: at once, an image that fits no canvas; while iterating, one that cannot be read.
+      ConfigError: a field is invalid.
+      DataError: at once, if an image fits no canvas; while iterating, if one cannot be read.
     """
     return EvalBatches(dataset, data, batch_size, indices, shard, num_shards)
 
 
 class TrainBatches:
-    """See ``train_batches``.
+    """The iterator that ``train_batches`` returns.
 
     Attributes:
       step: the step of the next batch.
-      skipped: image files that could not be read so far; each was logged once and others stood in.
+      skipped: number of unreadable image files so far. Each is logged once and replaced by another.
     """
 
     def __init__(
@@ -137,7 +138,7 @@ class TrainBatches:
         rows = batch_size // num_shards
         read = _ReadTrain(dataset, data, plan, seed, start_step, rows, shard * rows)
         self._examples = _parallel(read, _ENDLESS, data, rows)
-        self._close = weakref.finalize(self, self._examples.close)  # at exit at the latest, before modules go
+        self._close = weakref.finalize(self, self._examples.close)  # runs at exit, before modules are torn down
 
     @property
     def skipped(self) -> int:
@@ -166,13 +167,13 @@ class TrainBatches:
             raise DataError(f"{len(self._failed)} of {tried} training images could not be read, the last: {message}")
 
     def close(self) -> None:
-        """End the workers."""
+        """Stop the workers."""
         self._close()
         self._examples = iter(())
 
 
 class EvalBatches:
-    """See ``eval_batches``."""
+    """The iterator that ``eval_batches`` returns."""
 
     def __init__(
         self,
@@ -202,13 +203,13 @@ class EvalBatches:
         return _stack(_next(self._examples))
 
     def close(self) -> None:
-        """End the workers."""
+        """Stop the workers."""
         self._close()
         self._examples = iter(())
 
 
 class _ReadTrain:
-    """The n-th example of this shard, with the images that failed before one could be read."""
+    """Read the n-th example of this shard, and report the images that failed before one could be read."""
 
     def __init__(
         self, dataset: Dataset, data: DataConfig, plan: TrainPlan, seed: int, start_step: int, rows: int, first_row: int
@@ -252,7 +253,7 @@ class _ReadTrain:
 
 
 class _ReadEval:
-    """The n-th of a list of images."""
+    """Read the n-th image of a list."""
 
     def __init__(self, dataset: Dataset, items: list[tuple[Item, bool]]):
         self._dataset, self._items = dataset, items
@@ -275,32 +276,34 @@ class _ReadEval:
 
 
 def _unexpected(error: Exception, dataset: Dataset, item: Item) -> DataError:
-    """For what no check has foreseen. It is raised far from who called, so it says where it was."""
+    """Wrap an exception that no check anticipates. The traceback stays in the worker, so name the source line."""
     at = traceback.extract_tb(error.__traceback__)[-1]
     return DataError(
         f"{dataset.file_name(item.index)}: {type(error).__name__} while it was read or resized ({error}; "
-        f"{Path(at.filename).name}:{at.lineno}): leave this image out, or mend what is wrong with it"
+        f"{Path(at.filename).name}:{at.lineno}): remove this image from the data set, or fix the cause"
     )
 
 
 def _next(examples: Iterator[list[dict[str, Any]]]) -> list[dict[str, Any]]:
     try:
         return next(examples)
-    except RuntimeError as error:  # grain's, within a second
+    except RuntimeError as error:  # grain raises it within a second of a worker's death
         ended = re.search(r"terminated unexpectedly with exit code (-?\d+)", str(error))
         if ended is None:
             raise
         code = int(ended[1])
         raise DataError(
-            f"a loader process ended with {signal.Signals(-code).name if code < 0 else f'status {code}'} (most often "
-            "killed by the system, for want of memory): lower data.processes (0: threads) or train.batch_size, then go "
-            "on with --resume"
+            f"a loader process ended with {signal.Signals(-code).name if code < 0 else f'status {code}'} (usually "
+            "killed by the system when memory ran out): lower data.processes (0: threads) or train.batch_size, then "
+            "continue with --resume"
         ) from error
 
 
 def _init_process(index: int, count: int) -> None:
-    """A loader process ends with the one that started it and not before, so that SIGTERM to all leaves that one the
-    data for the step under way."""
+    """Tie a loader process to its parent: ignore SIGTERM, and exit when the parent exits.
+
+    A SIGTERM sent to the whole process group then leaves the parent the data of its current step.
+    """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -315,9 +318,9 @@ def _init_process(index: int, count: int) -> None:
 def _parallel(
     read: Callable[[int], dict[str, Any]], length: int, data: DataConfig, rows: int
 ) -> grain.DatasetIterator[list[dict[str, Any]]]:
-    """``[read(0), ..., read(rows - 1)]`` and so on, computed ahead by the configured workers.
+    """Iterate over ``[read(0), ..., read(rows - 1)]`` and the lists that follow, read ahead by the workers.
 
-    Two batches of examples are kept ready, or an example a thread where that is more.
+    Prefetch two batches of examples, or one example per thread if that is more.
     """
     workers = max(data.processes, 1)
     threads = -(-data.threads // workers)
@@ -328,7 +331,7 @@ def _parallel(
         .to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead))
     )
     if data.processes:
-        if not flags.FLAGS.is_parsed():  # grain asks absl flags, which only absl programs parse
+        if not flags.FLAGS.is_parsed():  # grain reads absl flags, which only absl programs parse
             flags.FLAGS.mark_as_parsed()
         examples = examples.mp_prefetch(
             grain.MultiprocessingOptions(num_workers=data.processes, per_worker_buffer_size=max(1, ahead)),
@@ -338,20 +341,20 @@ def _parallel(
 
 
 def _stack(examples: list[dict[str, Any]]) -> Batch:
-    """Examples to a batch; ``image`` becomes ``images``, and so on."""
+    """Stack examples to a batch and make its keys plural (``image`` becomes ``images``)."""
     plural = {key: key if key.endswith("s") or key == "valid" else key + "s" for key in examples[0]}
     return {plural[key]: np.stack([example[key] for example in examples]) for key in examples[0]}
 
 
 def _warn_of_crowding(dataset: Dataset, plan: TrainPlan, capacity: int) -> None:
-    """Say once that boxes will be dropped, which no single example could say without repeating it."""
+    """Warn once that boxes will be dropped, instead of once per example."""
     counts = [int((~dataset.annotation(int(i)).crowd).sum()) for i in plan.indices]
     over = sum(n > capacity for n in counts)
     if over:
         most = int(np.argmax(counts))
         _log.warning(
-            "%d of %d training images have more than data.max_boxes %d boxes, at most %d (%s); those beyond are "
-            "dropped, raise data.max_boxes to keep them",
+            "%d of %d training images have more than data.max_boxes %d boxes, at most %d (%s); the excess is "
+            "dropped, raise data.max_boxes to keep it",
             over, len(counts), capacity, counts[most], dataset.file_name(int(plan.indices[most])),
         )  # fmt: skip
 
@@ -359,7 +362,7 @@ def _warn_of_crowding(dataset: Dataset, plan: TrainPlan, capacity: int) -> None:
 def _check(data: DataConfig, batch_size: int, shard: int, num_shards: int) -> None:
     if batch_size < 1 or not 0 <= shard < num_shards:
         raise ConfigError(
-            f"batch size {batch_size}, shard {shard} of {num_shards}: need a positive size and a shard of them"
+            f"batch size {batch_size}, shard {shard} of {num_shards}: need a positive size and 0 <= shard < shards"
         )
     for name in ("train_short", "train_max", "test_short", "test_max", "max_boxes"):
         value = getattr(data, name)

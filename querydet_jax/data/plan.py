@@ -1,7 +1,7 @@
-"""Which images make up which batch, computed ahead of any reading.
+"""Assign images to batches before any image is read.
 
-The plan of training depends on the seed, the global batch size and the data set alone, so every
-host, thread and worker process computes the same one, and a resumed run starts anywhere in it.
+The training plan depends only on the seed, the global batch size and the data set. Every host,
+thread and worker process computes the same plan, and a resumed run can start at any step.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from querydet_jax.data.dataset import Dataset
 from querydet_jax.data.transforms import resize_shape
 from querydet_jax.runtime.errors import DataError
 
-# Third word of the plan's seed, where the augmentation of an image has its position. (Leaving it
-# out would be the same as 0.)
+# Third word of the plan's seed. The seeds of augmentation have the image's index there, and NumPy
+# treats a missing word as 0.
 _PLAN = 2**32 - 1
-_KEPT = 64  # steps back that can be asked for without walking through the epochs from the first
+_KEPT = 64  # steps back that need no walk through the epochs from the first
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Item:
 
     Attributes:
       index: position in the data set.
-      epoch: the pass over the data that it belongs to; with the index, the seed of its augmentation.
+      epoch: its pass over the data. Epoch and index seed its augmentation.
       shape: (height, width) to resize it to.
       canvas: (height, width) to pad it to.
     """
@@ -41,43 +41,43 @@ class Item:
 
 
 def choose_canvas(shape: tuple[int, int], canvases: tuple[tuple[int, int], ...]) -> int:
-    """Position of the smallest canvas by area, the first of equals, that holds ``shape``; -1 for none."""
+    """Return the index of the smallest canvas (by area, first of ties) that holds ``shape``, or -1."""
     fits = [i for i, c in enumerate(canvases) if shape[0] <= c[0] and shape[1] <= c[1]]
     return min(fits, key=lambda i: canvases[i][0] * canvases[i][1], default=-1)
 
 
 def both_orientations(canvases: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
-    """The canvases, then each on its side: one's own pictures come in either orientation, whatever a data set had."""
+    """Return the canvases, then their transposes: users' images may be upright where the data set's were not."""
     return tuple(dict.fromkeys([*canvases, *((width, height) for height, width in canvases)]))
 
 
 def _choose_cropped(shape: tuple[int, int], canvases: tuple[tuple[int, int], ...]) -> int:
-    """Position of the canvas, the first of equals, that shows most of an image of ``shape``."""
+    """Return the index of the canvas (first of ties) that shows most of an image of ``shape``."""
     return max(range(len(canvases)), key=lambda i: min(shape[0], canvases[i][0]) * min(shape[1], canvases[i][1]))
 
 
 @dataclass(frozen=True)
 class _Epoch:
-    """One pass. The arrays are int32 and hold, for each image, its position in the training list
-    and its draw of the short side; ``first`` is the step of the first batch."""
+    """One pass over the data. Arrays are int32; a row holds the image's position in the training
+    list, the index of its short side and the epoch that drew it."""
 
-    first: int
+    first: int  # step of the first batch
     canvases: np.ndarray  # [batches]
-    batches: np.ndarray  # [batches, B, 3]: position, draw, epoch it was drawn in
-    left: tuple[np.ndarray, ...]  # one a canvas, [fewer than B, 3]
+    batches: np.ndarray  # [batches, B, 3]
+    left: tuple[np.ndarray, ...]  # per canvas, [fewer than B, 3]
 
 
 class TrainPlan:
-    """Batches of images that share a canvas, for any step.
+    """The training batches by step; all images of a batch share a canvas.
 
-    Each epoch draws a permutation of the training images and, for each, one of ``train_short``. An
-    image goes to the smallest canvas that holds it at that size (with ``data.crop``, an image that
-    none holds goes to the one that shows most of it). Walking through the permutation, a batch is
-    complete when its canvas has ``batch_size`` images, and batches come in order of completion.
-    What is left of a canvas at the end of an epoch opens that canvas's first batch of the next, so
-    every image is seen exactly once an epoch, at most a batch late.
+    Each epoch draws a permutation of the training images and one of ``train_short`` per image. An
+    image goes to the smallest canvas that holds it at that size; with ``data.crop``, an image too
+    large for all goes to the canvas that shows most of it. In the order of the permutation, a batch
+    is complete when its canvas has ``batch_size`` images; batches follow in order of completion.
+    Images left on a canvas at the end of an epoch open its first batch of the next epoch, so every
+    epoch uses every image once, at most one batch late.
 
-    Training images are those with a box that is not a crowd box, or all with ``data.keep_empty``.
+    Training images have at least one box that is not crowd; ``data.keep_empty`` uses all images.
 
     Raises:
       DataError: no training images, or one that fits no canvas while ``data.crop`` is off.
@@ -91,7 +91,7 @@ class TrainPlan:
         )
         if not len(self.indices):
             raise DataError("no image has a box to train on; check the annotations, or set data.keep_empty")
-        # Images share few sizes: canvases are looked up by size and draw, not worked out an image.
+        # Images share few sizes, so tabulate canvases by size and short side instead of per image.
         sizes = [dataset.size(int(i)) for i in self.indices]
         kinds = {size: kind for kind, size in enumerate(dict.fromkeys(sizes))}
         self._kind = np.array([kinds[size] for size in sizes], np.int32)
@@ -123,20 +123,19 @@ class TrainPlan:
         self.__dict__.update(state, _lock=threading.Lock())
 
     def item(self, step: int, row: int) -> Item:
-        """Image ``row`` (0 <= row < batch_size) of a step's batch; all rows share a canvas.
+        """Return image ``row`` (0 <= row < batch_size) of a step's batch.
 
-        A step far ahead of the last one asked for is found by walking through the epochs between,
-        about 5 ms for each 100,000 images.
+        A jump ahead walks through the epochs in between, about 5 ms per 100,000 images.
         """
         epoch = self._epoch_of(step)
         position, draw, drawn_in = epoch.batches[step - epoch.first, row].tolist()
         return self._item(position, draw, drawn_in, int(epoch.canvases[step - epoch.first]))
 
     def substitutes(self, item: Item) -> list[Item]:
-        """What may stand in for an image that cannot be read, in order of preference.
+        """Return the replacements for an image that cannot be read, in order of preference.
 
-        The images that follow it in its epoch's permutation (from its end on, the beginning) and
-        have its canvas; then the remaining ones, to be cropped where they exceed it.
+        First the images on the same canvas, in the order that follows it in its epoch's permutation
+        (cyclically), then the others, cropped where they exceed that canvas.
         """
         order, draws = self._draw(item.epoch)
         at = int(np.argmax(self.indices[order] == item.index)) + 1
@@ -151,7 +150,7 @@ class TrainPlan:
         return Item(int(self.indices[position]), epoch, shape, self._canvases[canvas])
 
     def _draw(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The epoch's permutation of training positions and each position's draw of the short side."""
+        """Draw the epoch's permutation of training positions and the short-side index of each position."""
         rng = np.random.default_rng((self._seed, epoch, _PLAN))
         order = rng.permutation(len(self.indices)).astype(np.int32)
         return order, rng.integers(len(self._shorts), size=len(order), dtype=np.int32)
@@ -166,7 +165,7 @@ class TrainPlan:
             while True:
                 number, last = next(reversed(self._epochs.items()))
                 epoch = self._walk(number + 1, last.first + len(last.batches), last.left)
-                # Readers are only a prefetch buffer apart: what lies further back is not asked for again.
+                # Readers are at most a prefetch buffer apart, so none asks for earlier epochs again.
                 self._epochs = {n: e for n, e in self._epochs.items() if e.first + len(e.batches) > epoch.first - _KEPT}
                 self._epochs[number + 1] = epoch
                 if step < epoch.first + len(epoch.batches):
@@ -183,7 +182,7 @@ class TrainPlan:
             queue = np.concatenate([carried, rows[here]])
             full = len(queue) // b
             batches.append(queue[: full * b].reshape(full, b, 3))
-            # A carried image alone completes no batch, so a completing one is always of this epoch.
+            # Fewer than B images are carried over, so the image that completes a batch is of this epoch.
             completed.append(here[np.arange(1, full + 1) * b - 1 - len(carried)])
             canvases.append(np.full(full, c, np.int32))
             rest.append(queue[full * b :])
@@ -192,13 +191,13 @@ class TrainPlan:
 
 
 def eval_plan(dataset: Dataset, data: DataConfig, batch_size: int, indices: list[int]) -> list[list[tuple[Item, bool]]]:
-    """Batches of images that share a canvas, in order of the canvases, then of ``indices``.
+    """Return batches of images that share a canvas, ordered by canvas, then as in ``indices``.
 
-    Every index comes exactly once as valid; the last batch of a canvas is filled with repetitions
-    of its first images, marked False.
+    Every index is valid (True) exactly once. The last batch of a canvas is filled up by repeating
+    its own images, marked False.
 
     Raises:
-      DataError: an image that fits no test canvas.
+      DataError: an image fits no test canvas.
     """
     groups: dict[int, list[Item]] = {c: [] for c in range(len(data.test_canvases))}
     for i in indices:

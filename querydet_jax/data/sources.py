@@ -1,4 +1,4 @@
-"""From configuration to data set."""
+"""Open the data set that a configuration names."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from querydet_jax.data.readers.visdrone import VisDroneDataset
 from querydet_jax.data.readers.yolo import YoloDataset, labels_beside, read_names
 from querydet_jax.runtime.errors import DataError
 
-# Where data sets as they are distributed have their images, by split.
+# Image folders of the data sets as distributed; {} is the split.
 _IMAGES = {"coco": "{}2017", "visdrone": "VisDrone2019-DET-{}", "yolo": "images/{}"}
 
 
 def open_dataset(data: DataConfig, split: Literal["train", "val"]) -> Dataset:
-    """Open the data set that ``data`` names.
+    """Open one split of the data set that ``data`` names.
 
     Args:
       data: ``source`` "coco", "visdrone" and "yolo" read the split's folders under ``root`` ("" is
         the current directory); "tfds" reads ``tfds_name`` in the TFDS data directory ``root`` ("" is
-        TFDS's own); "scenes" reads generated pictures under ``root`` ("" is ``datasets``), drawing
-        them first if they are not there.
-      split: which half.
+        TFDS's default); "scenes" reads generated images under ``root`` ("" is ``datasets``) and
+        draws them first if they are missing.
+      split: "train" or "val".
 
     Raises:
       ConfigError, DataError: see ``CocoDataset``, ``VisDroneDataset``, ``YoloDataset``, ``read_names``,
         ``TfdsCocoDataset`` and ``ScenesDataset``.
     """
     if data.source == "scenes":
-        from querydet_jax.data.scenes.builder import ScenesDataset, scene_config  # slow to import, and rarely needed
+        from querydet_jax.data.scenes.builder import ScenesDataset, scene_config  # slow import
 
         val_size = data.scenes_val_size if any(data.scenes_val_size) else data.scenes_size
         config = scene_config(data.scenes_train, data.scenes_val, data.scenes_size, val_size, data.scenes_seed)
@@ -53,7 +53,7 @@ def open_dataset(data: DataConfig, split: Literal["train", "val"]) -> Dataset:
 
 
 def check_classes(config: Config, dataset: Dataset) -> None:
-    """Raise where a data set's categories are not the model's classes."""
+    """Raise DataError if the data set's categories differ from the model's classes."""
     if len(dataset.classes) != config.model.num_classes:
         raise DataError(
             f"the data set has {len(dataset.classes)} categories ({', '.join(dataset.classes[:8])}), "

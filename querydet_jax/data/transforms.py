@@ -1,7 +1,7 @@
-"""From an image and its boxes to network input. Pure functions of one example, in NumPy and PIL.
+"""Image and box transforms: pure functions of one example, in NumPy and PIL.
 
-Boxes are float32 [n, 4] (x0, y0, x1, y1) in pixels of the image they come with. Letters: H W image,
-n boxes, G padded boxes.
+Boxes are float32 [n, 4] (x0, y0, x1, y1) in pixels of their image. Letters: H W image, n boxes, G
+padded boxes.
 """
 
 from __future__ import annotations
@@ -12,49 +12,49 @@ from PIL import Image
 
 from querydet_jax.runtime.errors import DataError
 
-MIN_SIDE = 1e-5  # px: a box with a side of at most this is empty
-# A crop keeps a box that has at least this share of its area inside the window. Of a box with less
-# in view too little shows to tell its class and extent.
+MIN_SIDE = 1e-5  # px; a box with a shorter or equal side is empty
+# A crop keeps a box if at least this share of its area is inside the window. Less does not show
+# the object's class and extent.
 MIN_VISIBLE = 0.4
 
 
 def resize_shape(h: int, w: int, short: int, maximum: int) -> tuple[int, int]:
-    """Size of an (h, w) image scaled to short side ``short``, or less where the long side would exceed ``maximum``.
+    """Return (height, width) of an (h, w) image scaled to short side ``short``, its long side at most ``maximum``.
 
-    The order of the floating-point operations is detectron2's ``ResizeShortestEdge``, on which the
-    rounding of ``(nh, nw)`` depends.
+    Floating-point operations are in the order of detectron2's ``ResizeShortestEdge``, so the result
+    rounds alike.
     """
     scale = short * 1.0 / min(h, w)
     nh, nw = (float(short), scale * w) if h < w else (scale * h, float(short))
     if max(nh, nw) > maximum:
         scale = maximum * 1.0 / max(nh, nw)
         nh, nw = nh * scale, nw * scale
-    # max: an image over a thousand times longer than wide would vanish.
+    # At least 1 px, for images over a thousand times longer than wide.
     return max(int(nh + 0.5), 1), max(int(nw + 0.5), 1)
 
 
 def resize(image: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """uint8 [H, W, 3] to ``shape`` (height, width) by PIL's bilinear filter, antialiased when it shrinks."""
+    """Resize uint8 [H, W, 3] to ``shape`` (height, width) with PIL's bilinear filter, antialiased when shrinking."""
     if image.shape[:2] == shape:
         return image
     return np.array(Image.fromarray(image).resize((shape[1], shape[0]), Image.Resampling.BILINEAR))
 
 
 def resize_boxes(boxes: np.ndarray, old: tuple[int, int], new: tuple[int, int]) -> np.ndarray:
-    """Boxes of an image of ``old`` (height, width) after its resize to ``new``."""
+    """Scale boxes from an image of size ``old`` (height, width) to size ``new``."""
     sy, sx = new[0] / old[0], new[1] / old[1]
     return (boxes * np.array([sx, sy, sx, sy])).astype(np.float32)
 
 
 def flip(image: np.ndarray, boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mirrored left to right: x becomes W - x."""
+    """Mirror image and boxes left to right: x becomes W - x."""
     w = np.float32(image.shape[1])
     mirrored = np.stack([w - boxes[:, 2], boxes[:, 1], w - boxes[:, 0], boxes[:, 3]], axis=1)
     return np.ascontiguousarray(image[:, ::-1]), mirrored
 
 
 def clip(boxes: np.ndarray, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Boxes cut to an image of ``shape`` (height, width), and bool [n]: which of them are not empty then."""
+    """Clip boxes to an image of ``shape`` (height, width); also return bool [n], false where nothing is left."""
     h, w = shape
     cut = np.clip(boxes, 0, np.array([w, h, w, h], np.float32)).astype(np.float32)
     return cut, np.all((cut[:, 2:] - cut[:, :2]) > MIN_SIDE, axis=1)
@@ -66,8 +66,8 @@ def crop(
     """Cut out ``window`` (y, x, height, width).
 
     Returns:
-      The part of the image, the boxes clipped to it and in its pixels, and bool [n]: which have at
-      least ``MIN_VISIBLE`` of their area in it.
+      The part of the image; all boxes, clipped to it and in its pixels; bool [n], true for boxes
+      with at least ``MIN_VISIBLE`` of their area inside.
     """
     y, x, h, w = window
     moved = boxes - np.array([x, y, x, y], np.float32)
@@ -81,10 +81,10 @@ def _areas(boxes: np.ndarray) -> np.ndarray:
 
 
 def place(image: np.ndarray, canvas: tuple[int, int]) -> np.ndarray:
-    """``image`` in the top left corner of a canvas (height, width) of zeros.
+    """Place ``image`` in the top left corner of a canvas (height, width) of zeros.
 
     Raises:
-      DataError: it does not fit.
+      DataError: the image does not fit.
     """
     h, w = image.shape[:2]
     if h > canvas[0] or w > canvas[1]:
@@ -95,7 +95,7 @@ def place(image: np.ndarray, canvas: tuple[int, int]) -> np.ndarray:
 
 
 def pad_boxes(boxes: np.ndarray, classes: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
-    """The first ``capacity`` (G) boxes, padded with zeros to [G, 4], and their classes, padded with -1 to [G]."""
+    """Return the first ``capacity`` (G) boxes, padded with 0 to [G, 4], and their classes, padded with -1 to [G]."""
     n = min(len(boxes), capacity)
     padded = np.zeros((capacity, 4), np.float32)
     labels = np.full((capacity,), -1, np.int32)
@@ -114,7 +114,7 @@ def train_example(
     capacity: int,
     rng: np.random.Generator,
 ) -> dict[str, np.ndarray]:
-    """Resize to ``shape``, crop at random what exceeds the canvas, flip at random, pad.
+    """Resize to ``shape``, crop at random if that exceeds the canvas, flip at random and pad.
 
     Args:
       image: uint8 [H, W, 3].
@@ -122,8 +122,8 @@ def train_example(
       classes: int32 [n].
       shape: (height, width) to resize to.
       canvas: (height, width) of the output.
-      flip_probability: of a horizontal flip.
-      capacity: G. Boxes beyond it are dropped, the last first.
+      flip_probability: probability of a horizontal flip.
+      capacity: G; boxes beyond the first G are dropped.
       rng: the source of every random choice.
 
     Returns:
@@ -158,9 +158,9 @@ def rescale_to_original(
     net_size: tuple[int, int],
     original_size: tuple[int, int],
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Detections of one network input as detections of the original image.
+    """Map the detections of one network input to the original image.
 
-    Padded entries go, boxes are scaled, clipped to the original image, and dropped where nothing is left.
+    Remove padding, scale boxes, clip them to the original image and drop empty ones.
 
     Args:
       boxes: [D,4] xyxy, px of the network input.
@@ -170,10 +170,11 @@ def rescale_to_original(
       original_size: (height, width) of the image as stored.
 
     Returns:
-      boxes float32 [n,4], scores float32 [n], classes int64 [n]: ``ImageDetections(image_id, *these)``.
+      boxes float32 [n,4], scores float32 [n], classes int64 [n]: the arguments of
+      ``ImageDetections`` after ``image_id``.
 
     Raises:
-      DataError: a size that is not positive, or ``valid`` not boolean.
+      DataError: a size is not positive, or ``valid`` is not boolean.
     """
     for name, size in (("net_size", net_size), ("original_size", original_size)):
         if min(size) <= 0:

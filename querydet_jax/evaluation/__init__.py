@@ -1,4 +1,4 @@
-"""Scores of detections against ground truth: COCO metrics, size bins for small objects, query recall."""
+"""Score detections against ground truth: COCO metrics, size bins for small objects, query recall."""
 
 from querydet_jax.evaluation.coco import (
     ImageDetections,

@@ -1,8 +1,8 @@
-"""COCO evaluation of boxes: detections to COCO results, results to metrics.
+"""COCO evaluation of boxes: convert detections to COCO results, and results to metrics.
 
-pycocotools does the matching. Its summary is not used: with other limits than (1, 10, 100) it still
-asks for 100 detections an image for the headline AP. The metrics are read from its precision and
-recall arrays, and equal its summary where that is right.
+pycocotools does the matching. Its summary is not used, because it looks up the headline AP at 100
+detections per image even if other limits are set. The metrics are computed from its precision and
+recall arrays; with the default limits they equal its summary.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from querydet_jax.evaluation.metrics import DEFAULT_BINS, CocoMetrics, SizeBin, 
 from querydet_jax.runtime.errors import DataError
 from querydet_jax.runtime.files import write_json
 
-# COCO's own area ranges, both ends included. An object of exactly 32x32 is small and medium.
+# COCO's area ranges include both ends: an object of exactly 32x32 is small and medium.
 _COCO_AREAS = {"all": (0.0, 1e10), "s": (0.0, 32.0**2), "m": (32.0**2, 96.0**2), "l": (96.0**2, 1e10)}
 
 
@@ -39,7 +39,7 @@ class ImageDetections:
       classes: int [n], 0..K-1.
 
     Raises:
-      DataError: lengths that differ, or boxes that are not [n,4].
+      DataError: the lengths differ, or boxes are not [n,4].
     """
 
     image_id: int
@@ -53,19 +53,19 @@ class ImageDetections:
         if shapes != [(n, 4), (n,), (n,)]:
             raise DataError(
                 f"image {self.image_id}: boxes, scores, classes of shapes {shapes}, expected [n,4], [n], [n]; "
-                "drop the padded entries of all three alike"
+                "remove the padding from all three"
             )
 
 
 def to_coco_results(detections: Iterable[ImageDetections], category_ids: Sequence[int]) -> list[dict[str, Any]]:
-    """COCO's list of results: ``image_id``, ``category_id``, ``bbox`` [x, y, w, h], ``score``.
+    """Convert to COCO's list of results: ``image_id``, ``category_id``, ``bbox`` [x, y, w, h], ``score``.
 
     Args:
-      detections: one an image.
+      detections: one entry per image.
       category_ids: the data set's category id of each class, [K].
 
     Raises:
-      DataError: a class outside 0..K-1.
+      DataError: a class is outside 0..K-1.
     """
     results = []
     for image in detections:
@@ -74,7 +74,7 @@ def to_coco_results(detections: Iterable[ImageDetections], category_ids: Sequenc
         if classes.size and not (0 <= classes.min() and classes.max() < len(category_ids)):
             raise DataError(
                 f"image {image.image_id}: classes {classes.min()}..{classes.max()}, but category_ids has "
-                f"{len(category_ids)} entries; give one id a class of the model"
+                f"{len(category_ids)} entries; give one id per class of the model"
             )
         xywh = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1).tolist()
         for box, score, label in zip(xywh, np.asarray(image.scores).tolist(), classes.tolist(), strict=True):
@@ -85,10 +85,10 @@ def to_coco_results(detections: Iterable[ImageDetections], category_ids: Sequenc
 
 
 def save_results(path: str | Path, results: Sequence[dict[str, Any]]) -> None:
-    """Write COCO results as JSON; the file appears whole or not at all, its folder is made.
+    """Write COCO results as JSON, atomically; create the folder if it is missing.
 
     Raises:
-      DataError: a value that JSON cannot hold, such as nan or an array.
+      DataError: a value cannot be stored as JSON, such as nan or an array.
     """
     try:
         write_json(path, results, default=_plain)
@@ -105,21 +105,23 @@ def evaluate(
     category_ids: Sequence[int] | None = None,
     image_ids: Sequence[int] | None = None,
 ) -> CocoMetrics:
-    """Average precision and recall of boxes, over IoU 0.50, 0.55 .. 0.95 and averaged over categories.
+    """Compute average precision and recall of boxes over IoU 0.50, 0.55 .. 0.95, averaged over categories.
+
+    Neither input is modified.
 
     Args:
-      ground_truth: a COCO file's content: ``images``, ``annotations``, ``categories``. Left as it is;
-        a missing ``area`` is taken as w*h of the box, a missing ``iscrowd`` as 0.
-      results: COCO results, as ``to_coco_results`` gives. Left as they are.
-      max_detections: limits of detections an image and category; AR is given for each, everything else for
-        the largest.
+      ground_truth: content of a COCO file: ``images``, ``annotations``, ``categories``. A missing ``area``
+        defaults to w*h of the box, a missing ``iscrowd`` to 0.
+      results: COCO results, as from ``to_coco_results``.
+      max_detections: limits on detections per image and category. AR is computed at each limit, all other
+        metrics at the largest.
       size_bins: further ranges of sqrt(area) in px, ``low <= size < high``, for AP and AR; they may overlap.
-        Sizes are judged by the annotation's ``area``, of the segment where the data set has segments.
+        The size is the annotation's ``area``, which is that of the segment if the data set has segments.
       category_ids: evaluate these categories only.
       image_ids: evaluate these images only.
 
     Raises:
-      DataError: malformed ground truth or results; an image or category id that the ground truth lacks.
+      DataError: ground truth or results are malformed, or an image or category id is not in the ground truth.
     """
     limits = sorted({int(limit) for limit in max_detections})
     if not limits or limits[0] < 1:
@@ -148,7 +150,7 @@ def evaluate(
     elif not objects:
         notes.append(
             f"no ground-truth objects in the {len(chosen_images)} images evaluated, so every metric is undefined; "
-            "check `annotations` and the ids chosen"
+            "check `annotations`, image_ids and category_ids"
         )
     elif not found:
         notes.append("no detections in the images evaluated; check the score threshold")
@@ -173,8 +175,11 @@ def _run(
     areas: dict[str, tuple[float, float]],
     limits: list[int],
 ) -> tuple[np.ndarray, np.ndarray]:
-    """pycocotools' precision [IoU, recall, category, area, limit] and recall [IoU, category, area, limit]; -1: none."""
-    # It reports progress by print alone.
+    """Return pycocotools' precision [IoU, recall, category, area, limit] and recall [IoU, category, area, limit].
+
+    Entries are -1 where there are no objects.
+    """
+    # pycocotools prints its progress.
     with contextlib.redirect_stdout(io.StringIO()):
         sets = []
         for annotations in (truth, found):
@@ -191,7 +196,7 @@ def _run(
         run.params.maxDets = limits
         run.params.areaRng = [list(pair) for pair in areas.values()]
         run.params.areaRngLbl = list(areas)
-        # Sorted here as pycocotools does, so that axis 2 follows the order of `categories`.
+        # Sort as pycocotools does, so that axis 2 follows the order of `categories`.
         run.params.imgIds, run.params.catIds = sorted(images), sorted(categories)
         run.evaluate()
         run.accumulate()
@@ -245,7 +250,7 @@ def _by_class(
 
 
 def _curves(precision: np.ndarray, per_class: dict[str, dict[str, float]]) -> Curves:
-    """Of precision [IoU, recall, category]; -1 where a category has no object."""
+    """Build the curves from precision [IoU, recall, category], which is -1 where a category has no object."""
     percent = np.where(precision > -1, 100.0 * precision, np.nan)
     known = [k for k, row in enumerate(per_class.values()) if row["objects"] > 0]
     means = percent[:, :, known].mean(axis=2) if known else np.full(percent.shape[:2], np.nan)
@@ -261,7 +266,7 @@ def _mean(values: np.ndarray) -> float:
 
 
 def _plain(value: Any) -> Any:
-    """NumPy scalars, which json does not know, as Python's."""
+    """Convert a NumPy scalar to a Python one, for json."""
     if isinstance(value, np.generic):
         return value.item()
-    raise TypeError(f"a {type(value).__name__} among the values")
+    raise TypeError(f"contains a {type(value).__name__}")

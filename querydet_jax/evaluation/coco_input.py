@@ -1,7 +1,7 @@
-"""COCO ground truth and results, checked and copied into what pycocotools takes.
+"""Check COCO ground truth and results and copy them into the form that pycocotools needs.
 
-pycocotools answers bad input with an assertion, a KeyError or a wrong number, and writes into the
-dicts it is given.
+On invalid input pycocotools raises an assertion or KeyError, or returns wrong numbers. It also
+modifies the dictionaries it receives.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from querydet_jax.runtime.errors import DataError
 
 
 def entries(ground_truth: dict[str, Any], key: str) -> dict[int, dict[str, Any]]:
-    """Id to entry, in ascending order of id."""
+    """Return {id: entry} of the list ``key``, in ascending order of id."""
     entries = ground_truth.get(key) if isinstance(ground_truth, dict) else None
     if not isinstance(entries, list) or any(not isinstance(e, dict) or "id" not in e for e in entries):
         raise DataError(f"ground truth: `{key}` is not a list of entries with an id; give a COCO annotation file")
     out = {entry["id"]: entry for entry in entries}
     if len(out) < len(entries):
-        raise DataError(f"ground truth: `{key}` has an id twice; give every entry its own")
+        raise DataError(f"ground truth: `{key}` has an id twice; make the ids unique")
     return dict(sorted(out.items()))
 
 
@@ -30,7 +30,7 @@ def choose(known: dict[int, Any], ids: Sequence[int] | None, name: str) -> dict[
         return known
     unknown = sorted(set(ids) - set(known), key=str)
     if unknown:
-        raise DataError(f"{name}: {_listed(unknown)} not in the ground truth; give ids that it has")
+        raise DataError(f"{name}: {_listed(unknown)} not in the ground truth; give ids from the annotation file")
     wanted = set(ids)
     return {key: entry for key, entry in known.items() if key in wanted}
 
@@ -42,10 +42,10 @@ def within(items: list[dict[str, Any]], images: dict[int, Any], categories: dict
 def annotations_of(
     ground_truth: dict[str, Any], images: dict[int, Any], categories: dict[int, Any]
 ) -> list[dict[str, Any]]:
-    """Annotations as pycocotools needs them: fresh dicts (it writes into them), numbered from 1.
+    """Return the annotations as new dictionaries with ids from 1.
 
-    pycocotools marks an unmatched detection by the annotation id 0, so that a match with an
-    annotation numbered 0 would count as a false positive.
+    pycocotools marks an unmatched detection with annotation id 0, so a match with an annotation
+    whose id is 0 would count as a false positive.
     """
     annotations = ground_truth.get("annotations", [])
     if not isinstance(annotations, list):
@@ -78,7 +78,7 @@ def detections_of(
         if unknown:
             raise DataError(
                 f"results: {name} id {_listed(unknown)} not in the ground truth; evaluate against the annotation "
-                f"file that the detections were made for"
+                f"file of the data set that was detected on"
             )
     out = []
     for index, item in enumerate(results):
@@ -86,7 +86,7 @@ def detections_of(
         box = _checked(item, images, categories, where, ("image_id", "category_id", "bbox", "score"))
         score = float(item["score"])
         if not np.isfinite(score):
-            raise DataError(f"{where}: score {score} is not finite; mend the detector or drop the entry")
+            raise DataError(f"{where}: score {score} is not finite; fix the detector or remove the entry")
         out.append(
             {
                 "id": index + 1,
@@ -104,13 +104,13 @@ def detections_of(
 def _checked(
     item: Any, images: dict[int, Any], categories: dict[int, Any], where: str, keys: tuple[str, ...]
 ) -> list[float]:
-    """The entry's box as four finite floats, after checking its fields and ids."""
+    """Check the entry's fields and ids; return its box as four finite floats."""
     missing = [key for key in keys if key not in item] if isinstance(item, dict) else list(keys)
     if missing:
         raise DataError(f"{where}: lacks {', '.join(missing)}; every entry needs {', '.join(keys)}")
     for key, known in (("image_id", images), ("category_id", categories)):
         if item[key] not in known:
-            raise DataError(f"{where}: {key} {item[key]} is not listed in the ground truth; add it or drop the entry")
+            raise DataError(f"{where}: {key} {item[key]} is not listed in the ground truth; add it or remove the entry")
     try:
         box = [float(value) for value in item["bbox"]]
     except (TypeError, ValueError):

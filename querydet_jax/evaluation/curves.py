@@ -9,7 +9,7 @@ import numpy as np
 
 RECALL = np.arange(101) / 100
 IOUS = tuple(range(50, 100, 5))
-"""Thresholds in percent."""
+"""IoU thresholds in percent."""
 MEAN = "mean of classes"
 
 
@@ -19,10 +19,10 @@ class Line:
 
     Attributes:
       name: class, or ``MEAN``.
-      iou: threshold or thresholds, e.g. 0.50 or 0.50:0.95.
-      ap: average precision in percent, as the evaluation states it; nan without an object to find.
-      precision: float64 [101], percent, at recall 0, 1 .. 100 %: the largest at this recall or a higher one,
-        0 beyond the recall reached; nan without an object to find.
+      iou: threshold or range of thresholds, e.g. 0.50 or 0.50:0.95.
+      ap: average precision in percent, as in the evaluation's metrics; nan if there are no objects.
+      precision: float64 [101], percent, at recall 0, 1 .. 100 %, interpolated: the largest at this recall or a
+        higher one, 0 beyond the recall reached, nan if there are no objects.
     """
 
     name: str
@@ -36,8 +36,8 @@ class Curves:
     """Curves of one detector.
 
     Attributes:
-      means: over the classes, weighed as in the evaluation's AP: at IoU 0.50, 0.55 .. 0.95, then over these.
-      classes: of each class at IoU 0.50, in the data set's order.
+      means: means over the classes, weighted as in the evaluation's AP, at IoU 0.50, 0.55 .. 0.95; last their mean.
+      classes: one curve per class at IoU 0.50, in the data set's order.
     """
 
     means: tuple[Line, ...]
@@ -45,7 +45,7 @@ class Curves:
 
 
 def mean_lines(by_iou: Mapping[int, tuple[float, np.ndarray]]) -> tuple[Line, ...]:
-    """``Curves.means`` of (AP, precision [101]) by IoU in percent."""
+    """Return ``Curves.means`` from {IoU in percent: (AP, precision [101])}."""
     aps, precision = zip(*by_iou.values(), strict=True)
     lines = [Line(MEAN, f"{iou / 100:.2f}", ap, values) for iou, (ap, values) in by_iou.items()]
     span = f"{min(by_iou) / 100:.2f}:{max(by_iou) / 100:.2f}"

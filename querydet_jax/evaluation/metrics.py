@@ -1,4 +1,4 @@
-"""What an evaluation yields: size bins, the metrics with their JSON and text forms."""
+"""Results of a COCO evaluation: size bins, and metrics with their JSON and text forms."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ class SizeBin(NamedTuple):
 
     @property
     def key(self) -> str:
-        """Suffix of a metric's name, e.g. ``8_16`` or ``96_inf``."""
+        """The suffix of a metric's name, e.g. ``8_16`` or ``96_inf``."""
         return f"{self.low:g}_{self.high:g}"
 
     @property
     def label(self) -> str:
-        """For tables, e.g. ``8-16 px``, ``<8 px`` or ``>=96 px``."""
+        """The label in tables, e.g. ``8-16 px``, ``<8 px`` or ``>=96 px``."""
         if math.isinf(self.high):
             return f">={self.low:g} px"
         return f"<{self.high:g} px" if self.low == 0 else f"{self.low:g}-{self.high:g} px"
 
 
-# Finer than COCO's small, medium and large, where small objects live; the last overlaps the first two.
+# Finer than COCO's small, medium and large at the sizes of small objects; the last overlaps the first two.
 DEFAULT_BINS = (
     SizeBin(0, 8),
     SizeBin(8, 16),
@@ -44,7 +44,7 @@ DEFAULT_BINS = (
 
 
 def as_bins(bins: Iterable[tuple[float, float]]) -> tuple[SizeBin, ...]:
-    """``(low, high)`` pairs as SizeBins. Raises DataError where not ``0 <= low < high`` or given twice."""
+    """Return ``(low, high)`` pairs as SizeBins; raise DataError unless ``0 <= low < high`` and all differ."""
     out = tuple(SizeBin(float(low), float(high)) for low, high in bins)
     for entry in out:
         if not 0 <= entry.low < entry.high:
@@ -56,19 +56,19 @@ def as_bins(bins: Iterable[tuple[float, float]]) -> tuple[SizeBin, ...]:
 
 @dataclass(frozen=True)
 class CocoMetrics:
-    """Average precision and recall in percent (0..100), nan where there is no ground truth to find.
+    """Average precision and recall in percent (0..100), nan where there are no objects.
 
     Attributes:
-      metrics: AP, AP50, AP75, APs, APm, APl; AR1, AR10, AR100 (named after the limits of detections
-        an image); ARs, ARm, ARl; then ``AP_low_high`` of every size bin and ``AR_low_high`` likewise.
-        All but the AR with a limit in their name take the largest limit.
-      per_class: class name to AP, AP50, APs, AR and the number of objects, in the data set's order.
-      objects: number of ground-truth objects (crowds apart): ``all``, ``s``, ``m``, ``l`` and each bin's key.
+      metrics: AP, AP50, AP75, APs, APm, APl; AR1, AR10, AR100 (one per limit on detections per image);
+        ARs, ARm, ARl; then ``AP_low_high`` and ``AR_low_high`` of every size bin. All except AR1, AR10
+        and AR100 use the largest limit.
+      per_class: {class name: AP, AP50, APs, AR, number of objects}, in the data set's order.
+      objects: number of ground-truth objects without crowds: ``all``, ``s``, ``m``, ``l`` and each bin's key.
       num_images: images evaluated.
-      num_detections: detections in them.
-      curves: recall and precision, with the largest limit.
+      num_detections: detections in these images.
+      curves: recall and precision at the largest limit.
       size_bins: the bins behind the ``_low_high`` names.
-      notes: what a reader must know before trusting the numbers, e.g. that there was no ground truth.
+      notes: warnings about the numbers, e.g. that there was no ground truth.
     """
 
     metrics: dict[str, float]
@@ -81,7 +81,7 @@ class CocoMetrics:
     notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain types only; nan becomes None, for JSON has no nan."""
+        """Return plain types only; nan becomes None, because JSON has no nan."""
         return {
             "metrics": without_nan(self.metrics),
             "per_class": {name: without_nan(row) for name, row in self.per_class.items()},
@@ -92,11 +92,11 @@ class CocoMetrics:
         }
 
     def to_json(self) -> str:
-        """``to_dict`` as strict JSON text."""
+        """Return ``to_dict`` as strict JSON text."""
         return json.dumps(self.to_dict(), indent=2, allow_nan=False)
 
     def table(self) -> str:
-        """Plain text, at most 100 columns wide: headline, by object size, by class. ``-`` stands for nan."""
+        """Return a text table of at most 100 columns: headline, by object size, by class. ``-`` is nan."""
         parts = [
             f"{self.num_images:,} images, {self.objects['all']:,} objects, {self.num_detections:,} detections",
             *(f"warning: {note}" for note in self.notes),
@@ -121,7 +121,7 @@ class CocoMetrics:
         return "\n".join(parts)
 
     def _class_table(self) -> str:
-        # Many classes: two columns of them side by side halve the height; AP50 goes to fit 100 columns.
+        # With many classes, print two columns side by side, without AP50 to fit 100 columns.
         many = len(self.per_class) > 30
         columns = ["AP", "APs", "AR"] if many else ["AP", "AP50", "APs", "AR"]
         header = ["class", "objects", *columns]
@@ -139,7 +139,7 @@ class CocoMetrics:
 
 
 def known(value: float | None) -> float | None:
-    """None for nan, which JSON does not have."""
+    """Return the value, or None for nan, which JSON does not have."""
     return None if value is None or math.isnan(value) else value
 
 

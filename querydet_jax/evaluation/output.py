@@ -1,4 +1,4 @@
-"""What an evaluation leaves on disk: detections, official result files, recall-precision curves."""
+"""Write the files of an evaluation: detections, official result files, recall-precision curves."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from querydet_jax.viz.text import percent, shorten
 
 _TITLES = {"coco": "COCO evaluation", "visdrone": "official VisDrone evaluation, classes weighted by their images"}
 
-# More classes than this cannot be told apart in a plot: the best and the worst are named then.
+# A plot cannot show more classes than this apart; beyond, name only the best and the worst.
 _NAMED = 12
 
 
 def write_scores(out: str | Path, scores: Mapping[str, Scores]) -> list[str]:
-    """Write to the folder ``out`` what was detected and the curves.
+    """Write detections and curves to the folder ``out``.
 
-    ``detections_METHOD.json`` (COCO results); of VisDrone ``visdrone_METHOD/`` (a text file an image, in place of a
-    former folder); ``curves_coco`` and ``curves_visdrone`` as ``write_curves`` does.
+    Write ``detections_METHOD.json`` (COCO results), for VisDrone also ``visdrone_METHOD/`` (one text file per image;
+    replaces an existing folder), and the curves as in ``write_curves``.
 
     Returns:
-      What was written or left out, for a message.
+      The names of what was written or left out, for a message.
     """
     out, written = Path(out), []
     for name, of_method in scores.items():
@@ -45,14 +45,14 @@ def write_scores(out: str | Path, scores: Mapping[str, Scores]) -> list[str]:
 
 
 def write_curves(out: str | Path, curves: Mapping[str, Mapping[str, Curves]]) -> list[str]:
-    """Write ``curves_PROTOCOL.csv``, a row a curve, and ``.png``, a row of plots a method.
+    """Write ``curves_PROTOCOL.csv``, one row per curve, and ``.png``, one row of plots per method.
 
     Args:
       out: the folder.
-      curves: protocol (coco, visdrone) to the curves of each method.
+      curves: {protocol (coco, visdrone): {method: curves}}.
 
     Returns:
-      What was written or left out, for a message.
+      The names of what was written or left out, for a message.
     """
     plotted = [_write_curves(Path(out) / f"curves_{protocol}", protocol, curves[protocol]) for protocol in curves]
     kinds = (".csv", ".png") if all(plotted) else (".csv",)

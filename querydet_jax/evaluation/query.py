@@ -1,9 +1,9 @@
-"""Query recall: are the cells that must be looked at, looked at, and at what price?
+"""Query recall: how many objects the queries find, and how many cells that activates.
 
-Average precision says whether cascaded sparse query costs accuracy; query recall says why. An object
-whose centre cell is not a key on a level gets no detection from that level's sparse head. A lower
-threshold makes more cells keys, and more cells active. Shape letters: h w map, n boxes, T thresholds,
-S size bins.
+Average precision shows whether cascaded sparse query costs accuracy; query recall shows why. An
+object whose centre cell is not a key on a level gets no detection from that level's sparse head. A
+lower threshold yields more keys and more active cells. Shape letters: h w map, n boxes, T
+thresholds, S size bins.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from querydet_jax.runtime.errors import DataError
 from querydet_jax.viz.text import percent, text_table
 
 THRESHOLDS = (0.02, 0.05, 0.10, 0.12, 0.15, 0.20, 0.30, 0.40, 0.50)
-"""Query thresholds that an evaluation tries beside the configured one."""
+"""Query thresholds that an evaluation tries in addition to the configured one."""
 
 
 def query_recall(
@@ -29,16 +29,16 @@ def query_recall(
 
     Args:
       boxes: [n,4] xyxy in px of the network input.
-      keys: bool [...,h,w], the cells of one level of one image at which the sparse head answers; axes before the
-        map, such as one of thresholds, are kept.
-      stride: px a cell.
+      keys: bool [...,h,w], the cells of one level of one image at which the sparse head gives outputs. Leading axes,
+        such as thresholds, are kept.
+      stride: px per cell.
       bins: ranges of sqrt(area) of the boxes in px; they may overlap.
 
     Returns:
-      hits int64 [...,S], totals int64 [S]. A box with its centre outside the map counts as missed.
+      hits int64 [...,S], totals int64 [S]. A box whose centre is outside the map counts as missed.
 
     Raises:
-      DataError: shapes other than these, or keys not boolean.
+      DataError: a shape differs from these, or keys are not boolean.
     """
     bins = as_bins(bins)
     boxes = np.asarray(boxes, np.float32).reshape(-1, 4) if np.size(boxes) == 0 else np.asarray(boxes, np.float32)
@@ -48,7 +48,7 @@ def query_recall(
     if keys.ndim < 2 or keys.dtype != np.bool_:
         raise DataError(f"keys: {keys.dtype} {list(keys.shape)}, expected bool [...,h,w] of one image and level")
     if not stride > 0:
-        raise DataError(f"stride: {stride}, expected px a cell, above 0")
+        raise DataError(f"stride: {stride}, expected px per cell, above 0")
     h, w = keys.shape[-2:]
     x = np.floor((boxes[:, 0] + boxes[:, 2]) / 2 / stride).astype(np.int64)
     y = np.floor((boxes[:, 1] + boxes[:, 3]) / 2 / stride).astype(np.int64)
@@ -66,15 +66,15 @@ def query_recall(
 class QueryRecall:
     """Query recall and active cells of one level, summed over images, at several thresholds.
 
-    Recall on the level below the start level never falls when the threshold does. Further down it may,
-    slightly: a level's query probabilities come from sparse convolution and depend on which cells are active.
+    On the level below the start level, recall never falls when the threshold is lowered. On finer levels it may fall
+    slightly: sparse convolution computes their query probabilities, which depend on the active cells.
 
     Attributes:
-      thresholds: ascending; ``configured`` is among them.
+      thresholds: ascending, with ``configured`` among them.
       configured: the threshold that inference uses.
       bins: ranges of sqrt(area) in px.
-      hits: int64 [T,S], boxes with their centre in a key cell.
-      totals: int64 [S], boxes.
+      hits: int64 [T,S], number of boxes whose centre is in a key cell.
+      totals: int64 [S], number of boxes.
     """
 
     def __init__(
@@ -95,8 +95,8 @@ class QueryRecall:
         """Count one image.
 
         Args:
-          boxes, stride: as of ``query_recall``.
-          keys, active: bool [T,h,w], the key and the active cells at every threshold.
+          boxes, stride: as in ``query_recall``.
+          keys, active: bool [T,h,w], the key and the active cells at each threshold.
         """
         keys, active = np.asarray(keys), np.asarray(active)
         if keys.ndim != 3 or len(keys) != len(self.thresholds) or active.shape != keys.shape:
@@ -111,17 +111,17 @@ class QueryRecall:
         self._images += 1
 
     def merge(self, other: QueryRecall) -> None:
-        """Take in the counts of other images, made with the same thresholds and bins."""
+        """Add the counts of other images, made with the same thresholds and bins."""
         self.hits += other.hits
         self.totals += other.totals
         self._active += other._active
         self._images += other._images
 
     def recall(self, threshold: float | None = None) -> dict[str, float]:
-        """Bin key to percent of boxes found, nan for a bin without boxes.
+        """Return {bin key: percent of boxes found}, nan for a bin without boxes.
 
         Args:
-          threshold: one of ``thresholds``; None: the configured one.
+          threshold: one of ``thresholds``; None is the configured one.
         """
         row = self.hits[self.thresholds.index(self.configured if threshold is None else threshold)]
         return {
@@ -130,12 +130,12 @@ class QueryRecall:
         }
 
     def active_share(self) -> dict[float, float]:
-        """Threshold to share of the level's cells that are active, 0..1, mean over images; nan without images."""
+        """Return {threshold: active share of the level's cells, 0..1}, mean over images; nan without images."""
         shares = self._active / self._images if self._images else np.full(len(self.thresholds), np.nan)
         return dict(zip(self.thresholds, shares.tolist(), strict=True))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain types only; nan becomes None, for JSON has no nan."""
+        """Return plain types only; nan becomes None, because JSON has no nan."""
         return {
             "threshold": self.configured,
             "objects": {entry.key: int(total) for entry, total in zip(self.bins, self.totals, strict=True)},
@@ -149,8 +149,10 @@ class QueryRecall:
         }
 
     def table(self) -> str:
-        """Plain text: objects, objects found and percent found at every threshold, one row a size bin; the
-        active cells, in percent of the level's, beneath. The configured threshold has an asterisk."""
+        """Return a text table, one row per size bin: objects, objects found, and percent found at each threshold.
+
+        The last row gives the active cells in percent of the level's. An asterisk marks the configured threshold.
+        """
         marked = self.thresholds.index(self.configured)
         recalls = [self.recall(threshold) for threshold in self.thresholds]
         rows = [

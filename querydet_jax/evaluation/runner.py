@@ -1,4 +1,4 @@
-"""Run detectors over a data set: scores, time an image, how sparse the sparse levels were."""
+"""Run detectors over a data set; record scores, time per image and active cells."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from querydet_jax.viz.text import percent, text_table
 
 @dataclass
 class Evaluation:
-    """What one detector did on a data set.
+    """The results of one detector on a data set.
 
     Attributes:
-      scores: its detections and how good they are.
-      ms: milliseconds an image, one entry a batch, from uint8 pixels on the device to detections;
-        the first batch of each canvas (compilation) is not among them.
-      active: level to share of its cells computed, one entry a batch; sparse levels only.
-      dense_rungs: level to how many batches overflowed into the dense rung.
-      recall: level to the query recall by object size and threshold, where it was asked for.
+      scores: its detections and their metrics.
+      ms: milliseconds per image, one entry per batch, from uint8 pixels on the device to detections.
+        Compilation is not included.
+      active: {level: active share of its cells, one entry per batch}; sparse levels only.
+      dense_rungs: {level: number of batches that overflowed to the dense rung}.
+      recall: {level: query recall by object size and threshold}, if requested.
     """
 
     scores: Scores = field(init=False)
@@ -49,11 +49,11 @@ class Evaluation:
 
     @property
     def fps(self) -> float:
-        """Mean over batches of images a second, as the paper averages."""
+        """Images per second, averaged over batches as in the paper."""
         return float(np.mean([1000.0 / ms for ms in self.ms])) if self.ms else float("nan")
 
     def add(self, other: Evaluation) -> None:
-        """Take in what another host did on its images."""
+        """Add the results of another host on its images."""
         self.ms += other.ms
         for level, shares in other.active.items():
             self.active.setdefault(level, []).extend(shares)
@@ -93,21 +93,21 @@ def evaluate_detectors(
 ) -> dict[str, Evaluation]:
     """Evaluate detectors side by side.
 
-    Every batch goes through all of them in turn, so their times are comparable though the machine's
-    speed may drift. Several hosts share the images; each returns the result of all.
+    Every batch goes through all detectors in turn, so their times stay comparable if the machine's
+    speed drifts. Several hosts share the images; each returns the results over all images.
 
     Args:
-      detectors: name to detector.
+      detectors: {name: detector}.
       dataset: images and ground truth.
       data: resize rule and canvases.
-      batch_size: images a batch of each host.
-      indices: positions of the images to use; None: all.
-      query_recall: also count which objects' centre cells are among the keys, at ``THRESHOLDS`` and the
-        detector's own, in a second, untimed pass.
-      between: called after every batch, on all hosts as often; may raise to end the evaluation.
+      batch_size: images per batch on each host.
+      indices: positions of the images to use; None selects all.
+      query_recall: also measure query recall at ``THRESHOLDS`` and at the detector's own threshold, in a
+        second, untimed pass.
+      between: called after every batch, equally often on all hosts; may raise to stop the evaluation.
 
     Raises:
-      DataError: an image that cannot be read.
+      DataError: an image cannot be read.
     """
     batches = eval_batches(
         dataset,
@@ -130,7 +130,7 @@ def evaluate_detectors(
                 begun = time.perf_counter()
                 result = jax.block_until_ready(detector(images, sizes))
                 run = runs[name]
-                # A batch filled up with repetitions still costs a whole batch.
+                # Divide by all rows: images repeated to fill up the batch cost time, too.
                 run.ms.append((time.perf_counter() - begun) * 1e3 / len(batch["valid"]))
                 result = jax.device_get(result)
                 found[name] += _detections(result, batch)
@@ -155,12 +155,12 @@ def evaluate_detectors(
 
 
 def first_images(dataset: Dataset, count: int) -> list[int] | None:
-    """Positions of the first ``count`` images; None, which means all, for 0."""
+    """Return the positions of the first ``count`` images, or None (all images) if ``count`` is 0."""
     return list(range(min(count, len(dataset)))) if count else None
 
 
 def comparison_table(runs: dict[str, Evaluation]) -> str:
-    """One row a detector: accuracy, time, speed-up over the first, share of active cells."""
+    """Return a text table, one row per detector: accuracy, time, speed-up over the first, active cells."""
     first = next(iter(runs.values()))
     header = ["method", *first.scores.headline(), "ms/image", "FPS", "speed-up", "active cells"]
     rows = []

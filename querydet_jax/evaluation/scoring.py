@@ -1,4 +1,4 @@
-"""How well detections fit a data set: COCO metrics of any, the official ones too of VisDrone."""
+"""Score detections on a data set: COCO metrics, and for VisDrone also the official metrics."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ from querydet_jax.evaluation.visdrone_results import VisDroneMetrics
 
 @dataclass(frozen=True)
 class Scores:
-    """The detections of one detector, scored.
+    """The detections of one detector and their metrics.
 
     Attributes:
-      coco: by COCO's protocol.
+      coco: metrics by COCO's protocol.
       results: COCO results of all images.
-      visdrone: by VisDrone's protocol; None for a data set without ``official_truth``.
-      rows: then, image name to what its official result file says, float64 [m,6]; the metrics are of these.
+      visdrone: metrics by VisDrone's protocol; None for a data set without ``official_truth``.
+      rows: {image name: rows of its official result file, float64 [m,6]}, on which ``visdrone`` is computed; empty
+        for other data sets.
     """
 
     coco: CocoMetrics
@@ -34,12 +35,12 @@ class Scores:
     rows: dict[str, np.ndarray] = field(default_factory=dict)
 
     def named(self) -> dict[str, float]:
-        """All metrics by name; VisDrone's begin with ``visdrone_``."""
+        """Return all metrics by name; VisDrone's begin with ``visdrone_``."""
         official = {} if self.visdrone is None else self.visdrone.metrics
         return {**self.coco.metrics, **{f"visdrone_{name}": value for name, value in official.items()}}
 
     def headline(self) -> dict[str, float]:
-        """Column to value for a table that compares detectors; of VisDrone its own metrics first."""
+        """Return {column: value} for a table that compares detectors; VisDrone's own metrics come first."""
         coco = self.coco.metrics
         sized = {"APs": coco["APs"], "AP<16": coco.get("AP_0_16", np.nan)}
         if self.visdrone is None:
@@ -49,17 +50,17 @@ class Scores:
         return {"VisDrone AP": official["AP"], **further, "COCO AP": coco["AP"], **sized}
 
     def table(self) -> str:
-        """Plain text: VisDrone's metrics where there are any, then COCO's."""
+        """Return text tables: VisDrone's metrics, if any, then COCO's."""
         parts = [] if self.visdrone is None else [f"official VisDrone evaluation\n{self.visdrone.table()}"]
         return "\n\n".join([*parts, f"COCO evaluation\n{self.coco.table()}"])
 
     def curves(self) -> dict[str, Curves]:
-        """Protocol, coco or visdrone, to recall and precision."""
+        """Return {protocol, coco or visdrone: recall-precision curves}."""
         official = {} if self.visdrone is None else {"visdrone": self.visdrone.recall_precision()}
         return {**official, "coco": self.coco.curves}
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain types only: COCO's metrics, and VisDrone's under ``visdrone``."""
+        """Return plain types only: COCO's metrics, and VisDrone's under ``visdrone``."""
         return {**self.coco.to_dict(), **({} if self.visdrone is None else {"visdrone": self.visdrone.to_dict()})}
 
 
@@ -70,16 +71,16 @@ def score(
     indices: Sequence[int] | None = None,
     size_bins: Sequence[tuple[float, float]] = DEFAULT_BINS,
 ) -> Scores:
-    """Compare detections with a data set's ground truth.
+    """Score detections against a data set's ground truth.
 
     Args:
       dataset: the ground truth.
-      detections: one of each image, in any order.
-      indices: positions of the images to score; None: all.
+      detections: one entry per image, in any order.
+      indices: positions of the images to score; None selects all.
       size_bins: see ``evaluate``.
 
     Raises:
-      DataError: as ``to_coco_results``, ``evaluate`` and ``evaluate_visdrone``.
+      DataError: see ``to_coco_results``, ``evaluate`` and ``evaluate_visdrone``.
     """
     positions = range(len(dataset)) if indices is None else sorted(indices)
     results = to_coco_results(detections, dataset.category_ids)
@@ -98,7 +99,7 @@ def score(
 
 
 def _rows(image: ImageDetections, category_ids: Sequence[int]) -> np.ndarray:
-    """float64 [m,6]: x, y, w, h, score, category."""
+    """Return rows float64 [m,6]: x, y, w, h, score, category."""
     boxes = image.boxes.astype(np.float64)
     categories = np.asarray(category_ids)[np.asarray(image.classes, np.int64)]
     return np.concatenate(

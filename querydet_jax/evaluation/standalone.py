@@ -1,4 +1,4 @@
-"""Scores of result files, of whatever detector, against annotation files."""
+"""Score the result files of any detector against annotation files."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from querydet_jax.evaluation.visdrone_files import read_result_file
 from querydet_jax.evaluation.visdrone_results import VisDroneMetrics
 from querydet_jax.runtime.errors import DataError
 
-# Beyond any box: regions and boxes are then cut at no edge.
+# An image size beyond any box, so that no region or box is cut at the image's edge.
 _BOUNDLESS = (1 << 30, 1 << 30)
 
 
 def score_visdrone(results: str | Path, annotations: str | Path, images: str | Path | None = None) -> VisDroneMetrics:
-    """Evaluate VisDrone's text files of results, one an image, by the official protocol.
+    """Evaluate VisDrone result files, one per image, by the official protocol.
 
-    Of the images the protocol needs the sizes alone: it cuts boxes and ignored regions at the image's edges before it
-    tells which boxes lie in a region. Without images nothing is cut, a difference for what reaches over an edge only.
+    The protocol needs only the images' sizes: it cuts boxes and ignored regions at the image's edges before it decides
+    which boxes lie in a region. Without images nothing is cut, which only affects boxes that cross an edge.
 
     Args:
-      results: folder of the files. An image without one has no detections, which the notes then say.
-      annotations: the official annotation files' folder, or the split's folder with ``annotations/`` in it.
-      images: folder of the images; None: ``images/`` beside the annotations, if there is one.
+      results: folder of the result files. An image without one counts as without detections, and a note reports it.
+      annotations: folder of the official annotation files, or the split's folder that contains ``annotations/``.
+      images: folder of the images; None uses ``images/`` beside the annotations if it exists.
 
     Raises:
-      DataError: a folder missing or without files; a bad line, by file and number; a result file, or with
-        ``images`` an annotation file, of no image.
+      DataError: a folder is missing or empty; a line is malformed; a result file has no annotation file, or an
+        annotation file no image.
     """
     results, annotations = Path(results), Path(annotations)
     if (annotations / "annotations").is_dir():
@@ -45,8 +45,8 @@ def score_visdrone(results: str | Path, annotations: str | Path, images: str | P
     for stem, name in found.items():
         if stem not in truth:
             raise DataError(
-                f"{results / name}: there is no annotation file {annotations / stem}.txt; score the results of a split "
-                "against its annotations"
+                f"{results / name}: there is no annotation file {annotations / stem}.txt; score results against the "
+                "annotations of the same split"
             )
     beside = annotations.parent / "images"
     sizes, notes = [_BOUNDLESS] * len(truth), []
@@ -56,7 +56,7 @@ def score_visdrone(results: str | Path, annotations: str | Path, images: str | P
         notes.append("no images, so no sizes: ignored regions and boxes are not cut at an image's edge; add --images")
     missing = len(truth) - len(found)
     if missing:
-        notes.append(f"no result file of {missing:,} of the {len(truth):,} images: taken as without detections")
+        notes.append(f"no result file for {missing:,} of the {len(truth):,} images: counted as without detections")
     parts = [
         VisDroneImage(
             stem,
@@ -73,13 +73,13 @@ def score_visdrone(results: str | Path, annotations: str | Path, images: str | P
 def score_coco(
     results: str | Path, annotations: str | Path, max_detections: Sequence[int] = (1, 10, 100)
 ) -> CocoMetrics:
-    """Evaluate COCO results (a json list of image_id, category_id, bbox, score) against a COCO annotation file.
+    """Evaluate COCO results (a JSON list of image_id, category_id, bbox, score) against a COCO annotation file.
 
     Args:
       max_detections: see ``evaluate``.
 
     Raises:
-      DataError: a file that is not readable; a bad entry, by its number or id.
+      DataError: a file is not readable, or an entry is malformed.
     """
     truth, found = _json(Path(annotations)), _json(Path(results))
     if not isinstance(found, list):
@@ -92,10 +92,10 @@ def score_coco(
 
 def _texts(folder: Path, kind: str) -> dict[str, str]:
     if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder; give the folder of the {kind}, a text file an image")
+        raise DataError(f"{folder}: no such folder; give the folder of the {kind}, one text file per image")
     texts = by_stem(folder, (".txt",))
     if not texts:
-        raise DataError(f"{folder}: no text files; give the folder of the {kind}, a text file an image")
+        raise DataError(f"{folder}: no text files; give the folder of the {kind}, one text file per image")
     return texts
 
 

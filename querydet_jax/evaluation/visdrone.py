@@ -1,22 +1,24 @@
-"""VisDrone evaluation by the protocol of the VisDrone2018-DET toolkit, as the Python port runs it.
+"""VisDrone evaluation by the protocol of the VisDrone2018-DET toolkit, following its Python port.
 
-The port ships with the published code, whose recorded figures the tests compare with. Its rules:
+The published code contains the port (``visdrone_eval/viseval``); the tests compare with its recorded figures. Rules:
 
-- Ignored regions are truth of category 0. Truth and detections at least half inside them go first. Coordinates are
-  rounded, half to even, and 1 or more. A region is a pixel wider and higher than its box, and the share of a box inside
-  is counted a pixel to the right and below of it, cut at the image, over its whole area.
-- Truth of score 0 is ignored: a detection that matches nothing else and lies inside it by the threshold
-  (intersection over the detection's area) does not count. Such truth still counts in the number of objects.
-- A limit takes the first 1, 10, 100 or 500 detections of the image in file order, all categories together,
-  also of categories that are not evaluated, and only then those of the class.
-- By descending score each detection takes the free object of its class and image with the largest IoU, of equal ones
-  the later. The port reverses an ascending sort whose order of equal scores depends on the machine; here the sort is
-  stable, so of equal scores the later detection is matched first.
+- Truth of category 0 is an ignored region. First, truth and detections at least half inside regions are removed.
+  Coordinates are rounded, half to even, and at least 1. A region is one pixel wider and higher than its box. The share
+  of a box inside is counted over the box shifted right and down by one pixel and cut at the image, and divided by the
+  whole area of the box.
+- Truth of score 0 is ignored: a detection that matches no other object, and whose share inside such truth
+  (intersection over the detection's area) reaches the threshold, does not count. Such truth still counts as an object.
+- A limit keeps the first 1, 10, 100 or 500 detections of the image in file order over all categories, including those
+  not evaluated. Only then are the detections of a class selected.
+- In descending order of score, each detection takes the free object of its class and image with the largest IoU; of
+  equal IoUs, the later object. Of equal scores, the later detection is matched first. (The port's order of equal
+  scores depends on the machine, because it reverses an unstable sort; the sort here is stable.)
 - AP is the area under the interpolated recall-precision curve at every recall (VOC from 2010), AR the recall reached.
-- Boxes and scores are float32, areas have no added pixel.
-- The headline mean has one entry an image that holds the class: classes weigh by the images they are in.
+- Boxes and scores are float32; areas do not add a pixel.
+- The headline mean has one entry per image and class it contains, so classes are weighted by their number of images.
 
-Detections are matched in rounds, the k-th of every image and class at once, over all thresholds, limits and bins.
+Matching runs in rounds: round k matches the k-th detection of every image and class, for all thresholds, limits and
+bins at once.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ LIMITS = (1, 10, 100, 500)
 THRESHOLDS = np.linspace(0.5, 0.95, 10)
 _SLOTS = len(CLASSES) + 1  # classes are 1..10
 
-# An object inside the size bin goes before any outside, whatever their IoU; more than objects an image.
+# Added to the preference of objects inside the size bin, so that they precede all others whatever their IoU.
 _INSIDE = 1 << 24
 
 
@@ -45,16 +47,17 @@ class VisDroneImage:
     """One image's truth and detections.
 
     Attributes:
-      name: of the image, for messages; the result file's stem.
+      name: the image's name in messages; the result file's stem.
       size: (height, width), px.
       truth: [n,8] as in the annotation file: x, y, w, h, score, category, truncation, occlusion. Score 1 counts,
         0 is ignored; category 0 is an ignored region, 1..10 are the classes, 11 others.
       detections: [m,6..8] as in the result file, in its order: x, y, w, h, score, category.
-        The last two columns of either may be left out; without rows any empty array will do.
+
+    The last two columns of both arrays are optional. Any empty array stands for no rows.
 
     Raises:
-      DataError: other shapes, values that are not finite, negative sides, categories outside 0..11, truth that is
-        not whole numbers or whose score is neither 0 nor 1.
+      DataError: a shape differs, a value is not finite, a side is negative, a category is outside 0..11, or truth has
+        a fraction or a score other than 0 and 1.
     """
 
     name: str
@@ -76,11 +79,11 @@ class VisDroneImage:
 
 
 class _Found(NamedTuple):
-    """What is left of all images after regions and limits.
+    """Objects, detections and candidate pairs of all images, after ignored regions and the largest limit.
 
-    Objects [T] and detections [D] of the classes only, images in turn, detections in the order they are matched.
-    Pairs [P] of a detection and an object that count, same class and image, IoU at least the lowest threshold; by
-    detection, best object first.
+    Objects [T] and detections [D] are of the ten classes, ordered by image; detections are in matching order. A pair
+    [P] is a detection and a non-ignored object of the same class and image with IoU at least the lowest threshold.
+    Pairs are ordered by detection, best object first.
     """
 
     truth_image: np.ndarray
@@ -89,35 +92,35 @@ class _Found(NamedTuple):
     image: np.ndarray
     label: np.ndarray
     score: np.ndarray  # float32
-    rank: np.ndarray  # position in the file, regions apart
+    rank: np.ndarray  # position in the file, without detections in ignored regions
     size: np.ndarray
-    absorbed: np.ndarray  # largest share inside ignored truth of the class
+    absorbed: np.ndarray  # largest share inside an ignored object of the class
     pair_detection: np.ndarray
     pair_truth: np.ndarray
     pair_iou: np.ndarray  # float32
 
 
 class _Columns(NamedTuple):
-    """What is matched side by side, [C]: every threshold at every limit, then every threshold in every bin."""
+    """The C combinations matched side by side: each threshold at each limit, then each threshold in each bin."""
 
     threshold: np.ndarray
     limit: np.ndarray
-    bin: np.ndarray  # index into the bins, of which the first holds every size
+    bin: np.ndarray  # index into the bins; bin 0 holds every size
 
 
 def evaluate_visdrone(
     images: Iterable[VisDroneImage], *, size_bins: Iterable[tuple[float, float]] = DEFAULT_BINS
 ) -> VisDroneMetrics:
-    """Average precision and recall over IoU 0.50, 0.55 .. 0.95, in percent.
+    """Compute average precision and recall over IoU 0.50, 0.55 .. 0.95, in percent.
 
     Args:
-      images: each once. An image without a file of results has no detections, not no entry.
-      size_bins: ranges of sqrt(w*h) in px, ``low <= size < high``, for figures by size; they may overlap. Within a
-        bin, as in COCO's evaluation: an object outside it may be taken by a detection that no object inside
-        matches, and the detection then does not count; nor does an unmatched detection of a size outside.
+      images: each image once, including those without detections.
+      size_bins: ranges of sqrt(w*h) in px, ``low <= size < high``, for metrics by size; they may overlap. As in
+        COCO's evaluation, two kinds of detections do not count in a bin: those that match only an object outside the
+        bin, and unmatched ones whose own size is outside.
 
     Raises:
-      DataError: an image twice, or bins that are no ranges.
+      DataError: an image is given twice, or a bin is not a range.
     """
     images = list(images)
     if len({image.name for image in images}) < len(images):
@@ -135,7 +138,7 @@ def evaluate_visdrone(
     outcome = _match(found, columns, inside)
     _leave_out(outcome, found, columns, _members(found.size, ranges))
 
-    # [class, bin]: objects, and images with such an object.
+    # [class, bin]: number of objects, and of images with such an object.
     objects = np.stack([_by_class(found.truth_class[inside[:, k]]) for k in range(len(ranges))], axis=1)
     weights = np.zeros_like(objects)
     for k in range(len(ranges)):
@@ -167,14 +170,14 @@ def _gather(images: Sequence[VisDroneImage]) -> _Found:
         truth, rows = _outside_regions(image)
         truth = truth[(truth[:, 5] >= 1) & (truth[:, 5] <= len(CLASSES))]
         rows = rows[: LIMITS[-1]]
-        # Reversed after a stable sort: of equal scores the later row comes first.
+        # Reverse a stable sort, so that of equal scores the later row comes first.
         order = np.argsort(rows[:, 4], kind="stable")[::-1]
         order = order[(rows[order, 5] >= 1) & (rows[order, 5] <= len(CLASSES))]
         rows = rows[order]
         overlap, area, truth_area = _overlaps(rows[:, :4], truth[:, :4])
         same = rows[:, None, 5] == truth[None, :, 5]
         ignored = truth[:, 4] == 0
-        floor = np.float32(1e-6)  # the port's, against boxes without area
+        floor = np.float32(1e-6)  # as in the port, for boxes without area
         share = np.where(same & ignored, overlap / np.maximum(area[:, None], floor), 0)
         iou = overlap / np.maximum(area[:, None] + truth_area - overlap, floor)
         first, second = np.nonzero((iou >= THRESHOLDS[0]) & same & ~ignored)
@@ -204,7 +207,7 @@ def _gather(images: Sequence[VisDroneImage]) -> _Found:
 
 
 def _outside_regions(image: VisDroneImage) -> tuple[np.ndarray, np.ndarray]:
-    """float32 truth [n,8] without regions and detections [m,8], each without what lies half or more in a region."""
+    """Return float32 truth [n,8] without regions, and detections [m,8], both without boxes half or more in regions."""
     truth, detections = image.truth.astype(np.float32), image.detections.astype(np.float32)
     is_region = truth[:, 5] == 0
     regions = image.truth[is_region, :4].astype(np.int64).clip(min=1)
@@ -212,8 +215,8 @@ def _outside_regions(image: VisDroneImage) -> tuple[np.ndarray, np.ndarray]:
     if len(regions) == 0:
         return truth, detections
     height, width = image.size
-    # The toolkit paints the regions and sums in an integral image. Between the regions' edges the painted map is
-    # constant: the same sums follow from its cells, without an array of the image's size.
+    # The toolkit paints the regions into an image and sums with an integral image. The painted image is constant
+    # between the regions' edges, so a grid of these cells gives the same sums without an array of the image's size.
     left, top = regions[:, 0] - 1, regions[:, 1] - 1
     right, bottom = np.minimum(left + 1 + regions[:, 2], width), np.minimum(top + 1 + regions[:, 3], height)
     xs, ys = np.unique(np.concatenate([left, right])), np.unique(np.concatenate([top, bottom]))
@@ -225,7 +228,7 @@ def _outside_regions(image: VisDroneImage) -> tuple[np.ndarray, np.ndarray]:
 
     def outside(boxes: np.ndarray) -> np.ndarray:
         x, y, w, h = np.clip(np.round(boxes), 1, 2.0**31).astype(np.int64).T
-        # Corners clamp to one less than the image, as in the port (the Matlab original: to the image).
+        # Clamp corners to the image's size minus one, as in the port (the Matlab original clamps to the size).
         x, y = np.clip(x, 1, max(width - 1, 1)), np.clip(y, 1, max(height - 1, 1))
         across = _shared(x, np.minimum(x + w, width), xs)
         down = _shared(y, np.minimum(y + h, height), ys)
@@ -235,19 +238,19 @@ def _outside_regions(image: VisDroneImage) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _shared(low: np.ndarray, high: np.ndarray, edges: np.ndarray) -> np.ndarray:
-    """Length that each [low, high) [n] shares with each interval between edges [e]: float64 [n,e-1]."""
+    """Return the overlap of each interval [low, high) [n] with each interval between edges [e], float64 [n,e-1]."""
     shared = np.minimum(high[:, None], edges[1:]) - np.maximum(low[:, None], edges[:-1])
     return np.maximum(shared, 0).astype(np.float64)
 
 
 def _overlaps(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Intersections [n,m] of float32 xywh boxes [n,4] and [m,4], and their areas [n], [m]; float32 throughout."""
+    """Return intersections [n,m] and areas [n], [m] of float32 xywh boxes [n,4] and [m,4], all in float32."""
     a_end, b_end = a[:, :2] + a[:, 2:], b[:, :2] + b[:, 2:]
     x, y = (
         np.maximum(np.minimum(a_end[:, None, k], b_end[:, k]) - np.maximum(a[:, None, k], b[:, k]), np.float32(0))
         for k in (0, 1)
     )
-    # From the corners: in float32 x + w - x is not always w.
+    # Compute areas from corners as the port does: in float32, x + w - x is not always w.
     return x * y, np.prod(a_end - a[:, :2], axis=1), np.prod(b_end - b[:, :2], axis=1)
 
 
@@ -256,12 +259,12 @@ def _members(sizes: np.ndarray, ranges: Sequence[SizeBin]) -> np.ndarray:
 
 
 def _match(found: _Found, columns: _Columns, inside: np.ndarray) -> np.ndarray:
-    """int8 [D,C]: 1 matched an object inside the bin, -1 one outside it, 0 none."""
+    """Match; return int8 [D,C]: 1 for a match inside the bin, -1 for one outside it, 0 for none."""
     outcome = np.zeros((len(found.label), len(columns.bin)), np.int8)
     if len(found.pair_iou) == 0:
         return outcome
-    # Only detections of one image and class compete. Those with a pair are numbered within theirs; in a round all
-    # with the same number are matched, no two of them over one object.
+    # Only detections of the same image and class compete. Number those with a pair within their group; a round
+    # matches all with the same number, and no two of them compete for an object.
     candidates, first = np.unique(found.pair_detection, return_index=True)
     group = found.image[candidates] * _SLOTS + found.label[candidates]
     by_group = np.argsort(group, kind="stable")
@@ -270,7 +273,7 @@ def _match(found: _Found, columns: _Columns, inside: np.ndarray) -> np.ndarray:
     number[by_group] = np.arange(len(candidates)) - np.repeat(begins, np.diff(begins, append=len(candidates)))
     counts = np.diff(first, append=len(found.pair_iou))
     pair_round = np.repeat(number, counts)
-    # Better objects have the larger preference, 1 or more.
+    # Larger is better, and at least 1.
     preference = np.repeat(first + counts, counts) - np.arange(len(pair_round))
     by_round = np.argsort(pair_round, kind="stable")
     bounds = np.searchsorted(pair_round[by_round], np.arange(number.max() + 2))
@@ -291,7 +294,7 @@ def _match(found: _Found, columns: _Columns, inside: np.ndarray) -> np.ndarray:
 
 
 def _leave_out(outcome: np.ndarray, found: _Found, columns: _Columns, inside: np.ndarray) -> None:
-    """Mark -1, in place, the unmatched in ignored truth or of a size outside the bin; inside: bool [D, bins]."""
+    """Set to -1, in place, unmatched detections in ignored truth or outside the bin; ``inside`` is bool [D, bins]."""
     absorbed = np.flatnonzero(found.absorbed >= THRESHOLDS[0])
     rows = outcome[absorbed]
     rows[(rows == 0) & (found.absorbed[absorbed, None] >= columns.threshold)] = -1
@@ -303,25 +306,25 @@ def _leave_out(outcome: np.ndarray, found: _Found, columns: _Columns, inside: np
 
 
 def _by_class(classes: np.ndarray) -> np.ndarray:
-    """How often each of 1..10 is among them, int64 [10]."""
+    """Count the classes 1..10, int64 [10]."""
     return np.bincount(classes, minlength=_SLOTS)[1:]
 
 
 def _precision(
     found: _Found, outcome: np.ndarray, columns: _Columns, objects: np.ndarray
 ) -> tuple[np.ndarray, dict[str, dict[int, Curve]]]:
-    """AP in percent, float64 [class, C] (of limits other than the largest 0), and the curves by class and IoU."""
+    """Return AP in percent, float64 [class, C] (0 except at the largest limit), and the curves by class and IoU."""
     out = np.zeros((len(CLASSES), len(columns.bin)))
     curves: dict[str, dict[int, Curve]] = {name: {} for name in CLASSES}
     chosen = np.flatnonzero(columns.limit == LIMITS[-1])
     for k, name in enumerate(CLASSES):
         of_class = np.flatnonzero(found.label == k + 1)
-        # The port reverses a second time: of equal scores the later image comes first, in it the earlier row.
+        # The port reverses again: of equal scores, the later image comes first, and within it the earlier row.
         order = of_class[np.argsort(found.score[of_class], kind="stable")[::-1]]
         results, scores = outcome[order].T.copy(), found.score[order]
         for column in chosen:
             hits = results[column] == 1
-            # Precision is largest at a hit, and recall moves only there. What is left out has no position.
+            # Precision peaks and recall changes only at hits. Detections marked -1 have no position.
             position = np.cumsum(results[column] >= 0)[hits]
             reached = np.arange(1, len(position) + 1)
             precision = np.maximum.accumulate((reached / position)[::-1])[::-1]
@@ -342,11 +345,11 @@ def _notes(images: Sequence[VisDroneImage], found: _Found) -> tuple[str, ...]:
         notes.append("no detections of categories 1..10 outside ignored regions; check the score threshold")
     foreign = sum(int(np.isin(image.detections[:, 5], (0, 11)).sum()) for image in images)
     if foreign:
-        notes.append(f"{foreign:,} detections of category 0 or 11: not evaluated, but they use up the limits")
+        notes.append(f"{foreign:,} detections of category 0 or 11: not evaluated, but they count towards the limits")
     crowded = sum(len(image.detections) > LIMITS[-1] for image in images)
     if crowded:
         notes.append(f"more than {LIMITS[-1]} detections in {crowded:,} images: only the first {LIMITS[-1]} count")
     unsorted = sum(bool((np.diff(image.detections[:, 4]) > 0).any()) for image in images)
     if unsorted:
-        notes.append(f"detections not by descending score in {unsorted:,} images: limits take the first in file order")
+        notes.append(f"detections not by descending score in {unsorted:,} images: limits keep the first in file order")
     return tuple(notes)

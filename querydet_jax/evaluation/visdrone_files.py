@@ -1,4 +1,4 @@
-"""VisDrone's text files of results: read, written, and their rows checked."""
+"""Read, check and write VisDrone's result files."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ _COLUMNS = "x,y,w,h,score,category"
 
 
 def read_result_file(path: str | Path) -> np.ndarray:
-    """A text file of results or annotations: float64 [n,8], in the file's order; [0,8] of an empty file.
+    """Read a result or annotation file as float64 [n,8], in the file's order; an empty file gives [0,8].
 
-    Columns: x, y, w, h, score, category, truncation, occlusion; the last two may be missing and are then -1.
+    Columns: x, y, w, h, score, category, truncation, occlusion; the last two default to -1.
 
     Raises:
-      DataError: a file that cannot be read, or a bad line, by its number.
+      DataError: the file cannot be read, or a line is malformed.
     """
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not a text file"
-        raise DataError(f"{path}: {reason}; give one text file an image, empty if it has no detections") from None
+        raise DataError(f"{path}: {reason}; give one text file per image, empty if it has no detections") from None
     rows = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -47,30 +47,30 @@ def read_result_file(path: str | Path) -> np.ndarray:
 
 
 def write_result_files(folder: str | Path, detections: Mapping[str, ArrayLike]) -> list[Path]:
-    """Write one text file an image, as the toolkit reads them: ``x,y,w,h,score,category,-1,-1`` by descending score.
+    """Write one text file per image for the toolkit: ``x,y,w,h,score,category,-1,-1`` by descending score.
 
-    Boxes have 2 decimals, scores 8. An image without detections gets an empty file. Nothing is written unless all is
-    well; each file appears whole.
+    Boxes have 2 decimals, scores 8. An image without detections gets an empty file. All input is checked before the
+    first file is written; each file is written atomically.
 
     Args:
-      folder: made if missing.
-      detections: image name, with or without the picture's suffix, to [m,6..8]: x, y, w, h, score, category. An
-        image in a folder has its file in a folder of the same name.
+      folder: created if missing.
+      detections: {image name, with or without suffix: [m,6..8] x, y, w, h, score, category}. Subfolders in the name
+        are kept.
 
     Returns:
-      The files, in the order given.
+      The paths of the files, in the order given.
 
     Raises:
-      DataError: bad rows, a name that leads out of the folder, two names of one file.
+      DataError: a row is malformed, a name leads out of the folder, or two names give the same file.
     """
     texts: dict[str, str] = {}
     for name, rows in detections.items():
         path = PurePath(name)
         stem = path.with_suffix("").as_posix() if path.suffix.lower() in SUFFIXES else name
         if not path.name or path.is_absolute() or ".." in path.parts:
-            raise DataError(f"{name!r}: not the name of an image within a folder of images; give it as such")
+            raise DataError(f"{name!r}: not an image name relative to the folder of images; give a relative name")
         if stem in texts:
-            raise DataError(f"{name}: a second image of the file {stem}.txt; give every image a name of its own")
+            raise DataError(f"{name}: a second image for the file {stem}.txt; make the image names unique")
         texts[stem] = "".join(
             f"{x:.2f},{y:.2f},{w:.2f},{h:.2f},{score:.8f},{category:.0f},-1,-1\n"
             for x, y, w, h, score, category in as_written(rows, name).tolist()
@@ -85,10 +85,10 @@ def write_result_files(folder: str | Path, detections: Mapping[str, ArrayLike]) 
 
 
 def as_written(values: ArrayLike, name: str) -> np.ndarray:
-    """What a written file says of rows as ``checked_rows`` takes them: float64 [m,6], sorted and rounded.
+    """Return the rows as a result file stores them: float64 [m,6], sorted by score and rounded.
 
     Raises:
-      DataError: as ``checked_rows``.
+      DataError: see ``checked_rows``.
     """
     rows = checked_rows(values, name)[:, :6]
     rows = rows[np.argsort(-rows[:, 4], kind="stable")]
@@ -96,10 +96,10 @@ def as_written(values: ArrayLike, name: str) -> np.ndarray:
 
 
 def checked_rows(values: ArrayLike, name: str) -> np.ndarray:
-    """float64 [n,6..8] of rows as in the text files; any empty array gives [0,8].
+    """Check rows of result files; return them as float64 [n,6..8]. Any empty array gives [0,8].
 
     Raises:
-      DataError: a bad shape or row; the message begins with ``name``.
+      DataError: the shape or a row is malformed; the message begins with ``name``.
     """
     rows = np.asarray(values, np.float64)
     if rows.size == 0:
@@ -114,7 +114,7 @@ def checked_rows(values: ArrayLike, name: str) -> np.ndarray:
 
 
 def _problem(row: list[float]) -> str:
-    """What is wrong with a row, empty if nothing is."""
+    """Describe what is wrong with a row; return "" if it is valid."""
     if not 6 <= len(row) <= 8:
         return "not 6 to 8 numbers"
     if not all(map(math.isfinite, row[:6])):

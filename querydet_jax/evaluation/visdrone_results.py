@@ -1,4 +1,4 @@
-"""What an evaluation by VisDrone's protocol yields."""
+"""Results of a VisDrone evaluation, with their JSON and text forms."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from querydet_jax.evaluation.metrics import DEFAULT_BINS, SizeBin, without_nan
 from querydet_jax.viz.text import percent, text_table
 
 _HEADLINE = ("AP", "AP50", "AP75", "AR1", "AR10", "AR100", "AR500")
-# Of the recall-precision tables: IoU in percent, recall.
+# IoU thresholds (percent) and recalls of the recall-precision tables.
 _TABLES = (50, 75)
 _RECALL = np.arange(1, 10) / 10
 
 
 @dataclass(frozen=True, eq=False)
 class Curve:
-    """Recall and precision of one class at one IoU threshold, at each hit from the highest score down.
+    """Recall and precision of one class at one IoU threshold, at each true positive by descending score.
 
     Attributes:
       recall: float64 [t], 0..1, rising in equal steps.
       precision: float64 [t], 0..1, interpolated: the largest at this recall or a higher one, so never rising.
-      scores: float32 [t], score of the hit.
+      scores: float32 [t], scores of the true positives.
     """
 
     recall: np.ndarray
@@ -38,32 +38,32 @@ class Curve:
 
     @property
     def ap(self) -> float:
-        """Average precision in percent, the area under the curve."""
+        """Average precision in percent: the area under the curve."""
         return 100 * float(self.recall[-1] * self.precision.mean()) if len(self.recall) else 0.0
 
     def at(self, recall: ArrayLike) -> np.ndarray:
-        """Precision at each recall, float64 of the same shape; 0 beyond the recall reached."""
-        # 0.3 and 3/10 of a count may differ in the last bit.
+        """Return the precision at each recall, float64 of the same shape; 0 beyond the recall reached."""
+        # A tolerance, because 0.3 and 3 hits of 10 may differ in the last bit.
         index = np.searchsorted(self.recall, np.asarray(recall) - 1e-9)
         return np.append(self.precision, 0.0)[index]
 
 
 @dataclass(frozen=True, eq=False)
 class VisDroneMetrics:
-    """Average precision and recall in percent (0..100), nan where there is no object to find.
+    """Average precision and recall in percent (0..100), nan where there are no objects.
 
     Attributes:
-      metrics: AP, AP50, AP75, AR1, AR10, AR100, AR500 as the toolkit prints them: classes weighted by the number of
-        images that hold them. Then the same names with ``_mean``: plain means over the classes that have objects.
-      per_class: class to AP, AP50, AP75, AR500 and the numbers of objects and of images that hold it.
-      per_size: key of a size bin to AP, AP50, AR500 weighted by the images that hold an object of the class and
-        bin, AP_mean over the classes that have one, and the number of objects.
-      curves: class to IoU in percent (50, 55 .. 95) to its curve; empty arrays where nothing was found.
+      metrics: AP, AP50, AP75, AR1, AR10, AR100, AR500 as the toolkit prints them, with classes weighted by the number
+        of images that contain them. The same names with ``_mean`` are plain means over the classes with objects.
+      per_class: {class: AP, AP50, AP75, AR500, number of objects, number of images that contain it}.
+      per_size: {key of the size bin: AP, AP50, AR500, with classes weighted by the number of images that contain such
+        an object; AP_mean over the classes with objects; number of objects}.
+      curves: {class: {IoU in percent (50, 55 .. 95): curve}}, with empty arrays if nothing was found.
       num_images: images evaluated.
-      num_objects: objects of the classes outside ignored regions, those of score 0 included.
-      num_detections: detections of the classes outside ignored regions, at most 500 an image.
-      size_bins: the bins behind ``per_size``.
-      notes: what a reader must know before trusting the numbers.
+      num_objects: objects of the classes outside ignored regions, including those of score 0.
+      num_detections: detections of the classes outside ignored regions, at most 500 per image.
+      size_bins: the bins of ``per_size``.
+      notes: warnings about the numbers.
     """
 
     metrics: dict[str, float]
@@ -78,11 +78,11 @@ class VisDroneMetrics:
 
     @property
     def classwise(self) -> np.ndarray:
-        """AP of the ten classes as the toolkit prints it, float64 [10]: 0 for a class without objects."""
+        """AP of the ten classes as the toolkit prints it, float64 [10]; 0 for a class without objects."""
         return np.nan_to_num([row["AP"] for row in self.per_class.values()])
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain types only, nan as None for JSON; precision in percent at recall 10, 20 .. 90 %, as in ``table``."""
+        """Return plain types only, nan as None; precision in percent at recall 10, 20 .. 90 %, as in ``table``."""
         return {
             "metrics": without_nan(self.metrics),
             "per_class": {name: without_nan(row) for name, row in self.per_class.items()},
@@ -95,11 +95,11 @@ class VisDroneMetrics:
         }
 
     def to_json(self) -> str:
-        """``to_dict`` as strict JSON text."""
+        """Return ``to_dict`` as strict JSON text."""
         return json.dumps(self.to_dict(), allow_nan=False)
 
     def table(self) -> str:
-        """Plain text, at most 100 columns wide: headline, by class, by size, by recall. ``-`` stands for nan."""
+        """Return text tables of at most 100 columns: headline, by class, by size, by recall. ``-`` is nan."""
         counts = f"{self.num_images:,} images, {self.num_objects:,} objects, {self.num_detections:,} detections"
         parts = [counts, *(f"warning: {note}" for note in self.notes)]
         rows = [
@@ -128,7 +128,7 @@ class VisDroneMetrics:
         return "\n".join(parts)
 
     def recall_precision(self) -> Curves:
-        """The curves of the classes and of their means, which weigh them by images as the toolkit does."""
+        """Return the curves of the classes, and their means weighted by images as in the toolkit."""
         known = [name for name, row in self.per_class.items() if row["objects"] > 0]
         weights = np.array([self.per_class[name]["images"] for name in known], np.float64)
         by_iou = {}
@@ -148,7 +148,7 @@ class VisDroneMetrics:
         return {f"IoU{iou}": without_nan(dict(zip(names, row, strict=True))) for iou, row in rows.items()}
 
     def _precision(self, name: str, iou: int, recall: np.ndarray) -> np.ndarray:
-        """Precision in percent of a class at each recall; nan for a class without objects."""
+        """Return the precision of a class in percent at each recall; nan for a class without objects."""
         known = self.per_class[name]["objects"] > 0
         return 100 * self.curves[name][iou].at(recall) if known else np.full(recall.shape, np.nan)
 
@@ -166,12 +166,13 @@ def summarize(
     num_detections: int,
     notes: tuple[str, ...],
 ) -> VisDroneMetrics:
-    """Means over classes and thresholds.
+    """Average over classes and thresholds.
 
     Args:
-      precision, recall: [10, L+B, 10], percent, of each class at each limit (L), then in each bin (B), by IoU; of
-        the limits only the last has a precision.
-      objects, weights: int [10, 1+B], objects of each class and images that hold one, of every size, then by bin.
+      precision, recall: [10, L+B, 10], percent: class, then limit (L) or bin (B), then IoU. Among the limits, only the
+        last has a precision.
+      objects, weights: int [10, 1+B], number of objects per class, and of images that contain one: all sizes, then
+        each bin.
     """
     whole, first_bin = len(limits) - 1, len(limits)
     by_iou, recall = precision[:, whole], recall.mean(axis=2)

@@ -1,1 +1,1 @@
-"""Pure array functions of detection. Nothing here knows a module, a data set or a device."""
+"""Pure array functions for detection, independent of modules, data sets and devices."""

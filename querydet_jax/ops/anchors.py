@@ -1,8 +1,7 @@
 """Anchors of pyramid levels.
 
-Level P_l has stride 2^l. Anchors are centred on the top-left corner of their cell (offset 0), the points of
-``ops.points``, which query targets are measured from, on its middle: the published code differs so, and so do we.
-Shape letters: h w map, A anchors per cell.
+Level P_l has stride 2^l. As in the published code, anchors are centred on the top-left corner of their cell (offset
+0), while query targets use the cell's middle (``ops.points``). Shape letters: h w map, A anchors per cell.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from jax import Array
 
 
 def cell_anchors(base_size: float, sizes_per_octave: int, ratios: tuple[float, ...]) -> np.ndarray:
-    """Anchors ``[A, 4]`` around the origin, size-major and ratio-minor, in px.
+    """Return the anchors ``[A, 4]`` around the origin in px, ordered by size, then by ratio.
 
     Sizes are ``base_size * 2^(i / sizes_per_octave)``; a ratio is h/w at equal area.
     """
@@ -30,21 +29,21 @@ def cell_anchors(base_size: float, sizes_per_octave: int, ratios: tuple[float, .
 
 
 def anchors_at(cells: Array, y: Array, x: Array, stride: int) -> Array:
-    """Anchors ``[..., A, 4]`` of the cells at rows ``y`` and columns ``x`` ``[...]``."""
+    """Return the anchors ``[..., A, 4]`` of the cells at rows ``y`` and columns ``x`` ``[...]``."""
     shift = jnp.stack([x, y, x, y], axis=-1).astype(jnp.float32) * stride
     return shift[..., None, :] + jnp.reshape(jnp.asarray(cells), (1,) * shift[..., 0].ndim + cells.shape)
 
 
 def grid_anchors(cells: Array | np.ndarray, height: int, width: int, stride: int) -> Array:
-    """All anchors of an ``h x w`` level: ``[h, w, A, 4]``."""
+    """Return all anchors ``[h, w, A, 4]`` of an ``h x w`` level."""
     y, x = jnp.meshgrid(jnp.arange(height), jnp.arange(width), indexing="ij")
     return anchors_at(jnp.asarray(cells), y, x, stride)
 
 
 def level_shape(height: int, width: int, level: int) -> tuple[int, int]:
-    """Cells (h, w) of P_level for an input padded to a multiple of 32.
+    """Return the size (h, w) of P_level for an input padded to a multiple of 32.
 
-    P2..P5 halve exactly; P6 and P7 are strided convolutions that round up.
+    P2..P5 halve exactly; the strided convolutions of P6 and P7 round up.
     """
     for _ in range(level):
         height, width = -(-height // 2), -(-width // 2)

@@ -1,7 +1,4 @@
-"""Box arithmetic. Boxes are float32 (x0, y0, x1, y1) in pixels of the network input, without +1.
-
-Shape letters: N, G numbers of boxes.
-"""
+"""Box arithmetic. Boxes are float32 (x0, y0, x1, y1) in pixels of the network input; widths are x1 - x0."""
 
 from __future__ import annotations
 
@@ -11,28 +8,28 @@ import jax.numpy as jnp
 from jax import Array
 
 MAX_LOG_SCALE = math.log(1000.0 / 16.0)
-"""Upper clamp of a decoded dw, dh: one step cannot grow a box more than 62.5 times."""
+"""Upper limit of dw and dh in ``decode``, so that a box is at most 62.5 times as large as its anchor."""
 
 
 def rounded_product(a: Array, b: Array) -> Array:
-    """``a * b`` rounded by itself.
+    """Return ``a * b``, always rounded to float32 before further use.
 
-    XLA contracts ``a * b - c`` into one fused multiply-add, in some fusions and not in others. Equal
-    IoUs would then differ in the last bit, and the matchers compare IoUs for equality: a GT would
-    lose the anchors that tie for it. The minimum, which no finite value feels, stands in between.
+    XLA may contract ``a * b - c`` to a fused multiply-add in one fusion and not in another. Equal
+    IoUs would then differ in the last bit, and the matchers, which compare IoUs for equality, would
+    lose ties. The minimum prevents the contraction and changes no finite value.
     """
     return jnp.minimum(a * b, jnp.finfo(jnp.float32).max)
 
 
 def areas(boxes: Array) -> Array:
-    """Areas ``[...]`` of boxes ``[..., 4]``, in px^2."""
+    """Return the areas ``[...]`` of boxes ``[..., 4]``, in px^2."""
     return rounded_product(boxes[..., 2] - boxes[..., 0], boxes[..., 3] - boxes[..., 1])
 
 
 def pairwise_iou(a: Array, b: Array) -> Array:
-    """Intersection over union of boxes that broadcast: ``[..., 4]`` and ``[..., 4]`` give ``[...]``.
+    """Return the intersection over union ``[...]`` of boxes ``[..., 4]`` and ``[..., 4]``, which broadcast.
 
-    Disjoint pairs, and pairs with an empty box, give 0. For a matrix pass ``a[:, None], b[None]``.
+    Disjoint pairs and pairs with an empty box give 0. For a matrix, pass ``a[:, None], b[None]``.
     """
     left_top = jnp.maximum(a[..., :2], b[..., :2])
     right_bottom = jnp.minimum(a[..., 2:], b[..., 2:])
@@ -43,14 +40,14 @@ def pairwise_iou(a: Array, b: Array) -> Array:
 
 
 def clip(boxes: Array, size: Array) -> Array:
-    """Boxes ``[..., 4]`` cut off at the edges of an image of ``size [2]``, (height, width) px."""
+    """Clip boxes ``[..., 4]`` to an image of ``size [2]``, (height, width) in px."""
     height, width = size[0].astype(jnp.float32), size[1].astype(jnp.float32)
     most = jnp.stack([width, height, width, height])
     return jnp.clip(boxes, 0.0, most.reshape((1,) * (boxes.ndim - 1) + (4,)))
 
 
 def encode(anchors: Array, boxes: Array) -> Array:
-    """Regression targets (dx, dy, dw, dh) ``[..., 4]`` of ``boxes`` seen from ``anchors``, unit weights.
+    """Return the regression targets (dx, dy, dw, dh) ``[..., 4]`` from ``anchors`` to ``boxes``, with unit weights.
 
     dx = (gx - ax) / aw, dw = log(gw / aw) on centres and sizes (Girshick et al. 2014, appendix C).
     """
@@ -62,7 +59,7 @@ def encode(anchors: Array, boxes: Array) -> Array:
 
 
 def decode(anchors: Array, deltas: Array) -> Array:
-    """Boxes ``[..., 4]`` from ``anchors`` and ``deltas``; dw, dh are clamped to ``MAX_LOG_SCALE``."""
+    """Return the boxes ``[..., 4]`` given by ``anchors`` and ``deltas``; dw, dh are clamped to ``MAX_LOG_SCALE``."""
     anchor_size = anchors[..., 2:] - anchors[..., :2]
     anchor_center = anchors[..., :2] + 0.5 * anchor_size
     center = deltas[..., :2] * anchor_size + anchor_center

@@ -1,4 +1,4 @@
-"""Convolution over rows and columns, with a gradient of the kernel of its own on CPU.
+"""2-D convolution with a faster kernel gradient on CPU.
 
 Shape letters: B batch, H W input, h w output, C input channels, O output channels, k kernel size, s stride.
 """
@@ -13,27 +13,27 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 Padding = Sequence[tuple[int, int]]
-"""Zeros before and after, for rows and for columns."""
+"""Zeros (before, after) for rows, then for columns."""
 
-_BLOCK = 672  # cells of the output gradient a turn of the kernel gradient: their patches stay in the caches
-# From so many cells of a map, and input channels, on: on smaller maps XLA's gradient is as fast.
+_BLOCK = 672  # output cells per step of the kernel gradient, so that their patches stay in the cache
+# Smallest number of output cells and input channels for it; below, XLA's gradient is as fast.
 _CELLS, _CHANNELS = 4097, 16
 
 
 def conv2d(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
-    """``[B, H, W, C]`` and ``[k, k, C, O]`` to ``[B, h, w, O]``.
+    """Convolve ``x [B, H, W, C]`` with ``kernel [k, k, C, O]`` to ``[B, h, w, O]``.
 
-    The kernel's gradient is a product of every cell's output gradient with the patch that the cell saw. XLA's CPU
-    backend computes it as a convolution with a kernel as large as the map; here that of large maps is computed, in
-    blocks of rows, as matrix products of gradients ``[cells, O]`` and patches ``[cells, k * k * C]``. Measured for 3x3
-    (jaxlib 0.10.2, 2 cores of an AMD EPYC, where a 4096^3 matrix product ran at 150 to 165 GFLOP/s): the heads' layers
-    on P2 at 800x1344, 256 to 256 channels, 22 GFLOP/s by XLA and 152 so, 256 to 720 19 and 177; on P3 55 and 139.
+    XLA's CPU backend computes the kernel gradient as a convolution with a kernel as large as the map. For large maps,
+    this function computes it in blocks of rows, as matrix products of output gradients ``[cells, O]`` and input patches
+    ``[cells, k * k * C]``. Measured for the 3x3 layers of the heads at 800x1344 (jaxlib 0.10.2, 2 cores of an AMD EPYC,
+    150 to 165 GFLOP/s for a 4096^3 matrix product), GFLOP/s of XLA and of this function: P2, 256 to 256 channels, 22
+    and 152; P2, 256 to 720, 19 and 177; P3, 55 and 139.
     """
     return _conv(stride, tuple(tuple(side) for side in padding), x, kernel)
 
 
 def tap(x: Array, i: int, j: int, rows: int, columns: int, stride: int) -> Array:
-    """What kernel entry (i, j) meets: every s-th cell of ``[..., H, W, C]`` from (i, j) on."""
+    """Return the input cells that kernel entry (i, j) multiplies: every s-th cell of ``[..., H, W, C]`` from (i, j)."""
     lead = x.ndim - 3
     return lax.slice(
         x,
@@ -82,7 +82,7 @@ _conv.defvjp(_forward, _backward)
 
 
 def _kernel_gradient(x: Array, g: Array, kernel: Array, stride: int, padding: Padding) -> Array:
-    """``[k, k, C, O]``, summed in float32 over blocks of rows."""
+    """Return the kernel gradient ``[k, k, C, O]``, summed in float32 over blocks of rows."""
     size, _, channels, outputs = kernel.shape
 
     def add(total: Array, seen: Array, weight: Array) -> Array:
@@ -106,12 +106,16 @@ def sum_over_blocks(
     start: Array,
     add: Callable[[Array, Array, Array], Array],
 ) -> Array:
-    """A kernel's gradient from the input ``[B, H, W, C]`` and the gradients ``g [B, h, w, O]`` of its outputs.
+    """Accumulate a kernel gradient over blocks of rows of ``x [B, H, W, C]`` and ``g [B, h, w, O]``.
 
     Args:
-      cells: of ``g`` a block, at most, in whole rows; at least one row.
-      add: ``add(total, seen, weight)`` adds a block's part: ``weight [rows, w, O]`` of ``g``, and the padded input
-        rows ``seen [(rows - 1) * s + k, W', C]`` that it saw.
+      x: the convolution's input.
+      g: the gradient of its output.
+      size, stride, padding: of the convolution.
+      cells: largest number of cells of ``g`` per block, in whole rows; a block has at least one row.
+      start: the initial total.
+      add: ``add(total, seen, weight)`` adds one block: ``weight [rows, w, O]`` of ``g`` and its padded input rows
+        ``seen [(rows - 1) * s + k, W', C]``.
     """
     x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
     batch, height, width, outputs = g.shape

@@ -1,4 +1,4 @@
-"""Depthwise convolution, for CPU written out as multiply-adds in both directions.
+"""Depthwise convolution, written as shifted multiply-adds on CPU, forward and backward.
 
 Shape letters: B batch, H W input, h w output, C channels, k kernel size, s stride.
 """
@@ -13,14 +13,14 @@ from jax import Array, lax
 
 from querydet_jax.ops.conv2d import Padding, sum_over_blocks, tap
 
-_BLOCK = 65_536  # numbers of the output gradient a turn of the kernel gradient: stays in a core's cache
+_BLOCK = 65_536  # output gradients per step of the kernel gradient, so that they stay in a core's cache
 
 
 def depthwise_conv(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
-    """Each channel by its own filter: ``[B, H, W, C]`` and ``[k, k, 1, C]`` to ``[B, h, w, C]``.
+    """Filter each channel of ``x [B, H, W, C]`` with its own filter, ``kernel [k, k, 1, C]``, to ``[B, h, w, C]``.
 
-    On CPU as k x k shifted multiply-adds: forward 4 to 32 times, backward 3 to 21 times as fast as XLA's grouped
-    convolution there (jaxlib 0.10.2, 2 cores of an AMD EPYC, layers of EfficientNet-Lite0 at 256 px, batch 8).
+    On CPU, k x k shifted multiply-adds are 4 to 32 times as fast forward and 3 to 21 times as fast backward as XLA's
+    grouped convolution (jaxlib 0.10.2, 2 cores of an AMD EPYC, layers of EfficientNet-Lite0 at 256 px, batch 8).
     """
 
     def grouped(x: Array, kernel: Array) -> Array:
@@ -47,9 +47,9 @@ def _forward(stride: int, padding: Padding, x: Array, kernel: Array) -> tuple[Ar
 
 
 def _backward(stride: int, padding: Padding, saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
-    # What the transpose of the shifted sum gives instead is k * k padded arrays, which XLA then fuses into the
-    # transposed reads of the neighbouring 1x1 convolutions' gradients: alone 1.0 to 2.5 times the time, but 2.7 times
-    # in a training step of RetinaNet on EfficientNet-Lite0 (1.5 times with freeze_at 2; machine as above).
+    # Automatic differentiation would sum k * k padded arrays, which XLA fuses into the transposed reads of the
+    # neighbouring 1x1 convolutions' gradients. That takes 1.0 to 2.5 times the time in isolation, and 2.7 times in a
+    # training step of RetinaNet on EfficientNet-Lite0 (1.5 times with freeze_at 2; same machine as above).
     x, kernel = saved
     return _input_gradient(g, kernel, stride, padding, x.shape), _kernel_gradient(x, g, kernel, stride, padding)
 
@@ -58,7 +58,7 @@ _shifted.defvjp(_forward, _backward)
 
 
 def _multiply_add(x: Array, kernel: Array, stride: int) -> Array:
-    """Without padding: ``[B, H, W, C]`` to ``[B, (H - k) // s + 1, (W - k) // s + 1, C]``."""
+    """Convolve without padding: ``[B, H, W, C]`` to ``[B, (H - k) // s + 1, (W - k) // s + 1, C]``."""
     batch, height, width, channels = x.shape
     size = kernel.shape[0]
     rows, columns = (height - size) // stride + 1, (width - size) // stride + 1
@@ -70,7 +70,10 @@ def _multiply_add(x: Array, kernel: Array, stride: int) -> Array:
 
 
 def _input_gradient(g: Array, kernel: Array, stride: int, padding: Padding, shape: tuple[int, ...]) -> Array:
-    """Cells of one phase (row mod s, column mod s) met the same kernel entries: one sum a phase, then interleaved."""
+    """Return the gradient of the input.
+
+    Input cells of the same phase (row mod s, column mod s) meet the same kernel entries; sum per phase, interleave.
+    """
     batch, height, width, channels = shape
     size = kernel.shape[0]
     (top, _), (left, _) = padding
@@ -82,7 +85,7 @@ def _input_gradient(g: Array, kernel: Array, stride: int, padding: Padding, shap
             y = jnp.zeros((batch, rows, columns, channels), g.dtype)
             for i in range(size):
                 for j in range(size):
-                    # Input row s * r + a meets kernel row i in output row r + (a + top - i) / s, where that is whole.
+                    # Input row s * r + a meets kernel row i in output row r + (a + top - i) / s if that is an integer.
                     (dy, whole_y), (dx, whole_x) = divmod(a + top - i, stride), divmod(b + left - j, stride)
                     if whole_y == 0 and whole_x == 0:
                         part = tap(around, size + dy, size + dx, rows, columns, 1)
@@ -96,7 +99,7 @@ def _input_gradient(g: Array, kernel: Array, stride: int, padding: Padding, shap
 
 
 def _kernel_gradient(x: Array, g: Array, kernel: Array, stride: int, padding: Padding) -> Array:
-    """``[k, k, 1, C]``, summed in float32 over blocks of rows."""
+    """Return the kernel gradient ``[k, k, 1, C]``, summed in float32 over blocks of rows."""
     size, channels = kernel.shape[0], g.shape[-1]
 
     def add(total: Array, seen: Array, weight: Array) -> Array:

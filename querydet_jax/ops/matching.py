@@ -1,8 +1,8 @@
-"""Which anchor or point learns which object, and which cells are queries.
+"""Assign objects to anchors, points and proposals, and compute the targets of the query head.
 
-All of them walk over the ground truth in blocks of a few boxes, so memory is a few vectors of
-the number of anchors, never the G x R matrix (900 boxes by 800,000 anchors would be 2.9 GB).
-Shape letters: G padded boxes, R anchors or points of all levels of an image, h w map.
+Anchors and points are matched in a loop over the ground truth, a few boxes at a time. Memory is then
+a few vectors [R] instead of a matrix [G, R] (900 boxes and 800,000 anchors would take 2.9 GB).
+Shape letters: G padded boxes, R anchors or points of all levels of an image, P proposals, h w map.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from querydet_jax.ops.points import distances, grid_points
 
 BACKGROUND = -1
 IGNORED = -2
-_BLOCK = 8  # boxes a step: enough work per pass over the anchors to hide its memory traffic
+_BLOCK = 8  # boxes per pass over the anchors, enough work to hide its memory traffic
 
 
 def match_anchors(
@@ -30,18 +30,18 @@ def match_anchors(
     foreground_iou: float = 0.5,
     matcher: Literal["loop", "standard"] = "loop",
 ) -> tuple[Array, Array]:
-    """Assign every anchor an object, background, or nothing.
+    """Match every anchor to an object, to background, or to neither (ignored).
 
-    An anchor takes the box it overlaps most (the first on ties): below ``background_iou`` it is
-    background, below ``foreground_iou`` ignored, otherwise foreground. Besides, every box claims
+    An anchor takes the box with the largest IoU (the first on ties): below ``background_iou`` it is
+    background, below ``foreground_iou`` ignored, otherwise foreground. In addition, every box claims
     its best anchors, however small the overlap ("low-quality matches"):
 
-    - ``loop``, the published QueryDet matcher: only among anchors whose own best box it is, so a
-      box whose best anchors overlap another box more gets nothing.
-    - ``standard``, detectron2's: any anchor that has the box's best IoU becomes foreground, yet
+    - ``loop``, the matcher of the published QueryDet code (``utils/loop_matcher.py``): a box claims
+      only anchors whose own best box it is. If its best anchors overlap another box more, it gets none.
+    - ``standard``, detectron2's matcher: every anchor with the box's best IoU becomes foreground, but
       keeps its own best box as target.
 
-    A box that overlaps no anchor claims none (in the originals it would claim all anchors of IoU 0).
+    A box that overlaps no anchor claims none; in the originals it would claim all anchors of IoU 0.
 
     Args:
       anchors: ``[R, 4]``, all levels of one image.
@@ -60,7 +60,7 @@ def match_anchors(
     padding = -num_boxes % _BLOCK
     blocks = jnp.pad(boxes, ((0, padding), (0, 0))).reshape(-1, _BLOCK, 4)
     valid = jnp.pad(classes >= 0, (0, padding)).reshape(-1, _BLOCK)
-    # Padding is at the end of a loader's batch: blocks after the last box need no pass.
+    # The loader pads boxes at the end, so skip the blocks after the last box.
     used = jnp.max(jnp.where(valid.any(axis=1), jnp.arange(len(blocks)) + 1, 0))
 
     def iou_with(box: Array, is_box: Array) -> Array:
@@ -103,20 +103,21 @@ def match_anchors(
 
 
 def match_proposals(boxes: Array, objects: Array, classes: Array, *, foreground_iou: float) -> tuple[Array, Array]:
-    """Assign every proposal the object it overlaps most (the first on ties), if at ``foreground_iou`` or more.
+    """Match every proposal to the object with the largest IoU (the first on ties), or to background.
 
     Args:
-      boxes: ``[P, 4]``, proposals of one image, few enough for a matrix of P x G.
+      boxes: ``[P, 4]``, proposals of one image, few enough for a matrix ``[P, G]``.
       objects: ``[G, 4]``; rows with a negative class are padding.
       classes: ``[G]`` int, 0..K-1, or negative for padding.
+      foreground_iou: smallest IoU of a match.
 
     Returns:
-      ``labels`` int32 ``[P]``: class 0..K-1 or ``BACKGROUND``; and ``matched`` int32 ``[P]``: the object.
+      ``labels`` int32 ``[P]``: class 0..K-1 or ``BACKGROUND`` (-1); and ``matched`` int32 ``[P]``: the object.
     """
     if objects.shape[0] == 0:
         return jnp.full((len(boxes),), BACKGROUND, jnp.int32), jnp.zeros((len(boxes),), jnp.int32)
     iou = pairwise_iou(boxes[:, None], objects[None])
-    # Not of a box that is NaN either: argmax would take it for the largest.
+    # Exclude NaN boxes, too: argmax takes NaN for the largest.
     iou = jnp.where((classes[None] >= 0) & (iou >= 0), iou, -1.0)
     matched = jnp.argmax(iou, axis=1).astype(jnp.int32)
     foreground = jnp.max(iou, axis=1) >= foreground_iou
@@ -124,9 +125,9 @@ def match_proposals(boxes: Array, objects: Array, classes: Array, *, foreground_
 
 
 def matched_deltas(anchors: Array, boxes: Array, matched: Array) -> Array:
-    """Regression targets ``[R, 4]`` from anchors (or proposals) to the boxes ``[G, 4]`` that ``matched [R]`` names.
+    """Return the regression targets ``[R, 4]`` from anchors (or proposals) to ``boxes [G, 4]`` at ``matched [R]``.
 
-    Meaningful for foreground only: padding boxes are empty, and their targets infinite. Zeros without boxes.
+    Defined for foreground only: padding boxes are empty, so their targets are infinite. Zeros if G is 0.
     """
     return encode(anchors, boxes[matched]) if boxes.shape[0] else jnp.zeros_like(anchors)
 
@@ -134,28 +135,30 @@ def matched_deltas(anchors: Array, boxes: Array, matched: Array) -> Array:
 def assign_points(
     points: Array, strides: Array, ranges: Array, boxes: Array, classes: Array, *, center_radius: float = 1.5
 ) -> tuple[Array, Array]:
-    """Assign every point an object or background (FCOS, Tian et al. 2019, section 3.1, with centre sampling).
+    """Match every point to an object or to background (FCOS, Tian et al. 2019, section 3.1, with centre sampling).
 
-    A point learns a box if it lies inside it, less than ``center_radius`` strides from its centre in x and in y,
-    and the farthest of the four sides lies within the range of the point's level. Of several such boxes
-    the smallest counts, the first one on ties.
+    A point matches a box if it lies inside it, is less than ``center_radius`` strides from its centre in x and in y,
+    and its distance to the farthest side is within the range of the point's level. Of several such boxes, the point
+    takes the smallest, the first on ties.
 
     Args:
-      points: ``[R, 2]`` (x, y) px; strides: ``[R]`` of their levels.
-      ranges: ``[R, 2]``: the distance in px to the farthest side must lie strictly between.
+      points: ``[R, 2]`` (x, y) px.
+      strides: ``[R]``, strides of the points' levels.
+      ranges: ``[R, 2]`` px; the distance to the farthest side must lie strictly between.
       boxes: ``[G, 4]``; rows with a negative class are padding.
       classes: ``[G]`` int, 0..K-1, or negative for padding.
+      center_radius: in strides.
 
     Returns:
-      ``labels`` int32 ``[R]``: class 0..K-1 or ``BACKGROUND`` (-1); and ``matched`` int32 ``[R]``: the box that is
-      the target, 0 for background.
+      ``labels`` int32 ``[R]``: class 0..K-1 or ``BACKGROUND`` (-1); and ``matched`` int32 ``[R]``: the target box, 0
+      for background.
     """
     num_points, num_boxes = points.shape[0], boxes.shape[0]
     if num_boxes == 0:
         return jnp.full((num_points,), BACKGROUND, jnp.int32), jnp.zeros((num_points,), jnp.int32)
     sizes, centers = areas(boxes), 0.5 * (boxes[:, :2] + boxes[:, 2:])
     reach = center_radius * strides
-    # Padding is at the end of a loader's batch: boxes after the last need no pass.
+    # The loader pads boxes at the end, so skip everything after the last box.
     used = jnp.max(jnp.where(classes >= 0, jnp.arange(num_boxes) + 1, 0))
 
     def assign(g: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -183,16 +186,20 @@ def query_targets(
     radius: Literal["object", "level"] = "object",
     factor: float = 1.0,
 ) -> Array:
-    """Return where a level's query head should fire, bool ``[h, w]``.
+    """Return the target map of a level's query head, bool ``[h, w]``.
 
-    QueryDet eq. 2: D is the distance from a cell's middle to the nearest small object's centre.
-    QueryDet eq. 3: the target is 1 where D is below a radius: that object's own scale ``sqrt(w h)``
-    (``object``, the published code), or s_l, the upper end of ``scale_range`` (``level``, the paper),
-    times ``factor``. Only the nearest small object counts, the first one on ties.
+    QueryDet eq. 2: D is the distance from a cell's middle to the centre of the nearest small object
+    (the first on ties). QueryDet eq. 3: the target is true where D is below a radius, which is
+    ``factor`` times that object's own scale ``sqrt(w h)`` (``object``, as in the published code) or
+    ``factor`` times s_l, the upper end of ``scale_range`` (``level``, as in the paper).
 
     Args:
-      boxes: ``[G, 4]`` px; rows with a negative ``classes`` entry are padding.
-      scale_range: [lo, hi) of ``sqrt(w h)`` in px within which an object is small here.
+      height, width: h, w.
+      stride: px per cell.
+      boxes: ``[G, 4]`` px.
+      classes: ``[G]`` int; a negative entry marks padding.
+      scale_range: objects with lo <= ``sqrt(w h)`` < hi, in px, are small on this level.
+      radius, factor: see above.
     """
     points = grid_points(height, width, stride)
     if boxes.shape[0] == 0:
@@ -207,7 +214,7 @@ def query_targets(
         best, reach = state
         center, is_small, own_radius = item
         offset = points - center[None, None]
-        # Rounded squares: contracted, (a, b) and (b, a) would be unequally far, and a tie would not be one.
+        # Round the squares: with a fused multiply-add, offsets (a, b) and (b, a) would not tie.
         squares = rounded_product(offset, offset)
         distance = jnp.sqrt(squares[..., 0] + squares[..., 1])
         closer = is_small & (distance < best)
@@ -219,9 +226,9 @@ def query_targets(
 
 
 def per_image(function, *arrays: Array):
-    """``function`` over the leading batch axis, one image after another.
+    """Map ``function`` over the leading batch axis, one image after another, and stop gradients.
 
-    ``lax.map`` rather than ``vmap``: the matchers loop as often as an image has boxes, and a
-    vmapped loop runs every image as long as the most crowded one, carrying selects.
+    Use ``lax.map`` instead of ``vmap``, because the matchers' loops depend on the number of boxes:
+    a vmapped loop runs every image as long as the most crowded one.
     """
     return lax.map(lambda row: function(*row), jax.tree.map(lax.stop_gradient, arrays))

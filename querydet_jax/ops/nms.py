@@ -1,6 +1,6 @@
 """Candidate selection and non-maximum suppression with static shapes.
 
-Shape letters: S rows (sites), M scores a row, or candidates, D detections, N boxes of any number.
+Shape letters: S rows (sites), M scores per row or number of candidates, D detections, N boxes.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from jax import Array, lax
 
 from querydet_jax.ops.boxes import pairwise_iou
 
-# A turn of `class_wise_nms` looks at so many of the best candidates and settles so many of those
-# that no kept box suppresses. Measured on clustered detections, 6000 candidates: the first turns
-# must not pay for many, and later ones must get past the many that are suppressed already.
+# Each iteration of `class_wise_nms` takes the _LOOKED_AT best candidates, drops those that a kept
+# box suppresses, and settles the first _SETTLED of the others. Tuned on 6000 clustered candidates:
+# few keep the first iterations cheap, many let later ones pass the suppressed candidates.
 _LOOKED_AT = 256
 _SETTLED = 128
 
@@ -22,25 +22,27 @@ _SETTLED = 128
 def top_scores(
     scores: Array, row_best: Array, k: int, position: Array | None = None, most_rows: int | None = None
 ) -> tuple[Array, Array, Array]:
-    """The ``k`` best of ``scores [S, M]`` without sorting all of them.
+    """Return the ``k`` largest of ``scores [S, M]`` without sorting all of them.
 
-    The k best entries lie within the k rows with the best maxima, so one selection over S row maxima
-    and one over k rows give the exact result: on a dense P2 at 800x1344 that is 67,200 maxima in
-    place of a selection over 48 million scores.
+    The k largest entries lie within the k rows with the largest maxima. A selection among S row maxima
+    and one among k rows thus give the exact result; on a dense P2 at 800x1344, the first selects among
+    67,200 maxima instead of 48 million scores.
 
     Args:
+      scores: ``[S, M]``.
       row_best: ``[S]``, the rows' maxima; -inf excludes a row.
-      position: int ``[S]``, the rows' places on the map, where the rows do not lie in map order.
-      most_rows: at most so many rows are not excluded; None: S.
+      k: how many to return.
+      position: int ``[S]``, the rows' positions on the map; None if the rows are in map order.
+      most_rows: upper bound on the number of rows not excluded; None is S.
 
     Returns:
-      ``values [k']``, descending, -inf where there are fewer; ``row [k']`` and ``column [k']``, with
-      k' = min(k, min(S, most_rows) * M). Equal scores keep their order by position, then column.
+      ``values [k']``, descending, filled up with -inf; ``row [k']`` and ``column [k']``, with
+      k' = min(k, min(S, most_rows) * M). Equal scores are ordered by position, then column.
     """
     num_rows, num_columns = scores.shape
     most = k if most_rows is None else min(k, most_rows)
     best, rows = lax.top_k(row_best, min(most, num_rows))
-    # Back in map order, so that ties go to the earlier cell.
+    # Restore map order, so that ties go to the earlier cell.
     order = jnp.argsort(rows if position is None else position[rows])
     rows, best = rows[order], best[order]
     chosen = jnp.where((best > -jnp.inf)[:, None], scores[rows], -jnp.inf)
@@ -49,28 +51,33 @@ def top_scores(
 
 
 def suppressed_by(boxes: Array, classes: Array, others: Array, other_classes: Array, *, iou_threshold: float) -> Array:
-    """Bool ``[N', N]``: box n' of ``others [N', 4]`` is of the class of box n of ``boxes [N, 4]`` and overlaps
-    it above ``iou_threshold``."""
+    """Return bool ``[N', N]``: whether box n' of ``others [N', 4]`` suppresses box n of ``boxes [N, 4]``.
+
+    It does if both have the same class and their IoU is above ``iou_threshold``.
+    """
     overlap = pairwise_iou(boxes[None], others[:, None])
     return (classes[None] == other_classes[:, None]) & (overlap > iou_threshold)
 
 
 def settle(boxes: Array, classes: Array, present: Array, *, iou_threshold: float) -> Array:
-    """Exact greedy class-wise NMS among candidates in order, the best first, without a turn for each.
+    """Run exact greedy class-wise NMS on candidates sorted best first, with all candidates in parallel.
 
-    All assume that they are kept; then every one whose better ones are kept and overlap it goes, and again
-    from the result, until nothing changes. The first n are right after n rounds, so this ends, and it ends
-    with the greedy result; in practice it takes the few rounds of the longest chain of overlaps.
+    Start with all kept. In each round, drop every candidate that a better one, kept in the previous round,
+    suppresses; stop when nothing changes. After n rounds the first n candidates are final, so the loop ends
+    with the greedy result. In practice the number of rounds is the longest chain of overlaps.
 
     Args:
-      boxes: ``[N, 4]``; classes: ``[N]`` int; present: bool ``[N]``, absent ones suppress nothing.
+      boxes: ``[N, 4]``.
+      classes: ``[N]`` int.
+      present: bool ``[N]``; absent candidates are not kept and suppress nothing.
+      iou_threshold: a larger IoU suppresses.
 
     Returns:
-      bool ``[N]``, which are kept.
+      bool ``[N]``, true for kept candidates.
     """
     order = jnp.arange(len(classes))
     beats = suppressed_by(boxes, classes, boxes, classes, iou_threshold=iou_threshold)
-    # 0 and 1 in float32: "any" over a column as a matrix product, which every backend does fast.
+    # 0 and 1 in float32, so that "any" over a column is a matrix product, which is fast on every backend.
     beats = (beats & (order[:, None] < order[None])).astype(jnp.float32)
 
     def again(state: tuple[Array, Array]) -> Array:
@@ -87,20 +94,26 @@ def settle(boxes: Array, classes: Array, present: Array, *, iou_threshold: float
 def class_wise_nms(
     boxes: Array, scores: Array, classes: Array, *, iou_threshold: float, max_detections: int
 ) -> tuple[Array, Array]:
-    """Exact greedy class-wise NMS of one image: the best candidate is kept and those of its class whose
-    IoU with it is above ``iou_threshold`` are dropped, then the best of the rest, and so on.
+    """Run exact greedy class-wise NMS on one image.
 
-    A turn takes the best candidates that have not been looked at, drops those that a box kept in former
-    turns suppresses, and settles the best of the others among themselves. Turns end at
-    ``max_detections`` or when nothing is left. The candidates are never sorted as a whole, the work is at
-    most O(M D), and an image with few candidates needs one turn.
+    Greedy NMS keeps the best candidate, drops those of its class whose IoU with it is above
+    ``iou_threshold``, and repeats with the rest.
+
+    Each iteration takes the best remaining candidates, drops those that a box kept earlier suppresses, and
+    runs ``settle`` on the best of the others. It stops at ``max_detections`` or when no candidate remains.
+    The candidates are never sorted as a whole, the work is at most O(M D), and an image with few
+    candidates needs one iteration.
 
     Args:
-      boxes: ``[M, 4]``; scores: ``[M]``, ``-inf`` for absent candidates; classes: ``[M]`` int.
+      boxes: ``[M, 4]``.
+      scores: ``[M]``, ``-inf`` for absent candidates.
+      classes: ``[M]`` int.
+      iou_threshold: a larger IoU suppresses.
+      max_detections: D.
 
     Returns:
       ``keep`` int32 ``[D]``, indices by descending score (the first on ties), and ``valid`` bool
-      ``[D]``; entries that are not valid point at 0.
+      ``[D]``; invalid entries of ``keep`` are 0.
     """
     if not len(scores):
         return _nothing(max_detections)
@@ -118,7 +131,7 @@ def class_wise_nms(
         overlaps = suppressed_by(boxes[best], classes[best], kept_boxes, kept_classes, iou_threshold=iou_threshold)
         free = (values > -jnp.inf) & ~jnp.any(overlaps, axis=0)
 
-        # The first free ones; where there are fewer, past the end.
+        # Positions of the first free candidates; past the end if there are fewer.
         place = jnp.searchsorted(jnp.cumsum(free), jnp.arange(1, settled + 1))
         present = place < looked_at
         place = jnp.minimum(place, looked_at - 1)
@@ -127,7 +140,7 @@ def class_wise_nms(
         kept = settle(chosen_boxes, chosen_classes, present, iou_threshold=iou_threshold)
         slot = jnp.where(kept, count + jnp.cumsum(kept) - 1, max_detections)
 
-        # What comes after the last one that was decided on remains.
+        # Candidates after the last decided one remain.
         last_value, last = values[place[-1]], best[place[-1]]
         after = (remaining < last_value) | ((remaining == last_value) & (order > last))
         return (
@@ -140,10 +153,10 @@ def class_wise_nms(
 
     start = (
         jnp.int32(0),
-        # top_k puts 0 above -0, which would be no tie.
+        # Replace -0 by 0: top_k sorts 0 above -0, although they tie.
         jnp.where(scores > -jnp.inf, jnp.where(scores == 0, 0.0, scores), -jnp.inf),
         jnp.zeros((max_detections,), jnp.int32),
-        # Slots not in use hold empty boxes, which overlap nothing.
+        # Unused slots hold empty boxes, which overlap nothing.
         jnp.zeros((max_detections, 4), boxes.dtype),
         jnp.zeros((max_detections,), classes.dtype),
     )
@@ -162,20 +175,24 @@ def soft_nms(
     prune: float,
     max_detections: int,
 ) -> tuple[Array, Array, Array]:
-    """Class-wise soft-NMS of one image (Bodla et al. 2017).
+    """Run class-wise soft-NMS on one image (Bodla et al. 2017).
 
-    Each turn keeps the best remaining candidate and multiplies the scores of the others of its class by a
-    weight that falls with their IoU: ``linear`` 1 - IoU where the IoU is above ``iou_threshold``, ``gaussian``
-    exp(-IoU^2 / sigma) (``iou_threshold`` is not used). Candidates whose score is then not above ``prune`` are
-    dropped. Turns end at ``max_detections`` or when nothing is left, so the work is O(D M). They cannot be
-    taken several at a time as in ``class_wise_nms``: each changes the order of the rest.
+    Each iteration keeps the best remaining candidate and multiplies the scores of the others of its class by a
+    weight that falls with their IoU: for ``linear`` 1 - IoU if the IoU is above ``iou_threshold``, for
+    ``gaussian`` exp(-IoU^2 / sigma). It then drops candidates whose score is not above ``prune``. The loop stops
+    at ``max_detections`` or when no candidate remains; the work is O(D M). Unlike in ``class_wise_nms``, an
+    iteration can keep only one candidate, because it changes the order of the rest.
 
     Args:
-      boxes: ``[M, 4]``; scores: ``[M]``, not negative, ``-inf`` for absent candidates; classes: ``[M]`` int.
+      boxes: ``[M, 4]``.
+      scores: ``[M]``, not negative, ``-inf`` for absent candidates.
+      classes: ``[M]`` int.
+      method, iou_threshold, sigma, prune: see above.
+      max_detections: D.
 
     Returns:
       ``keep`` int32 ``[D]``, indices by descending decayed score (the first on ties); ``valid`` bool ``[D]``;
-      the decayed scores float32 ``[D]``. Entries that are not valid point at 0 and have score 0.
+      the decayed scores float32 ``[D]``. Invalid entries have index 0 and score 0.
 
     Raises:
       ValueError: ``method`` is neither.
@@ -187,7 +204,7 @@ def soft_nms(
     order = jnp.arange(len(scores), dtype=jnp.int32)
 
     def best_of(remaining: Array) -> tuple[Array, Array]:
-        # Two plain reductions are faster than argmax, which reduces values and indices together.
+        # Two separate reductions are faster than argmax, which reduces values and indices together.
         value = jnp.max(remaining)
         return value, jnp.min(jnp.where(remaining == value, order, len(scores)))
 
@@ -203,7 +220,7 @@ def soft_nms(
         else:
             weight = jnp.exp(-(overlap**2) / sigma)
         rest = jnp.where(classes == classes[best], remaining * weight, remaining)
-        # Also drops what the infinite boxes of absent candidates have made NaN.
+        # Also drops scores that are NaN because absent candidates have infinite boxes.
         rest = jnp.where((rest > prune) & (order != best), rest, -jnp.inf)
         return turn + 1, *best_of(rest), rest, keep.at[turn].set(best), decayed.at[turn].set(value)
 

@@ -1,4 +1,4 @@
-"""Pixel statistics: what each flavour of backbone weights expects of its input.
+"""Pixel statistics and channel order that each flavour of backbone weights expects.
 
 Flavours: msra (detectron2's conversion, BGR), torchvision (RGB), efficientnet_lite (RGB).
 """
@@ -15,10 +15,10 @@ Triple = tuple[float, float, float]
 
 
 def pixel_statistics(flavor: str) -> tuple[Triple, Triple]:
-    """Mean and standard deviation of 0..255 pixels, in the flavour's channel order."""
+    """Return mean and standard deviation of 0..255 pixels, in the flavour's channel order."""
     return _STATISTICS[flavor]
 
 
 def is_bgr(flavor: str) -> bool:
-    """Whether the flavour's first convolution reads blue first."""
+    """Return whether the flavour's input channels are in BGR order."""
     return flavor == "msra"

@@ -1,10 +1,10 @@
-"""ROIAlign over a feature pyramid, as two interpolation matrices a box.
+"""ROIAlign over a feature pyramid, with two interpolation matrices per box.
 
-The average over a bin's sampling points of bilinear interpolation is separable: with A [S, y] and B [S, x], each row
-the mean of the interpolation weights of its bin's points along one axis, a box's result is A F B^T. The matrices are
-zero outside the cells that the box touches, so F is read in windows of a few cells; how many a box needs depends on
-its size, and the loop over windows runs as often as the boxes of a turn ask for.
-Shape letters: B batch, h w map, C channels, P boxes an image, R boxes of the batch, S bins along a side, T side of a
+The mean of bilinear interpolations over the sampling points of a bin is separable. Let A [S, y] and B [S, x] hold, per
+bin along one axis, the mean interpolation weights of its points; the result for a box is A F B^T. Both matrices are
+zero outside the box's cells, so F is read in windows of T x T cells. Boxes are processed in groups, and the loop over
+windows runs as often as the largest box of the group needs.
+Shape letters: B batch, h w map, C channels, P boxes per image, R boxes of the batch, S bins per side, T side of a
 window.
 """
 
@@ -18,13 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-_WINDOW = 16  # T: one window covers the boxes of up to 15 cells
-_BOXES = 16  # boxes a turn
-_CANONICAL_SIZE, _CANONICAL_LEVEL = 224.0, 4  # FPN eq. 1 (Lin et al. 2017a): a box of 224 px is read from P4
+_WINDOW = 16  # T; one window covers boxes of up to 15 cells
+_BOXES = 16  # boxes per group
+_CANONICAL_SIZE, _CANONICAL_LEVEL = 224.0, 4  # FPN eq. 1 (Lin et al. 2017): a box of 224 px is read from P4
 
 
 def box_levels(boxes: Array, min_level: int, max_level: int) -> Array:
-    """Pyramid level int32 ``[...]`` to read boxes ``[..., 4]`` from (FPN eq. 1): the finer, the smaller they are."""
+    """Return the pyramid level int32 ``[...]`` from which to read boxes ``[..., 4]`` (FPN eq. 1)."""
     sizes = jnp.maximum(boxes[..., 2:] - boxes[..., :2], 0.0)
     scale = jnp.sqrt(sizes[..., 0] * sizes[..., 1])
     level = jnp.floor(_CANONICAL_LEVEL + jnp.log2(scale / _CANONICAL_SIZE + 1e-8))
@@ -32,20 +32,20 @@ def box_levels(boxes: Array, min_level: int, max_level: int) -> Array:
 
 
 def roi_align(features: dict[int, Array], boxes: Array, valid: Array, *, size: int) -> Array:
-    """Features of boxes, each from the level of its scale.
+    """Pool the features of boxes, each from the level of its scale.
 
-    ROIAlign (He et al. 2017) with half-pixel offset (detectron2's ``aligned``, "ROIAlignV2") and as many sampling
-    points a bin and side as it has cells, rounded up. Points more than a cell outside the map count as zeros.
-    Differentiable in the features only: gradients do not reach the boxes.
+    This is ROIAlign (He et al. 2017) with half-pixel offset (detectron2's ``aligned``, "ROIAlignV2"). The number of
+    sampling points per side of a bin is the bin's length in cells, rounded up. Points more than one cell outside the
+    map contribute zero. Gradients reach the features, but not the boxes.
 
     Args:
       features: ``{l: P_l [B, h, w, C]}``, consecutive levels.
       boxes: ``[B, P, 4]`` px of the network input, within it.
-      valid: bool ``[B, P]``; other boxes give zeros.
+      valid: bool ``[B, P]``; false gives zeros.
       size: S.
 
     Returns:
-      ``[B, P, S, S, C]``, in the features' type.
+      ``[B, P, S, S, C]``, in the features' dtype.
     """
     batch, number = boxes.shape[:2]
     rows, levels = _flatten(features)
@@ -62,7 +62,7 @@ def roi_align(features: dict[int, Array], boxes: Array, valid: Array, *, size: i
         valid=is_box,
     )
     most = -(-max(max(x.shape[1:3]) for x in features.values()) // size)
-    # Boxes of as many windows lie together, so that no turn waits for a single large one. Absent ones come first.
+    # Sort by number of windows, so that no group of small boxes waits for a large one. Absent boxes come first.
     order = jnp.argsort(jnp.where(is_box, _windows(places.y) * _windows(places.x), 0))
     padding = -len(order) % _BOXES
     order = jnp.pad(order, (padding, 0), constant_values=len(order))
@@ -73,7 +73,7 @@ def roi_align(features: dict[int, Array], boxes: Array, valid: Array, *, size: i
 
 
 class _Levels(NamedTuple):
-    """Where the levels begin among the rows of all, and their sizes; int32 ``[L]``."""
+    """First row of each level among the rows of all levels, and the levels' sizes; int32 ``[L]``."""
 
     finest: int
     start: Array
@@ -84,19 +84,19 @@ class _Levels(NamedTuple):
 class _Axis(NamedTuple):
     """A box along one axis, in cells; ``[R]`` each."""
 
-    start: Array  # of the first bin
+    start: Array  # start of the first bin
     bin: Array  # length of a bin
-    points: Array  # sampling points a bin, int32
-    extent: Array  # of the map, int32
-    origin: Array  # first cell that is read, int32
-    cells: Array  # how many from there on are, int32
+    points: Array  # sampling points per bin, int32
+    extent: Array  # length of the map, int32
+    origin: Array  # first cell to read, int32
+    cells: Array  # number of cells to read, int32
 
 
 class _Places(NamedTuple):
-    """What is read for each box; ``[R]`` each."""
+    """The cells to read for each box; ``[R]`` each."""
 
     first: Array  # row of the first cell of the box's image and level
-    width: Array  # of that map
+    width: Array  # width of that map
     y: _Axis
     x: _Axis
     valid: Array
@@ -104,8 +104,8 @@ class _Places(NamedTuple):
 
 class _Bins(NamedTuple):
     size: int  # S
-    points: int  # the most sampling points along a bin's side
-    rows: tuple[int, int]  # shape of the features of all levels
+    points: int  # largest number of sampling points per side of a bin
+    rows: tuple[int, int]  # shape of the flattened features of all levels
     dtype: jnp.dtype
 
 
@@ -137,7 +137,7 @@ def _windows(axis: _Axis) -> Array:
 
 
 def _weights(axis: _Axis, window: Array, bins: _Bins) -> Array:
-    """Interpolation weights ``[R, S, T]`` of the cells of a window, the mean over the bin's sampling points."""
+    """Return the interpolation weights ``[R, S, T]`` of a window's cells, averaged over each bin's sampling points."""
     step = jnp.arange(bins.points, dtype=jnp.float32)[None, None, :]
     points = jnp.maximum(axis.points, 1)[:, None, None].astype(jnp.float32)
     number = jnp.arange(bins.size, dtype=jnp.float32)[None, :, None]
@@ -152,7 +152,7 @@ def _weights(axis: _Axis, window: Array, bins: _Bins) -> Array:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _pool(bins: _Bins, rows: Array, places: _Places) -> Array:
-    """``[R, S, S, C]``, R a multiple of the boxes a turn."""
+    """Return the pooled features ``[R, S, S, C]``; R is a multiple of the boxes per group."""
     size, channels = bins.size, bins.rows[1]
 
     def turn(places: _Places) -> Array:
@@ -207,15 +207,15 @@ def _turns(places: _Places) -> Array:
 
 
 def _window(places: _Places, i: Array, bins: _Bins) -> tuple[Array, Array, Array]:
-    """Rows ``[R, T, T]`` of the boxes' i-th windows, and the weights ``[R, S, T]`` down and across.
+    """Return the rows ``[R, T, T]`` of the boxes' i-th windows, and the weights ``[R, S, T]`` down and across.
 
-    A box that has fewer windows gets weights of zero.
+    Boxes with fewer windows get zero weights.
     """
     columns = jnp.maximum(_windows(places.x), 1)
     down, across = i // columns, i % columns
     present = places.valid & (down < _windows(places.y))
     step = jnp.arange(_WINDOW, dtype=jnp.int32)[None]
-    # Beyond the map's edge weights are zero: any row will do.
+    # Clamp at the map's edge: beyond it the weights are zero, so the row does not matter.
     y = jnp.minimum((places.y.origin + down * _WINDOW)[:, None] + step, places.y.extent[:, None] - 1)
     x = jnp.minimum((places.x.origin + across * _WINDOW)[:, None] + step, places.x.extent[:, None] - 1)
     index = places.first[:, None, None] + y[:, :, None] * places.width[:, None, None] + x[:, None, :]

@@ -1,4 +1,4 @@
-"""A random balanced sample with static shapes. Shape letters: N candidates, M sampled."""
+"""Balanced random sampling with static shapes. Shape letters: N candidates, M sampled."""
 
 from __future__ import annotations
 
@@ -18,14 +18,16 @@ class Sample(NamedTuple):
 
 
 def sample_balanced(key: Array, foreground: Array, background: Array, *, count: int, fraction: float) -> Sample:
-    """``count`` candidates at random, at most ``fraction`` of them foreground, the rest background.
+    """Sample ``count`` candidates at random, at most ``fraction`` of them foreground, the rest background.
 
-    Where there is less foreground, more background is taken; where there is too little of both, the last entries are
-    not valid (Faster R-CNN, Ren et al. 2015, section 3.1.3).
+    Background replaces missing foreground. If there is too little of both, the last entries are invalid (Faster R-CNN,
+    Ren et al. 2015, section 3.1.3).
 
     Args:
       key: PRNG key.
-      foreground, background: bool ``[N]``, of which no candidate is both; one that is neither is never taken.
+      foreground, background: bool ``[N]``, disjoint. Candidates in neither are never sampled.
+      count: M.
+      fraction: largest share of foreground.
     """
     order = jax.random.uniform(key, foreground.shape)
     most = int(count * fraction)
@@ -40,6 +42,6 @@ def sample_balanced(key: Array, foreground: Array, background: Array, *, count: 
 
 
 def _best(order: Array, count: int) -> Array:
-    """The ``count`` largest, or all and then zeros."""
+    """Return the indices of the ``count`` largest entries, filled up with zeros."""
     found = lax.top_k(order, min(count, len(order)))[1].astype(jnp.int32)
     return jnp.pad(found, (0, count - len(found)))

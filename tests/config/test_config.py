@@ -61,7 +61,7 @@ def test_unknown_key_names_the_nearest(key: str, hint: str) -> None:
         ("classes", "car", "classes: expected a sequence, got 'car'"),
         ("data.scenes_size", (320,), "data.scenes_size: expected 2 values, got (320,)"),
         ("data.train_canvases", [[32, 32, 3]], "data.train_canvases: expected 2 values, got [32, 32, 3]"),
-        ("train.steps.more", 1, "train.steps.more: steps is a value, not a group; drop what follows it"),
+        ("train.steps.more", 1, "train.steps.more: steps is a value, not a group; remove what follows it"),
     ],
 )
 def test_wrong_types(key: str, value: Any, text: str) -> None:

@@ -240,10 +240,10 @@ def _full(path):
 @pytest.mark.parametrize(
     ("key", "at", "value", "message"),
     [
-        ("shares", (0, 3), 1.5, "a box that reaches out of its image"),
-        ("shares", (0, 3), np.nan, "a box that reaches out of its image"),
+        ("shares", (0, 3), 1.5, "a box exceeds its image"),
+        ("shares", (0, 3), np.nan, "a box exceeds its image"),
         ("labels", 0, 2, "a label outside 0 to 1"),
-        ("ids", 0, 899, "two images of one id"),
+        ("ids", 0, 899, "two images have the same id"),
     ],
 )
 def test_impossible_records_are_refused(copy, key, at, value, message):
@@ -251,7 +251,7 @@ def test_impossible_records_are_refused(copy, key, at, value, message):
     index = dict(np.load(path))
     index[key][at] = value
     np.savez(path, **index)
-    with pytest.raises(DataError, match=f"damaged copy of a data set .{message}.; make the copy anew") as error:
+    with pytest.raises(DataError, match=f"damaged copy of a data set .{message}.; prepare the copy again") as error:
         TfdsCocoDataset(copy, "coco/2017", "train")
     assert "\n" not in str(error.value)
 
@@ -261,7 +261,7 @@ def test_damaged_records_are_refused(copy):
     (record,) = (copy / COPY).glob("coco-train.array_record*")
     record.write_bytes(record.read_bytes()[:100])
     for read in (lambda: dataset.load(3), lambda: TfdsCocoDataset(copy, "coco/2017", "train")):
-        with pytest.raises(DataError, match=f"{COPY}: damaged copy of a data set .*; make the copy anew"):
+        with pytest.raises(DataError, match=f"{COPY}: damaged copy of a data set .*; prepare the copy again"):
             read()
     record.unlink()
     with pytest.raises(DataError, match="damaged copy"):
@@ -282,7 +282,7 @@ def test_class_ids_of_coco_are_known_and_of_others_asked_for(copy, tmp_path):
     with pytest.raises(DataError, match="its 2 classes are not COCO's, .* write the ids to metadata.json"):
         TfdsCocoDataset(copy, "coco/2017", "val")
     (copy / COPY / "metadata.json").write_text('{"category_ids": [1]}')
-    with pytest.raises(DataError, match="category_ids are not an integer for each of 2 classes"):
+    with pytest.raises(DataError, match="category_ids is not a list of 2 integers, one per class"):
         TfdsCocoDataset(copy, "coco/2017", "val")
 
     coco = [{"id": i, "name": name} for name, i in known.items()]
@@ -305,7 +305,7 @@ def test_what_is_not_a_copy_of_coco_is_refused(copy):
     info, features = (newer / name for name in ("dataset_info.json", "features.json"))
     whole = info.read_text()
     info.write_text(whole.replace('"array_record"', '"tfrecord"'))
-    with pytest.raises(DataError, match=r"1.10.0: stored as tfrecord, which cannot be read at random; convert it"):
+    with pytest.raises(DataError, match=r"1.10.0: stored as tfrecord, which has no random access; convert it"):
         TfdsCocoDataset(copy, "coco/2017", "train")
     info.write_text(whole.replace('"validation"', '"minival"'))
     with pytest.raises(DataError, match=r"has the splits train, minival, not validation; correct data.tfds_name"):
@@ -342,9 +342,9 @@ def test_a_copy_in_tfrecord_is_converted(folder, prepared, tmp_path, capsys):
         assert_same(a, TfdsCocoDataset(out, "coco/2017", split), area=0.5)
     assert not list(out.rglob("*tfrecord*")) and not list(out.rglob("*test*"))
 
-    with pytest.raises(DataError, match="is where the images come from"):
+    with pytest.raises(DataError, match="is the source of the images"):
         prepare_coco(source, tmp_path / "first")
-    with pytest.raises(DataError, match="only tfrecord has to be, and can be, converted"):
+    with pytest.raises(DataError, match="give a copy in tfrecord, the only convertible format"):
         prepare_coco(out / COPY, tmp_path / "third")
     (record,) = source.glob("coco-validation.tfrecord*")
     whole = record.read_bytes()
@@ -380,7 +380,7 @@ def test_the_command_prepares_once_and_leaves_nothing_half_written(folder, tmp_p
     shutil.copytree(folder, source)
     command()
     assert capsys.readouterr().out.startswith(f"wrote 7 train and 3 val images to {out / COPY}")
-    with pytest.raises(DataError, match="has been prepared before; add --overwrite"):
+    with pytest.raises(DataError, match="is prepared already; add --overwrite"):
         command()
     (source / "val2017" / "000000000001.jpg").unlink()
     with pytest.raises(DataError, match=r"000000000001.jpg: no such image file; restore it"):
@@ -396,7 +396,7 @@ def test_the_command_prepares_once_and_leaves_nothing_half_written(folder, tmp_p
     np.testing.assert_array_equal(val.load(1), np.asarray(Image.open(source / "val2017" / "000000000001.jpg")))
 
     (out / COPY / "dataset_info.json").unlink()
-    with pytest.raises(DataError, match="is there and not a copy in ArrayRecord; give --out another folder"):
+    with pytest.raises(DataError, match="exists and is not an ArrayRecord copy; give --out another folder"):
         command("--overwrite")
     path = source / "annotations" / "instances_val2017.json"
     for old, new, message in (
@@ -411,5 +411,5 @@ def test_the_command_prepares_once_and_leaves_nothing_half_written(folder, tmp_p
     with pytest.raises(DataError, match="nowhere: no such folder"):
         prepare_coco(tmp_path / "nowhere", tmp_path / "new")
     (tmp_path / "file").write_text("")
-    with pytest.raises(DataError, match="not prepared, nothing is left of it"):
+    with pytest.raises(DataError, match="not written, and no partial copy remains"):
         prepare_coco(source, tmp_path / "file")

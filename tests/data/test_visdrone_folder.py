@@ -142,14 +142,14 @@ def test_patch_windows_cover_the_image_once(size):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("1,2,3,4,1,4,0", "is '1,2,3,4,1,4,0'; a line of a VisDrone annotation file is eight whole numbers"),
-        ("1,2,3,4,1,4,0,0,0", "is '1,2,3,4,1,4,0,0,0'; a line"),
-        ("1,2,3,4,1,4,0,x", "is '1,2,3,4,1,4,0,x'; a line"),
-        ("1,2,3.5,4,1,4,0,0", "is '1,2,3.5,4,1,4,0,0'; a line"),
-        ("99999999999,2,3,4,1,4,0,0", "is '99999999999,2,3,4,1,4,0,0'; a line"),
-        ("1,2,-3,4,1,4,0,0", "has width -3, height 4, neither of which can be negative"),
-        ("1,2,3,4,2,4,0,0", "has score 2, which is 1"),
-        ("1,2,3,4,1,12,0,0", "has category 12, which is 0"),
+        ("1,2,3,4,1,4,0", "is '1,2,3,4,1,4,0'; a VisDrone annotation line has eight whole numbers"),
+        ("1,2,3,4,1,4,0,0,0", "is '1,2,3,4,1,4,0,0,0'; a VisDrone"),
+        ("1,2,3,4,1,4,0,x", "is '1,2,3,4,1,4,0,x'; a VisDrone"),
+        ("1,2,3.5,4,1,4,0,0", "is '1,2,3.5,4,1,4,0,0'; a VisDrone"),
+        ("99999999999,2,3,4,1,4,0,0", "is '99999999999,2,3,4,1,4,0,0'; a VisDrone"),
+        ("1,2,-3,4,1,4,0,0", "has width -3, height 4, but neither can be negative"),
+        ("1,2,3,4,2,4,0,0", "has score 2, not 1"),
+        ("1,2,3,4,1,12,0,0", "has category 12, not 0"),
         ("1,2,3,4,1,-1,0,0", "has category -1"),
     ],
 )
@@ -177,7 +177,7 @@ def test_what_is_not_in_order_is_refused(split, tmp_path):
         VisDroneDataset(split)
     (annotations / "c.txt").unlink()
     (images / "a.jpg").write_bytes((images / "a.png").read_bytes())
-    with pytest.raises(DataError, match=r"a.jpg and a.png are two files of one name"):
+    with pytest.raises(DataError, match=r"a.jpg and a.png differ only in their suffix"):
         VisDroneDataset(split)
     (images / "a.jpg").unlink()
     (images / "._a.jpg").write_bytes(b"of macOS")
@@ -272,20 +272,20 @@ def test_a_whole_copy_is_byte_for_byte(split, tmp_path):
         assert (out / name).read_bytes() == (split / name).read_bytes()
     names = [image["file_name"] for image in json.loads((out / "instances.json").read_text())["images"]]
     assert names == ["a.png", "b.png"]
-    with pytest.raises(DataError, match=r"prepared: has been prepared before; add --overwrite"):
+    with pytest.raises(DataError, match=r"prepared: is prepared already; add --overwrite"):
         prepare_visdrone(split, out)
     prepare_visdrone(split, out, patches=True, overwrite=True)
     assert len(list((out / "images").iterdir())) == 8
-    with pytest.raises(DataError, match=r"prepared: is where the images come from"):
+    with pytest.raises(DataError, match=r"prepared: is the source of the images"):
         prepare_visdrone(out, out, overwrite=True)
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_what_preparation_did_not_write_is_not_replaced(split, tmp_path, overwrite):
-    with pytest.raises(DataError, match=r"VisDrone2019-DET-train: is there and not empty"):
+    with pytest.raises(DataError, match=r"VisDrone2019-DET-train: exists and is not empty"):
         prepare_visdrone(split, split, overwrite=overwrite)
     (tmp_path / "file").write_text("x")
-    with pytest.raises(DataError, match=r"file: is there and not a folder"):
+    with pytest.raises(DataError, match=r"file: exists and is not a folder"):
         prepare_visdrone(split, tmp_path / "file", overwrite=overwrite)
     assert len(VisDroneDataset(split)) == 2
 
@@ -327,7 +327,7 @@ def _stop_before_the_last_rename(split: Path, monkeypatch: pytest.MonkeyPatch) -
         (_damage, DataError, r"b.png: not readable as an image"),
         (_interrupt, KeyboardInterrupt, "^$"),
         (_stop_before_the_last_rename, KeyboardInterrupt, "^$"),
-        (_fill_the_disk, DataError, r"prepared: not prepared, nothing is left of it \(.*No space left"),
+        (_fill_the_disk, DataError, r"prepared: not written, and no partial copy remains \(.*No space left"),
     ],
 )
 @pytest.mark.parametrize("before", [False, True])

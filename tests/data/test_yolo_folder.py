@@ -65,7 +65,7 @@ def test_other_layouts(root):
     (root / "labels/train").rename(root / "train/labels")
     assert len(_open(root, train_images="train/images")) == 3  # as roboflow exports
     (root / "train/images").rename(root / "pictures")
-    with pytest.raises(DataError, match=r"pictures: no part of this path is called images"):
+    with pytest.raises(DataError, match=r"pictures: no part of this path is named images"):
         _open(root, train_images="pictures")
     assert len(_open(root, train_images="pictures", train_annotations="train/labels")) == 3
 
@@ -77,11 +77,11 @@ def test_labels_beside_replaces_the_last_images():
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("0 0.5 0.5 0.1", "is '0 0.5 0.5 0.1'; a line is five numbers"),
-        ("0 0.1 0.1 0.2 0.1 0.2 0.2", "is '0 0.1 0.1 0.2 0.1 0.2 0.2'; a line is five numbers"),
+        ("0 0.5 0.5 0.1", "is '0 0.5 0.5 0.1'; a line has five numbers"),
+        ("0 0.1 0.1 0.2 0.1 0.2 0.2", "is '0 0.1 0.1 0.2 0.1 0.2 0.2'; a line has five numbers"),
         ("0 0.5 0.5 0.1 x", "is '0 0.5 0.5 0.1 x'; a line"),
         ("0 0.5 0.5 0.1 nan", "is '0 0.5 0.5 0.1 nan'; a line"),
-        ("2 0.5 0.5 0.1 0.1", "has class 2, where 0 to 1 are named"),
+        ("2 0.5 0.5 0.1 0.1", "has class 2, but only 0 to 1 have names"),
         ("-1 0.5 0.5 0.1 0.1", "has class -1"),
         ("0.5 0.5 0.5 0.1 0.1", "has class 0.5"),
         ("0 20 0.5 0.1 0.1", "has 20 0.5 0.1 0.1, not all between 0 and 1"),
@@ -105,7 +105,7 @@ def test_what_is_not_in_order_is_refused(root):
         _open(root)
     (labels / "z.txt").unlink()
     Image.new("RGB", (9, 9)).save(root / "images/train/b.png")
-    with pytest.raises(DataError, match=r"b.jpg and b.png are two files of one name"):
+    with pytest.raises(DataError, match=r"b.jpg and b.png differ only in their suffix"):
         _open(root)
     (root / "images/train/b.png").unlink()
     (root / "images/train/b.jpg").write_bytes(b"not an image")

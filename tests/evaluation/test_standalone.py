@@ -53,7 +53,7 @@ def test_visdrone_files_score_as_their_rows(split):
     assert found.metrics == pytest.approx(expected["metrics"])
     (split / "results" / "b.txt").unlink()
     found = score_visdrone(split / "results", split / "val")
-    assert found.notes[-1] == "no result file of 1 of the 2 images: taken as without detections"
+    assert found.notes[-1] == "no result file for 1 of the 2 images: counted as without detections"
     assert found.metrics == pytest.approx(expected["metrics"])
 
 
@@ -75,7 +75,7 @@ def test_bad_visdrone_folders_are_named(split, tmp_path):
     (split / "val" / "images" / "b.jpg").unlink()
     assert f"annotations/b.txt: there is no image {split}/val/images/b.jpg" in message()
     for empty in (split / "nowhere", split / "val" / "images"):
-        with pytest.raises(DataError, match="give the folder of the results, a text file an image"):
+        with pytest.raises(DataError, match="give the folder of the results, one text file per image"):
             score_visdrone(empty, split / "val")
     with pytest.raises(DataError, match="nothing: no such folder; give the folder of the images"):
         score_visdrone(split / "results", split / "val", tmp_path / "nothing")

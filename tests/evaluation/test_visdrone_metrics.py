@@ -422,8 +422,8 @@ def test_nothing_is_half_written(tmp_path):
     good = [(1, 2, 3, 4, 0.5, 1)]
     for bad, message in (
         ({"b": [(1, 2, 3, 4, math.inf, 1)]}, "b: row 0"),
-        ({"../b": good}, "not the name of an image"),
-        ({"/b": good}, "not the name of an image"),
+        ({"../b": good}, "not an image name"),
+        ({"/b": good}, "not an image name"),
         ({"a.png": good}, "a second image"),
     ):
         with pytest.raises(DataError, match=message):

@@ -1,8 +1,8 @@
-"""Writing COCO in ArrayRecord, laid out as tensorflow_datasets lays out ``coco/2017``, without TensorFlow.
+"""Write COCO as ArrayRecord in the layout of tensorflow_datasets' ``coco/2017``, without TensorFlow.
 
-TFDS's own builder needs TensorFlow, to unpack the archives and to shuffle what does not fit in a
-gigabyte of memory. This writes the same layout from a folder, a shard at a time, or turns a copy
-that TFDS made in its default format, tfrecord, into ArrayRecord.
+TFDS's own builder needs TensorFlow to unpack the archives and to shuffle data larger than memory.
+This module writes the same layout from a COCO folder, one shard at a time, or converts a TFDS copy
+from tfrecord, TFDS's default format.
 """
 
 from __future__ import annotations
@@ -32,31 +32,31 @@ from querydet_jax.runtime.progress import progress
 
 NAME, VERSION = "coco/2017", "1.1.0"
 _INFO = "dataset_info.json"
-_SHARD = 1000  # images a file, about 160 MB of COCO: TFDS holds those of one in memory
+_SHARD = 1000  # images per file, about 160 MB of COCO; TFDS holds one file in memory
 
 Examples = Callable[[], Iterator[tuple[int, dict[str, Any]]]]
 
 
 def prepare_coco(source: str | Path, out: str | Path, *, overwrite: bool = False) -> str:
-    """Write ``out/coco/2017/1.1.0`` in ArrayRecord, with the features of TFDS's ``coco/2017``.
+    """Write ``out/coco/2017/1.1.0`` as ArrayRecord, with the features of TFDS's ``coco/2017``.
 
-    From a folder, images are in the order of the annotation file, their bytes as they are, and boxes
-    are clipped to the image; ``metadata.json`` keeps the category ids. As in TFDS's own copies, boxes
-    are float32 shares of the image's sides and areas lose their fraction (see ``tfds_coco``). From a
-    copy in tfrecord, the records of train and validation are copied as they are; its checksums are
-    not looked at. Everything is written beside the folder and renamed at the end.
+    From a COCO folder, keep the image order of the annotation file and the encoded bytes, clip boxes
+    to the image and store the category ids in ``metadata.json``. As in TFDS's own copies, boxes are
+    float32 fractions of the image's sides and areas are truncated to integers (see ``tfds_coco``).
+    From a tfrecord copy, copy the records of train and validation unchanged, without verifying
+    their checksums. Write to a temporary folder and rename it at the end.
 
     Args:
       source: the folder of COCO 2017 as distributed (``annotations/instances_{train,val}2017.json``,
-        ``train2017/``, ``val2017/``), or a version's folder of a TFDS copy (with ``dataset_info.json``).
+        ``train2017/``, ``val2017/``), or the version folder of a TFDS copy (with ``dataset_info.json``).
       out: the TFDS data directory.
-      overwrite: whether an ArrayRecord copy that is there is replaced.
+      overwrite: whether to replace an existing ArrayRecord copy.
 
     Returns:
-      A line on what was written.
+      One line that reports what was written.
 
     Raises:
-      DataError: the source is not in order; a copy is there; ``out`` cannot be written.
+      DataError: the source is invalid, a copy exists already, or ``out`` cannot be written.
     """
     source, root = Path(source).resolve(), Path(out).resolve()
     folder = root / NAME / VERSION
@@ -71,27 +71,27 @@ def prepare_coco(source: str | Path, out: str | Path, *, overwrite: bool = False
             write(aside)
     except OSError as error:
         raise DataError(
-            f"{folder}: not prepared, nothing is left of it ({error}); make the source readable, and give --out a "
-            "folder that can be written, with space for the images"
+            f"{folder}: not written, and no partial copy remains ({error}); make the source readable, and give --out "
+            "a writable folder with space for the images"
         ) from None
-    # Reads every record once, and leaves the index that training would otherwise begin with.
+    # Opening reads every record once and writes the index that training would otherwise build first.
     counts = [f"{len(TfdsCocoDataset(root, f'{NAME}:{VERSION}', ours))} {ours}" for ours in SPLITS]
-    return f"wrote {' and '.join(counts)} images to {folder}; use it by --data.source tfds --data.root {out}"
+    return f"wrote {' and '.join(counts)} images to {folder}; use it with --data.source tfds --data.root {out}"
 
 
 def _refuse(folder: Path, source: Path, overwrite: bool) -> None:
     if not folder.exists():
         return
     if folder == source:
-        raise DataError(f"{folder}: is where the images come from; give --out another folder")
+        raise DataError(f"{folder}: is the source of the images; give --out another folder")
     try:
         ours = json.loads((folder / _INFO).read_text()).get("fileFormat") == "array_record"
     except (OSError, ValueError, AttributeError):
         ours = False
-    if not ours:  # whatever it is, not this command's to delete
-        raise DataError(f"{folder}: is there and not a copy in ArrayRecord; give --out another folder")
+    if not ours:  # never delete what this command did not write
+        raise DataError(f"{folder}: exists and is not an ArrayRecord copy; give --out another folder")
     if not overwrite:
-        raise DataError(f"{folder}: has been prepared before; add --overwrite to prepare it anew, or use it")
+        raise DataError(f"{folder}: is prepared already; add --overwrite to replace it, or use it")
 
 
 def _open(source: Path) -> dict[str, CocoDataset]:
@@ -101,7 +101,7 @@ def _open(source: Path) -> dict[str, CocoDataset]:
     if (train.category_ids, train.classes) != (val.category_ids, val.classes):
         raise DataError(f"{source}: the annotation files of train and val list different categories; make them agree")
     if len(set(train.classes)) < len(train.classes):
-        raise DataError(f"{source}: two categories of one name; rename one")
+        raise DataError(f"{source}: two categories have the same name; rename one")
     return datasets
 
 
@@ -148,7 +148,7 @@ class _Coco(tfds.core.ShardBasedBuilder, skip_registration=True):
 
 
 def _write(datasets: dict[str, CocoDataset], aside: Path) -> None:
-    """Fill the folder ``aside`` from COCO folders."""
+    """Write the splits ``datasets`` to the folder ``aside``."""
     with quiet():
         builder = _Coco(datasets, aside / "build")
         builder.download_and_prepare(
@@ -203,7 +203,7 @@ def _example(dataset: CocoDataset, i: int) -> dict[str, Any]:
 
 
 def _convert(source: Path, aside: Path) -> None:
-    """Fill the folder ``aside`` with the train and validation records of a TFDS copy in tfrecord."""
+    """Convert the train and validation records of a tfrecord copy to ArrayRecord in the folder ``aside``."""
     path = source / _INFO
     try:
         info = json.loads(path.read_text())
@@ -214,7 +214,7 @@ def _convert(source: Path, aside: Path) -> None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path}: not readable as TFDS's description of a data set ({error}); restore it") from None
     if stored != "tfrecord":
-        raise DataError(f"{path}: the copy is in {stored}; only tfrecord has to be, and can be, converted")
+        raise DataError(f"{path}: the copy is stored as {stored}; give a copy in tfrecord, the only convertible format")
     if set(splits) != set(SPLITS.values()):
         raise DataError(f"{path}: lists the splits {', '.join(splits)}; need {', '.join(SPLITS.values())}")
     bar = iter(progress(range(sum(map(sum, lengths.values()))), "converting", " images"))
@@ -240,7 +240,7 @@ def _convert(source: Path, aside: Path) -> None:
 
 
 def _tfrecords(path: Path) -> Iterator[bytes]:
-    """The records of a tfrecord file: length (8 bytes), its checksum (4), the record, its checksum (4)."""
+    """Yield the records of a tfrecord file: length (8 bytes), its checksum (4), the record, its checksum (4)."""
     try:
         with path.open("rb") as file:
             left = os.fstat(file.fileno()).st_size

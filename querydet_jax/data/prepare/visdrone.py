@@ -1,4 +1,4 @@
-"""Writing a split of VisDrone once in the form in which training reads it fastest."""
+"""Write a split of VisDrone once in the form that training reads fastest."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ from querydet_jax.runtime.files import folder_written_aside, write_json
 from querydet_jax.runtime.progress import progress
 
 _CONTENTS = {PREPARED, "images", "annotations"}
-_QUALITY = 95  # JPEG, OpenCV's default, with which the published code writes its patches
+_QUALITY = 95  # JPEG quality: OpenCV's default, which the published code uses for its patches
 
 
 def prepare_visdrone(folder: str | Path, out: str | Path, *, patches: bool = False, overwrite: bool = False) -> str:
-    """Write a split of VisDrone, or its patches, as a folder of both forms: COCO and VisDrone's own.
+    """Write a split of VisDrone, or its patches, with annotations in COCO form and in VisDrone's own.
 
-    ``out`` then holds ``images/``, ``instances.json`` (file names relative to ``images/``; no ignored
-    regions, see ``VisDroneDataset``) and ``annotations/`` as VisDrone has them. With ``patches`` the
-    images are the four patches of each (specification 5.3) as JPEG of quality 95, and an annotation
-    file holds a patch's objects alone; otherwise images and annotation files are copied as they are.
-    The folder is written beside ``out`` and renamed at the end.
+    ``out`` receives ``images/``, ``instances.json`` (file names relative to ``images/``; without
+    ignored regions, see ``VisDroneDataset``) and VisDrone's ``annotations/``. With ``patches``, write
+    the four patches of each image (``visdrone/data_prepare.py`` of the published code) as JPEG of
+    quality 95, with the objects of each patch only; otherwise copy images and annotation files
+    unchanged. Write to a temporary folder and rename it at the end.
 
     Args:
       folder: the split's folder, see ``VisDroneDataset``.
-      out: the folder to make.
-      patches: whether to cut.
-      overwrite: whether an ``out`` that this function has made before is replaced.
+      out: the folder to create.
+      patches: whether to cut the images.
+      overwrite: whether to replace an ``out`` that this function wrote.
 
     Returns:
-      A line on what was written.
+      One line that reports what was written.
 
     Raises:
-      DataError: the split is not in order; ``out`` is not empty, or cannot be written.
+      DataError: the split is invalid, ``out`` is not empty, or ``out`` cannot be written.
     """
     out, source = Path(out).resolve(), Path(folder).resolve()
     _refuse(out, source, overwrite)
@@ -52,8 +52,8 @@ def prepare_visdrone(folder: str | Path, out: str | Path, *, patches: bool = Fal
             write_json(aside / PREPARED, truth)
     except OSError as error:
         raise DataError(
-            f"{out}: not prepared, nothing is left of it ({error}); make the images readable, and give --out a folder "
-            "that can be written, with space for them"
+            f"{out}: not written, and no partial copy remains ({error}); make the images readable, and give --out a "
+            "writable folder with space for them"
         ) from None
     return f"wrote {len(dataset)} images with {len(truth['annotations'])} boxes to {out}"
 
@@ -62,20 +62,20 @@ def _refuse(out: Path, source: Path, overwrite: bool) -> None:
     if not out.exists():
         return
     if not out.is_dir():
-        raise DataError(f"{out}: is there and not a folder; give --out a new folder")
+        raise DataError(f"{out}: exists and is not a folder; give --out a new folder")
     inside = {path.name for path in out.iterdir()}
     if not inside:
         return
-    if inside != _CONTENTS:  # whatever it is, not ours to delete
-        raise DataError(f"{out}: is there and not empty; give --out a new folder")
+    if inside != _CONTENTS:  # never delete what this command did not write
+        raise DataError(f"{out}: exists and is not empty; give --out a new folder")
     if out == source or out in source.parents:
-        raise DataError(f"{out}: is where the images come from; give --out another folder")
+        raise DataError(f"{out}: is the source of the images; give --out another folder")
     if not overwrite:
-        raise DataError(f"{out}: has been prepared before; add --overwrite to prepare it anew, or use it")
+        raise DataError(f"{out}: is prepared already; add --overwrite to replace it, or use it")
 
 
 def _write_images(dataset: VisDroneDataset, out: Path) -> None:
-    """The image and annotation files, written by a thread a core."""
+    """Write the image and annotation files, with one thread per core."""
     step = PATCHES if dataset.patches else 1
 
     def write(first: int) -> None:
@@ -92,7 +92,7 @@ def _write_images(dataset: VisDroneDataset, out: Path) -> None:
         written = pool.map(write, range(0, len(dataset), step))
         for _ in progress(written, "writing", " images", total=len(dataset) // step):
             pass
-    finally:  # whatever ended the loop, an interrupt included, calls off the writes that have not begun
+    finally:  # an error or interrupt also cancels the writes that have not begun
         pool.shutdown(cancel_futures=True)
 
 

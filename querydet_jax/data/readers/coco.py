@@ -1,4 +1,4 @@
-"""A folder of images with a COCO ``instances_*.json``, checked when it is opened."""
+"""Read a folder of images with a COCO ``instances_*.json``; validate the annotations on opening."""
 
 from __future__ import annotations
 
@@ -21,17 +21,18 @@ _log = logging.getLogger("querydet_jax")
 class CocoDataset(Dataset):
     """Images and boxes of a COCO annotation file.
 
-    Classes are the categories in the order of their ids, which need not be contiguous. Boxes that
-    reach over the image's edge are clipped, boxes without area are left out (counted and logged
-    once), crowd boxes are kept and marked. Segmentations and key points are not read. Of the image
-    files only the folder's presence is checked here; ``load`` checks each as it reads it.
+    Classes are the categories in the order of their ids, which need not be contiguous. Boxes are
+    clipped to the image, boxes without area are dropped (one warning gives their number), crowd
+    boxes are kept and marked. Segmentations and key points are not read. Opening only checks that
+    the image folder exists; ``load`` checks each file.
 
     Args:
-      annotations: the json file.
+      annotations: the JSON file.
       images: the folder that its ``file_name`` entries are relative to.
 
     Raises:
-      DataError: file or folder missing, json damaged, an entry missing, contradictory or impossible.
+      DataError: the file or folder is missing, the JSON is damaged, or an entry is missing,
+        contradictory or impossible.
     """
 
     def __init__(self, annotations: str | Path, images: str | Path):
@@ -49,7 +50,7 @@ class CocoDataset(Dataset):
         self._index()
 
     def _index(self) -> None:
-        """Boxes of all images in one array, ordered by image, with the range of each image."""
+        """Collect the boxes of all images in one array, ordered by image, with each image's range."""
         position = {identifier: i for i, identifier in enumerate(self._ids)}
         k_of = {identifier: k for k, identifier in enumerate(self.category_ids)}
         owner = np.array([position[e["image_id"]] for e in self._entries], np.int64)
@@ -80,9 +81,9 @@ class CocoDataset(Dataset):
         return Annotation(self._boxes[part], self._classes[part], self._crowd[part])
 
     def entries(self, i: int) -> list[dict[str, Any]]:
-        """The file's own entries of the boxes of ``annotation(i)``: id, image_id, category_id, bbox, area, iscrowd.
+        """Return the file's entries of the boxes of ``annotation(i)``: id, image_id, category_id, bbox, area, iscrowd.
 
-        The last two where the file has them; boxes as it has them, not clipped.
+        Boxes are not clipped; area and iscrowd are present only if the file has them.
         """
         return [self._entries[n] for n in self._order[self._starts[i] : self._starts[i + 1]]]
 
@@ -94,8 +95,10 @@ class CocoDataset(Dataset):
         return read_image(path, str(path), self._sizes[i])
 
     def coco_ground_truth(self) -> dict[str, Any]:
-        """See ``Dataset``. Boxes and areas (of segmentations, where the file has them) are the
-        file's own, not clipped, so that scores compare with those computed from the file itself."""
+        """Return the ground truth with the file's own boxes, not clipped, and areas (of segmentations, if present).
+
+        Scores then equal those computed from the file itself.
+        """
         images = [
             {"id": identifier, "file_name": name, "height": h, "width": w}
             for identifier, name, (h, w) in zip(self._ids, self._names, self._sizes, strict=True)
@@ -123,7 +126,7 @@ def _read(path: Path) -> dict[str, Any]:
         ) from None
     except OSError as error:
         raise DataError(f"{path}: not readable ({error.strerror}); check the path and its permissions") from None
-    except ValueError as error:  # of JSON and of its text encoding
+    except ValueError as error:  # invalid JSON or text encoding
         raise DataError(f"{path}: not readable as JSON ({error}); restore the file") from None
     if not isinstance(content, dict):
         raise DataError(f"{path}: not a COCO annotation file (the top level is not an object); export it as COCO json")
@@ -136,7 +139,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _entries(items: list[Any], path: Path, kind: str, keys: tuple[str, ...]) -> None:
-    """Check that every entry is an object with ``keys`` and that its integer ``id`` is its own."""
+    """Check that every entry is an object with ``keys`` and a unique integer ``id``."""
     seen: dict[int, int] = {}
     for n, item in enumerate(items):
         if not isinstance(item, dict):
@@ -172,7 +175,7 @@ def _images(items: list[Any], path: Path) -> tuple[list[int], list[str], list[tu
 
 def _categories(items: list[Any], path: Path) -> list[dict[str, Any]]:
     if not items:
-        raise DataError(f"{path}: lists no categories; add one for every class")
+        raise DataError(f"{path}: lists no categories; add one per class")
     _entries(items, path, "categories", ("id", "name"))
     for n, item in enumerate(items):
         if not isinstance(item["name"], str):
@@ -187,7 +190,7 @@ def _annotations(
     sizes: list[tuple[int, int]],
     category_ids: tuple[int, ...],
 ) -> list[dict[str, Any]]:
-    """The annotations whose boxes have an area, reduced to the fields that are read."""
+    """Validate the annotations; return those whose boxes have an area, reduced to the fields that are read."""
     _entries(items, path, "annotations", ("id", "image_id", "category_id", "bbox"))
     size_of = dict(zip(image_ids, sizes, strict=True))
     categories = set(category_ids)
@@ -222,7 +225,7 @@ def _annotations(
             raise DataError(f"{where} has area {item['area']!r}; give a finite number or leave it out")
         kept.append({k: item[k] for k in ("id", "image_id", "category_id", "bbox", "area", "iscrowd") if k in item})
     if empty:
-        _log.warning("%s: left out %d of %d boxes, which have no width or no height", path, empty, len(items))
+        _log.warning("%s: left out %d of %d boxes that have no width or no height", path, empty, len(items))
     return kept
 
 

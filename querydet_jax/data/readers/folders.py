@@ -1,4 +1,4 @@
-"""What readers of picture folders with a text file a picture share: listing, reading, image sizes."""
+"""Helpers for image folders with one text file per image: listing, reading text, image sizes."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from querydet_jax.runtime.errors import DataError
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"})
 _SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
-_READERS = 8  # threads: opening thousands of files is waiting, most of all on network disks
+_READERS = 8  # threads; opening thousands of files is mostly waiting, above all on network disks
 
 
 def by_stem(folder: Path, suffixes: Collection[str]) -> dict[str, str]:
-    """Files at any depth below ``folder``: name without suffix to name, both relative to it, in order of name.
+    """List the files at any depth below ``folder`` as {name without suffix: name}, relative to it, sorted by name.
 
-    Names that begin with a dot are passed over (macOS leaves such beside every file of an archive).
+    Skip names that begin with a dot, because macOS adds such files to archives.
 
     Raises:
-      DataError: two files that differ in their suffix alone.
+      DataError: two files differ only in their suffix.
     """
     found: dict[str, str] = {}
     names = []
@@ -33,17 +33,17 @@ def by_stem(folder: Path, suffixes: Collection[str]) -> dict[str, str]:
         stem = name.with_suffix("").as_posix()
         if stem in found:
             raise DataError(
-                f"{folder}: {found[stem]} and {name.as_posix()} are two files of one name; rename or remove one"
+                f"{folder}: {found[stem]} and {name.as_posix()} differ only in their suffix; rename or remove one"
             )
         found[stem] = name.as_posix()
     return found
 
 
 def read_text(path: Path) -> str:
-    """A text file in UTF-8, with or without byte order mark.
+    """Read a UTF-8 text file, with or without byte order mark.
 
     Raises:
-      DataError: not readable, or not text.
+      DataError: the file is not readable or not UTF-8 text.
     """
     try:
         return path.read_text(encoding="utf-8-sig")
@@ -54,14 +54,14 @@ def read_text(path: Path) -> str:
 
 
 def image_sizes(paths: Sequence[Path], *, upright: bool) -> list[tuple[int, int]]:
-    """(height, width) of image files in pixels, from their headers, without decoding.
+    """Read (height, width) of image files in pixels from their headers, without decoding.
 
     Args:
       paths: the files.
-      upright: as shown, the EXIF orientation applied; otherwise as stored.
+      upright: whether to apply the EXIF orientation; otherwise return the stored size.
 
     Raises:
-      DataError: a file that is no image, or not readable.
+      DataError: a file is not a readable image.
     """
 
     def size(path: Path) -> tuple[int, int]:
@@ -69,7 +69,7 @@ def image_sizes(paths: Sequence[Path], *, upright: bool) -> list[tuple[int, int]
             with Image.open(path) as image:
                 sideways = upright and image.getexif().get(ExifTags.Base.Orientation) in _SIDEWAYS
                 return (image.width, image.height) if sideways else (image.height, image.width)
-        except Exception as error:  # of PIL's many readers, for files cut short or altered
+        except Exception as error:  # PIL's readers raise many kinds of errors for damaged files
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise DataError(
                 f"{path}: not readable as an image ({reason}); restore the file, or remove it and its annotation"

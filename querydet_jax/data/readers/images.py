@@ -1,4 +1,4 @@
-"""Decoding image files of any common kind to uint8 RGB."""
+"""Decode image files of any common kind to uint8 RGB."""
 
 from __future__ import annotations
 
@@ -13,28 +13,27 @@ from querydet_jax.runtime.errors import DataError
 
 _ORIENTATION = 0x0112  # EXIF tag
 _SIDEWAYS = (5, 6, 7, 8)  # its values that swap width and height
-# What PIL raises for files cut short or damaged, by format and place of the damage.
+# PIL's errors for truncated or damaged files; they vary with the format and the place of the damage.
 _BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 
 
 def read_image(source: Path | bytes, name: str, size: tuple[int, int] | None = None) -> np.ndarray:
     """Decode an image file to RGB.
 
-    Grey, palette, CMYK and transparent images are converted (transparency is dropped), 16-bit grey
-    keeps its upper 8 bits. The EXIF orientation is applied, with one exception: where ``size`` is
-    given and is the size of the stored, unrotated pixels, these are returned, because then the
-    annotations that state this size, and their boxes, are about the unrotated pixels.
+    Convert grey, palette, CMYK and transparent images (transparency is dropped); keep the upper 8
+    bits of 16-bit grey. Apply the EXIF orientation, unless ``size`` is the size of the stored,
+    unrotated pixels: the annotations, boxes included, then refer to the unrotated pixels.
 
     Args:
       source: path, or the encoded bytes.
-      name: what messages call the image.
-      size: the (height, width) that the annotations state; None: any.
+      name: the image's name in messages.
+      size: the (height, width) that the annotations state; None accepts any.
 
     Returns:
       uint8 [H, W, 3].
 
     Raises:
-      DataError: missing, damaged, in a pixel format without 8-bit meaning, or not of ``size``.
+      DataError: the image is missing or damaged, has 32-bit pixels, or is not of ``size``.
     """
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
@@ -58,10 +57,10 @@ def read_image(source: Path | bytes, name: str, size: tuple[int, int] | None = N
 
 
 def stored_size(encoded: bytes, name: str) -> tuple[int, int]:
-    """(height, width) of an encoded image in pixels as stored, before any EXIF rotation, without decoding it.
+    """Return the stored (height, width) of an encoded image, before any EXIF rotation, without decoding it.
 
     Raises:
-      DataError: no image.
+      DataError: the bytes are not a readable image.
     """
     try:
         with Image.open(io.BytesIO(encoded)) as image:
@@ -82,7 +81,7 @@ def _to_rgb(image: Image.Image, name: str) -> np.ndarray:
         grey = (np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8)
         return np.repeat(grey[:, :, None], 3, axis=2)
     if image.mode in ("I", "F"):
-        raise DataError(f"{name}: pixels are 32-bit numbers (mode {image.mode}); convert the file to 8 bits a channel")
+        raise DataError(f"{name}: pixels are 32-bit numbers (mode {image.mode}); convert to 8 bits per channel")
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
     return np.array(image.convert("RGB"))

@@ -1,4 +1,4 @@
-"""Plain picture files, without annotations."""
+"""Read plain image files, without annotations."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from querydet_jax.runtime.errors import DataError
 
 
 class Pictures(Dataset):
-    """Picture files, and those directly in folders, in the order given (folders: by name).
+    """Image files, in the order given; a folder stands for the images directly in it, sorted by name.
 
     Raises:
-      DataError: a path that does not exist, a folder without pictures, or a file that cannot be read.
+      DataError: a path does not exist, a folder holds no images, or a file cannot be read.
     """
 
     def __init__(self, paths: Sequence[str | Path], classes: tuple[str, ...]):
@@ -36,7 +36,7 @@ class Pictures(Dataset):
                 raise DataError(f"{path}: no such picture or folder")
         if not self._files:
             raise DataError("no pictures given; name a picture or a folder")
-        # Sizes as displayed need the whole file where EXIF rotates it; pictures to predict on are few.
+        # Decoding gives the size after EXIF rotation; images to predict on are few.
         self._sizes = [read_image(path, str(path)).shape[:2] for path in self._files]
 
     def __len__(self) -> int:

@@ -1,6 +1,6 @@
-"""Records that tensorflow_datasets stored in ArrayRecord, read at random.
+"""Random access to records that tensorflow_datasets stored as ArrayRecord.
 
-TensorFlow itself is not needed: images stay encoded, and are decoded as those of any other source.
+TensorFlow is not needed: images stay encoded, and are decoded like those of any other source.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from absl import logging as absl_logging
 
 
 class Records:
-    """Records of one split of a prepared folder, by position; ``image`` as encoded bytes.
+    """The records of one split of a prepared folder, by index; ``image`` holds encoded bytes.
 
-    Objects are picklable, and several threads may read one. The files are opened when the first
-    record is asked for; what is wrong with them raises then, whatever the libraries raise.
+    Instances are picklable and thread-safe. The first access opens the files; damaged files raise
+    the libraries' own errors.
 
     Args:
-      folder: the version's folder, with ``dataset_info.json``.
-      split: its name there.
+      folder: the version folder, with ``dataset_info.json``.
+      split: TFDS's name of the split.
     """
 
     def __init__(self, folder: Path, split: str):
@@ -60,7 +60,7 @@ class Records:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keeps tensorflow_datasets from reporting a download that is none, and what is as it should be."""
+    """Silence tensorflow_datasets, which reports downloads although nothing is downloaded."""
     before = absl_logging.get_verbosity()
     absl_logging.set_verbosity(absl_logging.ERROR)
     tfds.disable_progress_bar()

@@ -1,7 +1,7 @@
-"""COCO as tensorflow_datasets lays it out (``coco/2017``), read at random from ArrayRecord.
+"""Read COCO in the layout of tensorflow_datasets (``coco/2017``) from ArrayRecord, with random access.
 
-Letters: n images, m boxes of all images. A record holds an image with its boxes, so that even sizes
-and boxes would cost reading every image: they are read once, into an index file beside the records.
+Letters: n images, m boxes of all images. A record holds an image with its boxes, so listing sizes
+and boxes means reading every image. They are read once and stored in an index beside the records.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from querydet_jax.runtime.progress import progress
 
 _log = logging.getLogger("querydet_jax")
 
-# COCO's 80 classes have ids from 1 to 90. Records count them from 0, without gaps.
+# COCO's 80 classes have ids from 1 to 90. Records number them from 0, without gaps.
 _UNUSED_IDS = {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}
 COCO_IDS = tuple(i for i in range(1, 91) if i not in _UNUSED_IDS)
 COCO_CLASSES = (
@@ -40,27 +40,27 @@ COCO_CLASSES = (
     "hair drier", "toothbrush",
 )  # fmt: skip
 
-IDS_KEY = "category_ids"  # in metadata.json of copies that prepare_coco made
-SPLITS: dict[Literal["train", "val"], str] = {"train": "train", "val": "validation"}  # our names to TFDS's
-_DECIMALS = 3  # of a pixel, see pixel_boxes
-_REMEDY = "make the copy anew: python -m querydet_jax.data prepare-coco --help"
+IDS_KEY = "category_ids"  # key in metadata.json of copies written by prepare_coco
+SPLITS: dict[Literal["train", "val"], str] = {"train": "train", "val": "validation"}  # our name: TFDS's name
+_DECIMALS = 3  # of pixel coordinates, see pixel_boxes
+_REMEDY = "prepare the copy again: python -m querydet_jax.data prepare-coco --help"
 
 
 class TfdsCocoDataset(Dataset):
-    """A split of a prepared copy of ``coco/2017``, or of another data set laid out like it.
+    """A split of a prepared copy of ``coco/2017``, or of another data set in that layout.
 
-    Images come in the order of the records. The copy has to be in ArrayRecord (see ``prepare_coco``).
-    Sizes and boxes come from ``querydet_index-SPLIT.npz`` in the copy's folder, which is written when
-    it is not there, or is not of these records; where the folder cannot be written they are read anew
-    each time. An image whose EXIF data turn it on its side is taken as stored, as its boxes are.
+    Images are in the order of the records. The copy must be in ArrayRecord (see ``prepare_coco``).
+    Sizes and boxes come from ``querydet_index-SPLIT.npz`` in the copy's folder. That file is written
+    if it is missing or belongs to other records; if the folder is read-only, every opening reads all
+    records again. EXIF rotation is not applied, because boxes refer to the stored pixels.
 
     Args:
-      root: the TFDS data directory; "" is TFDS's own, ``~/tensorflow_datasets``.
-      name: builder and configuration, ``coco/2017``; the newest version, or ``coco/2017:1.1.0``.
-      split: "train" or "val" (which TFDS calls validation).
+      root: the TFDS data directory; "" is TFDS's default, ``~/tensorflow_datasets``.
+      name: builder and configuration, ``coco/2017`` (newest version) or ``coco/2017:1.1.0``.
+      split: "train" or "val" ("validation" in TFDS).
 
     Raises:
-      DataError: no such copy, not in ArrayRecord, not laid out like ``coco/2017``, or damaged.
+      DataError: the copy is missing, not in ArrayRecord, not laid out like ``coco/2017``, or damaged.
     """
 
     def __init__(self, root: str | Path, name: str, split: Literal["train", "val"]):
@@ -69,7 +69,7 @@ class TfdsCocoDataset(Dataset):
         try:
             with quiet():
                 builder: Any = tfds.builder_from_directory(self._folder)
-        except Exception as error:  # of several libraries, for files cut short or altered
+        except Exception as error:  # several libraries, each with its own errors for damaged files
             raise self._damaged(error) from None
         self._check_layout(builder)
         self.classes, self.category_ids = self._categories(builder)
@@ -81,7 +81,7 @@ class TfdsCocoDataset(Dataset):
         kept = np.all((boxes[:, 2:] - boxes[:, :2]) > MIN_SIDE, axis=1)
         if not kept.all():
             _log.warning(
-                "%s: left out %d of %d boxes, which have no width or no height",
+                "%s: left out %d of %d boxes that have no width or no height",
                 self._folder, (~kept).sum(), len(boxes),
             )  # fmt: skip
         self._boxes, self._areas = boxes[kept], index.areas[kept]
@@ -96,7 +96,7 @@ class TfdsCocoDataset(Dataset):
         formats = {f.value for f in builder.info.available_file_formats()}
         if "array_record" not in formats:
             raise DataError(
-                f"{self._folder}: stored as {', '.join(sorted(formats)) or 'nothing'}, which cannot be read at random; "
+                f"{self._folder}: stored as {', '.join(sorted(formats)) or 'nothing'}, which has no random access; "
                 "convert it: python -m querydet_jax.data prepare-coco --help"
             )
         if self._split not in builder.info.splits:
@@ -114,14 +114,14 @@ class TfdsCocoDataset(Dataset):
             )
 
     def _categories(self, builder: Any) -> tuple[tuple[str, ...], tuple[int, ...]]:
-        """Class names and their ids in annotation and result files."""
+        """Return the class names and their ids in annotation and result files."""
         names = tuple(builder.info.features["objects"].feature["label"].names)
         ids = (builder.info.metadata or {}).get(IDS_KEY)
         if ids is not None:
             if len(ids) != len(names) or not all(isinstance(i, int) for i in ids):
-                raise self._damaged(f"metadata.json: {IDS_KEY} are not an integer for each of {len(names)} classes")
+                raise self._damaged(f"metadata.json: {IDS_KEY} is not a list of {len(names)} integers, one per class")
             return names, tuple(ids)
-        # Some copies have lost the file of the names; they are then numbers.
+        # Some copies lack the file of class names; TFDS then gives numbers.
         if names not in (COCO_CLASSES, tuple(map(str, range(len(COCO_CLASSES))))):
             raise DataError(
                 f"{self._folder}: its {len(names)} classes are not COCO's, so their ids in result files are unknown; "
@@ -144,8 +144,8 @@ class TfdsCocoDataset(Dataset):
                     np.savez(aside, of=np.array(of), **asdict(index))
             except OSError as error:
                 _log.warning(
-                    "%s: cannot be written (%s), so sizes and boxes will be read again next time; make the folder "
-                    "writable once to keep them", path, error.strerror or error,
+                    "%s: cannot be written (%s), so the next run reads sizes and boxes again; make the folder "
+                    "writable once to store them", path, error.strerror or error,
                 )  # fmt: skip
         self._check_index(index)
         return index
@@ -185,9 +185,9 @@ class TfdsCocoDataset(Dataset):
         if not len(index.ids):
             raise self._damaged("no images")
         if len(np.unique(index.ids)) != len(index.ids):
-            raise self._damaged("two images of one id")
-        if not ((index.shares >= 0) & (index.shares <= 1)).all():  # not so for nan either
-            raise self._damaged("a box that reaches out of its image")
+            raise self._damaged("two images have the same id")
+        if not ((index.shares >= 0) & (index.shares <= 1)).all():  # false for nan, too
+            raise self._damaged("a box exceeds its image")
         if not ((index.labels >= 0) & (index.labels < len(self.classes))).all():
             raise self._damaged(f"a label outside 0 to {len(self.classes) - 1}")
 
@@ -224,29 +224,29 @@ class TfdsCocoDataset(Dataset):
 
 @dataclass(frozen=True)
 class _Index:
-    """What the records hold beside the pixels, in their order."""
+    """The content of the records except the pixels, in their order."""
 
     ids: np.ndarray  # int64 [n]
     names: np.ndarray  # str [n]
     sizes: np.ndarray  # int32 [n, 2], (height, width) in pixels
-    counts: np.ndarray  # int64 [n], boxes of each image
-    shares: np.ndarray  # float32 [m, 4], y0 x0 y1 x1 as shares of the image's sides
+    counts: np.ndarray  # int64 [n], boxes per image
+    shares: np.ndarray  # float32 [m, 4], y0 x0 y1 x1 as fractions of the image's sides
     labels: np.ndarray  # int64 [m]
     crowd: np.ndarray  # bool [m]
     areas: np.ndarray  # int64 [m], px^2
 
 
-_FORM = "1"  # of the index; raise it whenever _Index changes
+_FORM = "1"  # version of the index; raise it whenever _Index changes
 
 
 def pixel_boxes(shares: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """Boxes in pixels.
+    """Convert boxes from fractions of the image's sides to pixels.
 
-    A share is a float32, which is up to 3e-8 of the side off: 2e-5 px of 640. Rounding to a
-    thousandth of a pixel gives the decimals of the annotation file back, of which COCO's has two.
+    The float32 fractions are off by up to 3e-8 of the side, 2e-5 px of 640. Rounding to a thousandth
+    of a pixel recovers the annotation file's values, which have two decimals in COCO.
 
     Args:
-      shares: float32 [m, 4], (y0, x0, y1, x1), each as a share of the image's side.
+      shares: float32 [m, 4], (y0, x0, y1, x1), each as a fraction of the image's side.
       sizes: [m, 2], (height, width) of each box's image.
 
     Returns:
@@ -257,11 +257,11 @@ def pixel_boxes(shares: np.ndarray, sizes: np.ndarray) -> np.ndarray:
 
 
 def whole_areas(areas: np.ndarray, sides: np.ndarray) -> np.ndarray:
-    """Areas of which the fraction was cut off, with a likely one, float64 [m] px^2.
+    """Restore a likely fraction to truncated areas, float64 [m] px^2.
 
-    Only bins by size ask for areas, and what counts is the side of a bin's edge, a whole number, that
-    an area is on. Where the box has this area but for the fraction, the area is the box's; otherwise
-    it is a segment's, and half a pixel is as good as any fraction, as an outline's is hardly ever whole.
+    Areas only serve to bin boxes by size. Bin edges are whole numbers, so a truncated area could fall
+    on an edge that the true area exceeds. If the box's own area truncates to the stored one, return
+    the box's; otherwise the area is a segment's, hardly ever whole, so add half a pixel.
 
     Args:
       areas: int64 [m].
@@ -272,20 +272,20 @@ def whole_areas(areas: np.ndarray, sides: np.ndarray) -> np.ndarray:
 
 
 def _read_index(path: Path, of: list[str]) -> _Index | None:
-    """The index in the file, if it is readable and one of these records."""
+    """Return the index stored in the file, or None if it is unreadable or not made from the records ``of``."""
     if not path.is_file():
         return None
     try:
         with path.open("rb") as file, np.load(file) as stored:
             if stored["of"].tolist() == of:
                 return _Index(**{key: stored[key] for key in stored.files if key != "of"})
-    except Exception as error:  # of zip and NumPy, for files cut short or altered
-        _log.warning("%s: not readable (%s); making it anew", path, (str(error).splitlines() or [""])[0])
+    except Exception as error:  # zip and NumPy raise many kinds of errors for damaged files
+        _log.warning("%s: not readable (%s); rebuilding it", path, (str(error).splitlines() or [""])[0])
     return None
 
 
 def _version_folder(root: Path, name: str) -> Path:
-    """The folder of the named version, or of the newest, below the data directory."""
+    """Return the folder of the named version, or of the newest one."""
     base, _, wanted = name.partition(":")
     found = {}
     for info in (root / base).glob("*/dataset_info.json"):
@@ -295,7 +295,7 @@ def _version_folder(root: Path, name: str) -> Path:
     if not base or not found:
         raise DataError(
             f"{root / base}: no prepared copy{f' of version {wanted}' if wanted else ''} of this data set; correct "
-            "data.root (the TFDS data directory) or data.tfds_name, or make one: python -m querydet_jax.data "
+            "data.root (the TFDS data directory) or data.tfds_name, or prepare one: python -m querydet_jax.data "
             "prepare-coco --help"
         )
     return found[max(found)]

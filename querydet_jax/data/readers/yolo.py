@@ -1,4 +1,4 @@
-"""YOLO text labels in the layout of ultralytics: ``images/train`` and, of the same names, ``labels/train``."""
+"""Read YOLO text labels in the layout of ultralytics: ``images/train/NAME.jpg`` and ``labels/train/NAME.txt``."""
 
 from __future__ import annotations
 
@@ -18,27 +18,26 @@ from querydet_jax.runtime.errors import DataError
 
 _log = logging.getLogger("querydet_jax")
 
-_NAMES = "classes.txt"  # of LabelImg, which also puts it among the labels
-_SLACK = 1e-3  # rounding: how far outside 0..1 a coordinate may be
+_NAMES = "classes.txt"  # LabelImg writes it, also among the labels
+_SLACK = 1e-3  # how far rounding may push a coordinate outside 0..1
 
 
 class YoloDataset(Dataset):
-    """Images at any depth of a folder, and text files at the same places of another.
+    """Images at any depth of a folder, and label files at the same relative paths of another.
 
-    A line of a text file is an object: class number from 0, then centre x, centre y, width and
-    height as shares of the image's width and height, the image being upright (EXIF applied). An
-    image without text file holds no objects. Boxes are clipped to the image; those without area are
-    left out (counted and logged once). Category ids are the class numbers of the files, image ids
-    count from 1 in order of the names.
+    Each line of a label file is an object: class number from 0, then centre x, centre y, width and
+    height as fractions of the upright image (EXIF rotation applied). An image without label file has
+    no objects. Boxes are clipped to the image; those without area are dropped (one warning gives
+    their number). Category ids are the class numbers; image ids count from 1, sorted by name.
 
     Args:
       images: folder of the images.
-      labels: folder of the text files.
-      classes: the names, see ``read_names``.
+      labels: folder of the label files.
+      classes: the class names, see ``read_names``.
 
     Raises:
-      DataError: a folder missing; no images; two images of one name; a text file without image; a
-        malformed line; a file that is no image.
+      DataError: a folder is missing; there are no images; two images differ only in suffix; a label
+        file has no image; a line is malformed; a file is not an image.
     """
 
     def __init__(self, images: str | Path, labels: str | Path, classes: tuple[str, ...]):
@@ -50,7 +49,7 @@ class YoloDataset(Dataset):
             )
         if not labels.is_dir():
             raise DataError(
-                f"{labels}: no such folder of labels; correct data.root, or name it by data.train_annotations or "
+                f"{labels}: no such folder of labels; correct data.root, or set data.train_annotations or "
                 "val_annotations"
             )
         pictures, texts = by_stem(self._folder, SUFFIXES), by_stem(labels, (".txt",))
@@ -74,7 +73,7 @@ class YoloDataset(Dataset):
             self._annotations.append(annotation)
             empty, total = empty + len(rows) - len(annotation.boxes), total + len(rows)
         if empty:
-            _log.warning("%s: left out %d of %d boxes, which have no area in their image", labels, empty, total)
+            _log.warning("%s: left out %d of %d boxes that have no area in their image", labels, empty, total)
 
     def __len__(self) -> int:
         return len(self._names)
@@ -97,26 +96,26 @@ class YoloDataset(Dataset):
 
 
 def labels_beside(images: Path) -> Path:
-    """The folder of labels that belongs to a folder of images: its path with the last ``images`` made ``labels``.
+    """Return the label folder of an image folder: the path with its last ``images`` replaced by ``labels``.
 
     Raises:
-      DataError: no part of the path is called ``images``.
+      DataError: no part of the path is named ``images``.
     """
     parts = list(images.parts)
     if "images" not in parts:
         raise DataError(
-            f"{images}: no part of this path is called images, so it does not tell where the labels are; name their "
-            "folder by data.train_annotations or val_annotations"
+            f"{images}: no part of this path is named images, so the folder of labels is unknown; set "
+            "data.train_annotations or val_annotations"
         )
     parts[len(parts) - 1 - parts[::-1].index("images")] = "labels"
     return Path(*parts)
 
 
 def read_names(root: str | Path) -> tuple[str, ...]:
-    """Class names of a YOLO folder: ``names`` of its ``data.yaml``, or the lines of its ``classes.txt``.
+    """Read the class names of a YOLO folder from ``names`` of ``data.yaml``, or from the lines of ``classes.txt``.
 
     Raises:
-      DataError: neither file is there, or it does not hold the names of classes 0, 1, ... in full.
+      DataError: neither file exists, or the names of classes 0, 1, ... are incomplete.
     """
     path, plain = Path(root) / "data.yaml", Path(root) / _NAMES
     if path.is_file():
@@ -125,7 +124,7 @@ def read_names(root: str | Path) -> tuple[str, ...]:
         raise DataError(f"{path}: no such file, nor {_NAMES}; write one with the class names (names: [car, boat])")
     names = tuple(line.strip() for line in read_text(plain).rstrip().splitlines())
     if not names or not all(names):
-        raise DataError(f"{plain}: has {'a blank line' if names else 'no lines'}; give a class name on each line")
+        raise DataError(f"{plain}: has {'a blank line' if names else 'no lines'}; give one class name per line")
     return names
 
 
@@ -145,21 +144,21 @@ def _yaml_names(path: Path) -> tuple[str, ...]:
     if not isinstance(names, list) or not names:
         raise DataError(f"{path}: has no list `names`; give the class names (names: [car, boat])")
     for k, name in enumerate(names):
-        if not isinstance(name, (str, int, float)) or isinstance(name, bool):  # YAML takes a bare `no` for false
+        if not isinstance(name, (str, int, float)) or isinstance(name, bool):  # YAML reads a bare `no` as false
             raise DataError(f"{path}: the name of class {k} is {name!r}; write it in quotes")
     return tuple(map(str, names))
 
 
 def parse_labels(text: str, name: str, classes: tuple[str, ...]) -> np.ndarray:
-    """float64 [n, 5] of the text of a label file: class, centre x, centre y, width, height, shares of the image.
+    """Parse the text of a label file to float64 [n, 5]: class, centre x, centre y, width, height (fractions).
 
     Args:
       text: the content.
-      name: what messages call the file.
-      classes: the names of the classes that there are.
+      name: the file's name in messages.
+      classes: the class names.
 
     Raises:
-      DataError: a malformed line: not five numbers, an unknown class, a coordinate outside 0..1.
+      DataError: a line is not five numbers, or has an unknown class or a coordinate outside 0..1.
     """
     rows = []
     for number, line in enumerate(text.splitlines(), start=1):
@@ -173,25 +172,25 @@ def parse_labels(text: str, name: str, classes: tuple[str, ...]) -> np.ndarray:
             row = []
         if len(row) != 5 or not all(map(math.isfinite, row)):
             raise DataError(
-                f"{where} is {line.strip()[:80]!r}; a line is five numbers, class x y width height: correct it, or "
-                "export boxes rather than outlines or key points"
+                f"{where} is {line.strip()[:80]!r}; a line has five numbers, class x y width height: correct it, or "
+                "export boxes instead of outlines or key points"
             )
         if row[0] not in range(len(classes)):
             raise DataError(
-                f"{where} has class {words[0]}, where 0 to {len(classes) - 1} are named; correct it, or name the class "
-                "in data.yaml"
+                f"{where} has class {words[0]}, but only 0 to {len(classes) - 1} have names; correct it, or name the "
+                "class in data.yaml"
             )
         if min(row[1:]) < -_SLACK or max(row[1:]) > 1 + _SLACK:
             raise DataError(
-                f"{where} has {' '.join(words[1:])}, not all between 0 and 1; give centre x and width as shares of the "
-                "image's width, centre y and height as shares of its height"
+                f"{where} has {' '.join(words[1:])}, not all between 0 and 1; give centre x and width as fractions of "
+                "the image's width, centre y and height as fractions of its height"
             )
         rows.append(row)
     return np.array(rows, np.float64).reshape(-1, 5)
 
 
 def _annotation(rows: np.ndarray, size: tuple[int, int]) -> Annotation:
-    """Boxes in pixels of an image of ``size`` (height, width), without those that have no area in it."""
+    """Return the boxes in pixels of an image of ``size`` (height, width), without those that have no area in it."""
     h, w = size
     centre, extent = rows[:, 1:3] * (w, h), rows[:, 3:5] * (w, h)
     boxes, kept = clip(np.concatenate([centre - extent / 2, centre + extent / 2], axis=1), size)

@@ -1,6 +1,6 @@
-"""Generated scenes as a TensorFlow Datasets builder, stored once in ArrayRecord and read at random.
+"""A TensorFlow Datasets builder for generated scenes, stored once as ArrayRecord for random access.
 
-TensorFlow itself is not needed: images go in as PNG bytes and come out as PNG bytes.
+TensorFlow is not needed: images are stored and read as PNG bytes.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from querydet_jax.runtime.progress import progress
 
 _log = logging.getLogger("querydet_jax")
 
-# Pictures of one split are never those of another, whatever the numbers of pictures.
+# Part of each image's seed, so no image is in two splits, however many each has.
 _SPLITS = {"train": 0, "val": 1}
 
 
 @dataclass
 class SceneConfig(tfds.core.BuilderConfig):
-    """What the pictures are. The name is the folder's, so each setting has a folder of its own."""
+    """Number, size and seed of the images. Its name is the folder's name, so settings do not share folders."""
 
     train: int = 0
     val: int = 0
@@ -43,15 +43,15 @@ class SceneConfig(tfds.core.BuilderConfig):
 def scene_config(
     train: int, val: int, train_size: tuple[int, int], val_size: tuple[int, int], seed: int
 ) -> SceneConfig:
-    """The builder configuration for ``train`` and ``val`` pictures of their sizes (height, width).
+    """Return the builder configuration for ``train`` and ``val`` images of the given sizes (height, width).
 
     Raises:
-      ConfigError: a number that makes no pictures.
+      ConfigError: a value is too small.
     """
     if train < 1 or val < 1 or seed < 0 or min(*train_size, *val_size) < 32:
         raise ConfigError(
             f"data.scenes_train {train}, scenes_val {val}, scenes_size {train_size}, scenes_val_size {val_size}, "
-            f"scenes_seed {seed}: need at least one picture a split, 32 pixels a side, and a seed that is not negative"
+            f"scenes_seed {seed}: need at least one image per split, 32 pixels per side, seed >= 0"
         )
     parts = [f"{split}{n}-{h}x{w}" for split, n, (h, w) in (("train", train, train_size), ("val", val, val_size))]
     return SceneConfig(
@@ -67,14 +67,14 @@ def scene_config(
 class QuerydetScenes(tfds.core.GeneratorBasedBuilder):
     """Aerial-looking pictures of small cars, boats and tanks (see ``scenes.draw_scene``)."""
 
-    # Raise it whenever draw_scene draws something else: old folders are then not taken for new ones.
+    # Raise this whenever draw_scene changes, so that folders of the old version are not reused.
     VERSION = tfds.core.Version("1.0.0")
 
     def _info(self) -> tfds.core.DatasetInfo:
         return tfds.core.DatasetInfo(
             builder=self,
             description=self.__doc__,
-            disable_shuffling=True,  # record i is picture i
+            disable_shuffling=True,  # record i is image i
             features=tfds.features.FeaturesDict(
                 {
                     "image": tfds.features.Image(shape=(None, None, 3), encoding_format="png"),
@@ -100,17 +100,16 @@ class QuerydetScenes(tfds.core.GeneratorBasedBuilder):
         for i in progress(range(count), f"drawing {split} scenes", " scenes"):
             image, boxes, classes = draw_scene((config.seed, _SPLITS[split], i), size)
             buffer = io.BytesIO()
-            Image.fromarray(image).save(buffer, "PNG", compress_level=1)  # grainy pictures gain nothing from more
+            Image.fromarray(image).save(buffer, "PNG", compress_level=1)  # higher levels do not shrink noisy images
             yield i, {"image": buffer.getvalue(), "boxes": boxes, "classes": classes.tolist()}
 
 
 class ScenesDataset(Dataset):
-    """A split of the generated scenes, prepared under ``root`` if it is not there yet.
+    """A split of the generated scenes, prepared under ``root`` if it is missing.
 
-    Image ids and category ids count from 1, as pycocotools likes them.
+    Image ids and category ids start at 1.
 
     Raises:
-      ConfigError: a setting that makes no pictures.
       DataError: the folder cannot be written or read.
     """
 
@@ -124,14 +123,14 @@ class ScenesDataset(Dataset):
         self._records = Records(self._folder, split)
         try:
             self._annotations = [_annotation(record) for record in self._records]
-        except Exception as error:  # of several libraries, for files cut short or altered
+        except Exception as error:  # several libraries, each with its own errors for damaged files
             raise self._unreadable(error) from None
         if len(self._annotations) != self._count:
-            raise self._unreadable(f"{len(self._annotations)} pictures instead of {self._count}")
+            raise self._unreadable(f"{len(self._annotations)} images instead of {self._count}")
 
     def _unreadable(self, reason: object) -> DataError:
         first = (str(reason).splitlines() or [type(reason).__name__])[0]
-        return DataError(f"{self._folder}: damaged generated scenes ({first}); delete the folder to make them anew")
+        return DataError(f"{self._folder}: damaged generated scenes ({first}); delete the folder to draw them again")
 
     def __len__(self) -> int:
         return self._count
@@ -157,10 +156,10 @@ class ScenesDataset(Dataset):
 
 
 def prepare(root: Path, config: SceneConfig) -> Path:
-    """The folder of the prepared scenes, which are drawn first if they are not there.
+    """Return the folder of the scenes; draw them first if they are missing.
 
-    tensorflow_datasets writes into a folder named ``incomplete.*`` and renames it at the end, so an
-    interrupted preparation is not taken for a finished one.
+    tensorflow_datasets writes to a folder named ``incomplete.*`` and renames it at the end, so an
+    interrupted preparation is never mistaken for a finished one.
 
     Raises:
       DataError: the folder cannot be written.
@@ -178,13 +177,13 @@ def prepare(root: Path, config: SceneConfig) -> Path:
                     download_config=tfds.download.DownloadConfig(try_download_gcs=False),
                 )
             except OSError:
-                if not folder.is_dir():  # else another process has finished it meanwhile
+                if not folder.is_dir():  # otherwise another process has finished it meanwhile
                     raise
             return folder
     except OSError as error:
         raise DataError(
-            f"{root}: generated scenes cannot be written ({error.strerror or error}); set data.root to a folder "
-            "that can be, with space for them"
+            f"{root}: generated scenes cannot be written ({error.strerror or error}); set data.root to a writable "
+            "folder with space for them"
         ) from None
 
 

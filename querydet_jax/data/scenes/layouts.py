@@ -1,9 +1,9 @@
-"""Generated aerial pictures of small objects: a data set that needs no download.
+"""Generate aerial images of small objects: a data set that needs no download.
 
-``draw_scene`` is a pure function of its seed. Roads, car parks, harbours, lakes, tank farms and
-fields seen from above hold 0 to 25 cars, boats and tanks, whose boxes measure 6 to 48 px (square
-root of the area), three in five of them less than 16 px, alone and in rows and groups; some
-pictures hold none. Houses, trees, rocks, containers, pools and foam share their colours and sizes.
+``draw_scene`` is a pure function of its seed. A scene shows a road, car park, harbour, lake, tank
+farm or field from above, with 0 to 25 cars, boats and tanks, alone, in rows or in groups. The square
+root of a box's area is 6 to 48 px; three in five are below 16 px. Houses, trees, rocks, containers,
+pools and foam have similar colours and sizes, as distractors.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ __all__ = ["CLASSES", "draw_scene"]
 
 _MIN_SIZE, _MAX_SIZE = 6.0, 48.0  # px, square root of a box's area
 _MAX_OBJECTS = 25
-_MAX_OVERLAP = 0.3  # of the smaller of two boxes
-_MIN_INSIDE = 0.6  # of an object at the picture's edge
+_MAX_OVERLAP = 0.3  # share of the smaller of two boxes
+_MIN_INSIDE = 0.6  # share of an object's box inside the image
 _GRASS, _DRY, _SOIL, _SAND, _CONCRETE = (
     (104, 122, 70), (152, 142, 96), (132, 108, 82), (196, 180, 142), (150, 148, 142),
 )  # fmt: skip
 
 
 def draw_scene(seed: int | Sequence[int], size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Draw one picture.
+    """Draw one image.
 
     Args:
       seed: a non-negative integer, or several.
       size: (height, width) in pixels.
 
     Returns:
-      uint8 RGB [H, W, 3]; boxes float32 [n, 4], (x0, y0, x1, y1) in pixels, tight on each object,
-      its shadow excluded, and clipped to the picture; classes int32 [n], positions in ``CLASSES``.
+      uint8 RGB [H, W, 3]; boxes float32 [n, 4], (x0, y0, x1, y1) in pixels, tight around each object
+      without its shadow and clipped to the image; classes int32 [n], indices into ``CLASSES``.
     """
     rng = np.random.default_rng(seed)
     scene = _Scene(rng, size)
@@ -46,11 +46,11 @@ def draw_scene(seed: int | Sequence[int], size: tuple[int, int]) -> tuple[np.nda
 
 
 class _Scene:
-    """A picture's canvas and the objects on it so far."""
+    """The canvas of an image and the objects painted on it so far."""
 
     def __init__(self, rng: np.random.Generator, size: tuple[int, int]):
         self.rng, self.size = rng, size
-        # Pixels a metre. Cars of 4.5 m fill the lower end of the range of sizes.
+        # Pixels per metre. Cars (4.5 m) fill the lower end of the size range.
         self.unit = (
             float(np.exp(rng.uniform(math.log(2.3), math.log(9.5)))) if rng.random() < 0.55 else rng.uniform(2.3, 3.6)
         )
@@ -62,7 +62,7 @@ class _Scene:
         self.ground = _ground(rng, size, self.unit)
 
     def start(self) -> None:
-        """Fix the ground; everything after is painted over it."""
+        """Put the finished ground on the canvas; everything else is painted over it."""
         self.canvas = paint.Canvas(self.ground, self.sun, self.unit)
 
     @property
@@ -76,7 +76,7 @@ class _Scene:
         return self.rng.uniform(0, self.size[1]), self.rng.uniform(0, self.size[0])
 
     def add(self, kind: int, center: paint.Vector, angle: float, on: tuple[int, ...], moving: bool = False) -> bool:
-        """Paint an object where it fits: on nothing but ``on``, inside the picture, clear of others."""
+        """Paint an object if it fits: only on covers in ``on``, inside the image, apart from others. Return whether."""
         if self.full:
             return False
         rng, at = self.rng, (float(center[0]), float(center[1]))
@@ -109,12 +109,12 @@ class _Scene:
         return True
 
 
-# Length in metres, from and to, and width as a share of it.
+# Range of length in metres, and range of width / length.
 _METRES = {CAR: (4.0, 5.0, (0.42, 0.48)), BOAT: (4.5, 8.5, (0.34, 0.42)), TANK: (3.2, 7.0, (1.0, 1.0))}
 
 
 def _ground(rng: np.random.Generator, size: tuple[int, int], unit: float) -> np.ndarray:
-    """float32 [H, W, 3]: patches of fields with furrows, under blotches and grain."""
+    """Return the ground, float32 [H, W, 3]: fields with furrows, overlaid with blotches and grain."""
     palette = [np.array(c, np.float32) for c in (_GRASS, _DRY, _SOIL, _GRASS)]
     y, x = np.mgrid[: size[0], : size[1]].astype(np.float32)
     angle, field = rng.uniform(0, math.pi), rng.uniform(18, 60) * unit
@@ -136,7 +136,7 @@ def _ground(rng: np.random.Generator, size: tuple[int, int], unit: float) -> np.
 
 
 def _water(scene: _Scene, depth: np.ndarray) -> np.ndarray:
-    """Flood the ground where ``depth`` (float [H, W], metres from the shore) is positive; returns that mask."""
+    """Flood the ground where ``depth`` (float [H, W], metres from the shore) is positive; return that mask."""
     rng, size = scene.rng, scene.size
     deep = np.array(((44, 82, 96), (52, 92, 98), (38, 66, 92), (74, 98, 88))[int(rng.integers(4))], np.float32)
     ripple = 0.05 * paint.noise(rng, size, 9, 4) + 0.04 * paint.noise(rng, size, 1.8)
@@ -154,7 +154,7 @@ def _water(scene: _Scene, depth: np.ndarray) -> np.ndarray:
 
 
 def _path(scene: _Scene, curved: bool) -> np.ndarray:
-    """A way [n, 2] across the whole picture."""
+    """Return a path [n, 2] across the whole image."""
     rng, (h, w) = scene.rng, scene.size
     angle, reach = rng.uniform(0, 2 * math.pi), math.hypot(h, w)
     t = np.linspace(-0.75, 0.75, 160)
@@ -164,7 +164,7 @@ def _path(scene: _Scene, curved: bool) -> np.ndarray:
 
 
 def _road(scene: _Scene, curved: bool | None = None) -> tuple[np.ndarray, float]:
-    """A road without traffic: its path and width."""
+    """Paint a road without traffic; return its path and width."""
     rng = scene.rng
     path = _path(scene, bool(rng.random() < 0.5) if curved is None else curved)
     marked = bool(rng.random() < 0.8)
@@ -174,7 +174,7 @@ def _road(scene: _Scene, curved: bool | None = None) -> tuple[np.ndarray, float]
 
 
 def _traffic(scene: _Scene, path: np.ndarray, width: float, share: float) -> None:
-    """Cars in both lanes of a road, in short queues, up to ``share`` of the picture's limit."""
+    """Add cars in both lanes of a road, in short queues, up to ``share`` of the image's limit."""
     rng = scene.rng
     lengths = paint.arc_length(path)
     target = len(scene.boxes) + math.ceil(share * scene.limit)
@@ -207,7 +207,7 @@ def _plants(scene: _Scene, trees: int, rocks: int) -> None:
 
 
 def _block(scene: _Scene, kind: Callable[..., None], length: float, width: float, tries: int) -> None:
-    """Stand rectangular clutter on free ground, aligned as a settlement is."""
+    """Place rectangular clutter on free ground, aligned like the houses of a settlement."""
     rng = scene.rng
     main = rng.uniform(0, math.pi)
     for _ in range(tries):
@@ -230,7 +230,7 @@ def _scatter(scene: _Scene, kind: int, count: int, on: tuple[int, ...], moving: 
 
 
 def _paved(scene: _Scene, at: paint.Vector, length: float, width: float, angle: float, color: paint.Vector) -> None:
-    """A car park or yard, before anything stands on it."""
+    """Paint an empty car park or yard."""
     area = paint.rectangle(at, length, width, angle)
     paint_color = paint.shade(color, scene.rng.normal(1, 0.06))
     scene.canvas.fill(

@@ -1,7 +1,7 @@
-"""The three classes of generated aerial pictures: cars, boats and storage tanks.
+"""Paint the three classes of generated scenes: cars, boats and storage tanks.
 
-Each function paints one object, its shadow included, and is given the outline that ``outline`` made
-for it, to which the box is tight.
+Each painter draws one object with its shadow. ``body`` is the outline from ``outline``; the
+object's box is its bounding box.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from querydet_jax.data.scenes.paint import Canvas, Points, circle, place, rectan
 CLASSES = ("car", "boat", "tank")
 CAR, BOAT, TANK = range(3)
 
-# Colour and how often it is seen.
+# Colour and its relative frequency.
 _CAR_PAINT = (
     ((232, 232, 230), 0.24), ((186, 190, 194), 0.16), ((128, 132, 138), 0.13), ((44, 45, 50), 0.17),
     ((168, 44, 40), 0.12), ((44, 74, 138), 0.11), ((206, 168, 60), 0.04), ((66, 104, 76), 0.03),
@@ -37,7 +37,7 @@ _HULL = np.array(
 
 
 def outline(kind: int, center: tuple[float, float], length: float, angle: float, aspect: float) -> Points:
-    """Outline [n, 2] of an object: ``length`` along ``angle``, ``aspect`` times that wide (tanks: a circle)."""
+    """Return an object's outline [n, 2]: ``length`` along ``angle``, width ``aspect * length`` (tank: a circle)."""
     if kind == CAR:
         return place(_rounded(length, length * aspect), center, angle)
     if kind == BOAT:
@@ -73,7 +73,7 @@ def car(canvas: Canvas, body: Points, center: tuple[float, float], length: float
             place(np.array([[x * length, y * width]]), center, angle)[0], along * length, across * width, angle
         )
 
-    canvas.fill(part(0.0, 0.0, 0.56, 0.84), dark)  # glass house, with the roof on it
+    canvas.fill(part(0.0, 0.0, 0.56, 0.84), dark)  # windows; the roof is painted over them
     canvas.fill(part(-0.04, 0.0, 0.33, 0.74), shade(paint, 1.08 if sum(paint) > 200 else 1.5))
     canvas.fill(part(0.49, 0.0, 0.03, 0.8), shade(paint, 0.7))
     if length > 18:
@@ -100,7 +100,7 @@ def boat(canvas: Canvas, body: Points, center: tuple[float, float], length: floa
 
 
 def wake(center: tuple[float, float], length: float, angle: float, reach: float) -> list[Points]:
-    """Outlines of the foam behind a moving boat, ``reach`` boat lengths long."""
+    """Return the outlines of the foam behind a moving boat, ``reach`` boat lengths long."""
     start, end = 0.12, 0.12 + 0.16 * reach
     arms = [np.array([[-0.55, side * start], [-reach, side * end], [-reach, side * (end - 0.12)]]) for side in (-1, 1)]
     trail = np.array([[-0.55, -0.1], [-0.8 * reach, -0.18], [-0.8 * reach, 0.18], [-0.55, 0.1]])
@@ -112,7 +112,7 @@ def tank(canvas: Canvas, body: Points, center: tuple[float, float], length: floa
     middle, radius = np.asarray(center), length / 2
     canvas.shadow(body, 0.42 * length, 150)
     canvas.fill(body, shade(paint, 0.62))
-    # The wall shows as a dark crescent on the side that turns from the sun.
+    # The wall shows as a dark crescent on the side away from the sun.
     canvas.disc(middle - canvas.sun * 0.1 * radius, radius * 0.9, paint)
     canvas.disc(middle - canvas.sun * 0.22 * radius, radius * 0.62, shade(paint, 1.07))
     if length > 9:
@@ -123,7 +123,7 @@ def tank(canvas: Canvas, body: Points, center: tuple[float, float], length: floa
     canvas.disc(middle, radius * 0.13, shade(paint, 0.55))
 
 
-PAINTERS: tuple[Callable[..., None], ...] = (car, boat, tank)  # by class
+PAINTERS: tuple[Callable[..., None], ...] = (car, boat, tank)  # indexed by class
 
 
 def _choose(rng: np.random.Generator, palette) -> tuple[int, int, int]:

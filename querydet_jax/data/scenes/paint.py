@@ -1,9 +1,9 @@
-"""Brushes for generated aerial pictures: ground, surfaces, clutter and the objects to be found.
+"""Painting tools for generated scenes: canvas, geometry, surfaces and clutter.
 
 A ``Canvas`` is painted at ``SCALE`` times its size and averaged down, so that objects of a few
-pixels come out antialiased as a camera's would. Beside the picture it keeps a map of what covers
-each pixel, from which the layout tells where things may stand. Positions and lengths are in pixels
-of the finished picture, angles in radians, colours RGB.
+pixels are antialiased as in a photograph. It also records what covers each pixel, which tells the
+layout where objects fit. Positions and lengths are in pixels of the finished image, angles in
+radians, colours in RGB.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 SCALE = 4
-GROUND, ROAD, PAVED, WATER, BUILT, PLANT, OBJECT = range(7)  # of Canvas.cover
+GROUND, ROAD, PAVED, WATER, BUILT, PLANT, OBJECT = range(7)  # what covers a pixel
 
 Color = tuple[int, int, int]
 Points = np.ndarray  # [n, 2], x and y
@@ -23,13 +23,13 @@ Vector = Sequence[float] | np.ndarray  # a point, or a colour
 
 
 def noise(rng: np.random.Generator, shape: tuple[int, int], cell: float, octaves: int = 1) -> np.ndarray:
-    """float32 [H, W] smooth noise of about unit deviation: features of ``cell`` pixels, and finer octaves."""
+    """Return smooth noise float32 [H, W], standard deviation about 1: features of ``cell`` px, and finer octaves."""
     h, w = shape
     out = np.zeros(shape, np.float32)
     for octave in range(octaves):
         size = max(cell / 2**octave, 1.0)
         grid = rng.standard_normal((int(h / size) + 3, int(w / size) + 3)).astype(np.float32)
-        x, y = rng.uniform(0, 1, 2)  # the grid's own place, so that octaves do not line up
+        x, y = rng.uniform(0, 1, 2)  # random offset, so that the octaves' grids do not align
         box = (x, y, x + w / size, y + h / size)
         layer = Image.fromarray(grid).resize((w, h), Image.Resampling.BICUBIC, box=box)
         out += np.asarray(layer) * 0.6**octave
@@ -37,12 +37,12 @@ def noise(rng: np.random.Generator, shape: tuple[int, int], cell: float, octaves
 
 
 def rectangle(center: Vector, length: float, width: float, angle: float) -> Points:
-    """Corners of a rectangle whose long side points along ``angle``."""
+    """Return the corners of a rectangle whose long side points along ``angle``."""
     return place(np.array([[-0.5, -0.5], [0.5, -0.5], [0.5, 0.5], [-0.5, 0.5]]) * [length, width], center, angle)
 
 
 def place(points: np.ndarray, center: Vector, angle: float) -> Points:
-    """``points`` turned by ``angle`` and moved to ``center``."""
+    """Rotate ``points`` by ``angle`` and move them to ``center``."""
     c, s = math.cos(angle), math.sin(angle)
     return points @ np.array([[c, s], [-s, c]]) + np.asarray(center)
 
@@ -58,17 +58,17 @@ def shade(color: Vector, factor: float) -> Color:
 
 
 def bounds(points: Points) -> np.ndarray:
-    """Tight box float [4] of a shape."""
+    """Return the bounding box float [4] of a shape."""
     return np.concatenate([points.min(axis=0), points.max(axis=0)])
 
 
 class Canvas:
-    """A picture being painted.
+    """An image being painted.
 
     Args:
       ground: float [H, W, 3], the bare ground, 0..255.
-      sun: (x, y) direction that shadows fall, of length 1.
-      unit: pixels a metre.
+      sun: unit vector (x, y) in which shadows fall.
+      unit: pixels per metre.
     """
 
     def __init__(self, ground: np.ndarray, sun: tuple[float, float], unit: float):
@@ -76,7 +76,7 @@ class Canvas:
         self.shape, self.sun, self.unit = (h, w), np.array(sun), unit
         base = Image.fromarray(np.clip(ground, 0, 255).astype(np.uint8))
         self._image = base.resize((w * SCALE, h * SCALE), Image.Resampling.BILINEAR)
-        self._draw = ImageDraw.Draw(self._image, "RGBA")  # blends what has an alpha
+        self._draw = ImageDraw.Draw(self._image, "RGBA")  # blends by alpha
         self._cover = Image.new("L", (w, h), GROUND)
         self._cover_draw = ImageDraw.Draw(self._cover)
 
@@ -92,7 +92,7 @@ class Canvas:
         self._draw.line(scaled, fill=(*shade(color, 1), alpha), width=max(round(width * SCALE), 1))
 
     def shadow(self, points: Points, height: float, alpha: int = 95) -> None:
-        """The shadow of a flat-topped body ``height`` pixels high: its outline swept along the sun."""
+        """Paint the shadow of a flat-topped body ``height`` pixels high: its outline swept along the sun."""
         for step in np.linspace(0, 1, 3)[1:]:
             self.fill(points + self.sun * height * step, (12, 14, 24), alpha // 2)
 
@@ -100,11 +100,11 @@ class Canvas:
         self._cover_draw.polygon([(x, y) for x, y in points.tolist()], fill=what)
 
     def mark_mask(self, mask: np.ndarray, what: int) -> None:
-        """``mask`` bool [H, W]."""
+        """Record that ``what`` covers the pixels of ``mask``, bool [H, W]."""
         self._cover.paste(what, mask=Image.fromarray((mask * 255).astype(np.uint8)))
 
     def covered_by(self, points: Points) -> np.ndarray:
-        """What lies under a shape, int [n]: the cover at its pixels inside the picture."""
+        """Return the covers uint8 [n] of the pixels under a shape, inside the image."""
         x0, y0, x1, y1 = bounds(points)
         left, top = max(math.floor(x0), 0), max(math.floor(y0), 0)
         right, bottom = min(math.ceil(x1) + 1, self.shape[1]), min(math.ceil(y1) + 1, self.shape[0])
@@ -115,7 +115,7 @@ class Canvas:
         return np.asarray(self._cover.crop((left, top, right, bottom)))[np.asarray(stencil)]
 
     def finish(self, rng: np.random.Generator) -> np.ndarray:
-        """uint8 [H, W, 3]: averaged down, with the light, haze and grain of a camera."""
+        """Return the image, uint8 [H, W, 3], averaged down, with a camera's light, haze and grain."""
         h, w = self.shape
         picture = np.asarray(self._image.resize((w, h), Image.Resampling.BOX)).astype(np.float32)
         light = 1 + 0.05 * noise(rng, self.shape, max(self.shape) / 2)
@@ -130,7 +130,7 @@ class Canvas:
 
 
 def road(canvas: Canvas, path: Points, width: float, rng: np.random.Generator, marked: bool) -> None:
-    """Asphalt with verges along ``path``, and with lane markings or as a dirt track."""
+    """Paint a road with verges along ``path``: asphalt with lane markings if ``marked``, else a dirt track."""
     tone = rng.uniform(78, 112)
     color = shade((1, 1, 1.03), tone) if marked else shade((1.0, 0.86, 0.68), tone * 1.5)
     verge = shade((color[0] * 0.6 + 52, color[1] * 0.6 + 46, color[2] * 0.6 + 30), 1.05)
@@ -151,12 +151,12 @@ def road(canvas: Canvas, path: Points, width: float, rng: np.random.Generator, m
 
 
 def strip(path: Points, width: float) -> Points:
-    """Outline of a band along ``path``, which may not bend more sharply than the band is wide."""
+    """Return the outline of a band along ``path``, whose bends must be wider than the band."""
     return np.concatenate([offset(path, width / 2), offset(path, -width / 2)[::-1]])
 
 
 def offset(path: Points, distance: float) -> Points:
-    """``path`` moved sideways."""
+    """Move ``path`` sideways by ``distance``."""
     step = np.gradient(path, axis=0)
     normal = np.stack([-step[:, 1], step[:, 0]], axis=1) / np.maximum(np.hypot(*step.T), 1e-6)[:, None]
     return path + normal * distance
@@ -167,12 +167,12 @@ def arc_length(path: Points) -> np.ndarray:
 
 
 def at_length(path: Points, lengths: np.ndarray, s: np.ndarray) -> Points:
-    """Points of ``path`` at the distances ``s`` from its start."""
+    """Return the points of ``path`` at the distances ``s`` from its start."""
     return np.stack([np.interp(s, lengths, path[:, 0]), np.interp(s, lengths, path[:, 1])], axis=1)
 
 
 def building(canvas: Canvas, center: Vector, length: float, width: float, angle: float, rng: np.random.Generator):
-    """A gabled or flat roof with its shadow and some furniture."""
+    """Paint a gabled or flat roof with its shadow, skylights or rooftop units."""
     outline = rectangle(center, length, width, angle)
     canvas.shadow(outline, rng.uniform(1.5, 3.5) * canvas.unit, 150)
     canvas.mark(outline, BUILT)
@@ -203,7 +203,7 @@ def building(canvas: Canvas, center: Vector, length: float, width: float, angle:
 
 
 def tree(canvas: Canvas, center: Vector, radius: float, rng: np.random.Generator) -> None:
-    """A crown of many small tufts, lit from the sun's side."""
+    """Paint a tree crown of many small tufts, lit from the sun's side."""
     crown = np.asarray(center)
     canvas.disc(crown + canvas.sun * radius * 0.75, radius * 0.95, (14, 20, 18), 110)
     base = np.array(_pick(rng, ((58, 84, 44), (70, 92, 50), (48, 74, 46), (88, 100, 56)), 0.14))
@@ -229,7 +229,7 @@ def rock(canvas: Canvas, center: Vector, radius: float, rng: np.random.Generator
 
 
 def container(canvas: Canvas, center: Vector, angle: float, rng: np.random.Generator) -> None:
-    """A freight container or shed: of a car's outline and colours, without windows."""
+    """Paint a freight container or shed: like a car in outline and colour, but without windows."""
     length, width = rng.uniform(4.5, 7) * canvas.unit, rng.uniform(2.2, 2.6) * canvas.unit
     outline = rectangle(center, length, width, angle)
     color = _pick(rng, ((122, 66, 52), (70, 92, 112), (92, 106, 82), (150, 142, 128), (104, 100, 98)), 0.1)
