@@ -19,7 +19,7 @@ from flax import nnx
 from benchmarks.queries import at_level
 from benchmarks.subject import LAYOUT_LEVEL
 from querydet_jax.config import InferenceConfig, override
-from querydet_jax.inference.detector import Detector, sparse_levels, sparse_options, split_for_inference
+from querydet_jax.inference.detector import Detector, cascade_levels, sparse_options, split_for_inference
 from querydet_jax.models import DenseDetector
 from querydet_jax.ops.anchors import level_shape
 from querydet_jax.runtime.errors import QueryDetError
@@ -129,7 +129,7 @@ def sparse_level_shapes(
     size = jax.ShapeDtypeStruct((1, 2), jnp.int32)
 
     def levels(state: Any, images: jax.Array, sizes: jax.Array) -> dict[int, CascadeLevel]:
-        return sparse_levels(nnx.merge(graph, state), inference, images, sizes)
+        return cascade_levels(nnx.merge(graph, state), inference, images, sizes)
 
     def stacks(state: Any) -> list[Stack]:
         merged = nnx.merge(graph, state)
@@ -171,4 +171,4 @@ def _sites(capacity: int, context: int, shape: tuple[int, ...]) -> Sites:
     array: Any = jax.ShapeDtypeStruct
     batch, height, width = shape
     counts = array((context + 1,), jnp.int32)
-    return Sites(array((capacity,), jnp.int32), array((capacity,), bool), counts, (batch, height, width))
+    return Sites(array((capacity,), jnp.int32), counts, (batch, height, width))

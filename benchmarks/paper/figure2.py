@@ -23,7 +23,7 @@ from benchmarks.timing import interleaved
 from querydet_jax.config import InferenceConfig
 from querydet_jax.inference.detector import sparse_options, split_for_inference
 from querydet_jax.models import DenseDetector
-from querydet_jax.sparse import Sites, SparseOptions, children, grow
+from querydet_jax.sparse import Cells, SparseOptions, children, grow
 from querydet_jax.sparse.methods import cascade_sparse_query
 
 RETINANET, WITH_P2, CSQ = "RetinaNet", "RetinaNet + P2", "QueryDet, CSQ"
@@ -160,12 +160,12 @@ def _sparse_parts(
     def whole(state: Any, stages: dict[int, jax.Array], merged: dict[int, jax.Array], keys: jax.Array) -> Any:
         model = nnx.merge(graph, state)
 
-        def finish(outputs: list[jax.Array], sites: Sites) -> Any:
+        def select(outputs: list[jax.Array], cells: Cells) -> Any:
             *heads, last = outputs if query else [*outputs, None]
-            return model.candidates(level, heads, sites, topk=1000), None if last is None else jnp.max(last)
+            return model.select(level, heads, cells, topk=1000), None if last is None else jnp.max(last)
 
         sparse = model.fpn.sparse_level(level, stages, merged)
-        return cascade_sparse_query(sparse, keys, stacks(model), finish, options).result
+        return cascade_sparse_query(sparse, keys, stacks(model), select, options).selected
 
     run = jax.jit(whole)
     source = jax.eval_shape(lambda: nnx.merge(graph, state).fpn.sparse_level(level, stages, merged))

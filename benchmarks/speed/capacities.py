@@ -25,7 +25,7 @@ from querydet_jax.config import InferenceConfig
 from querydet_jax.data import eval_batches
 from querydet_jax.data.loader import EvalBatches
 from querydet_jax.evaluation.runner import first_images
-from querydet_jax.inference.detector import Detector, QueryTrace, sparse_levels, sparse_options
+from querydet_jax.inference.detector import Detector, QueryTrace, cascade_levels, sparse_options
 from querydet_jax.models import DenseDetector
 from querydet_jax.runtime.errors import ConfigError
 from querydet_jax.runtime.progress import progress
@@ -154,7 +154,7 @@ def count(
     try:
         for batch in progress(batches, "counting", "batch", total=len(batches)):
             arrays = jax.device_put((batch["images"], batch["sizes"]))
-            shapes = jax.eval_shape(partial(sparse_levels, model, inference), *arrays)
+            shapes = jax.eval_shape(partial(cascade_levels, model, inference), *arrays)
             margins = tuple((level, shape.margin) for level, shape in shapes.items())
             fullness.append(0.0)
             for level, counts in jax.device_get(_count(detector.trace(*arrays), margins, options)).items():

@@ -23,6 +23,7 @@ from querydet_jax.sparse import (
     SparseOptions,
     Stack,
     buffer_sizes,
+    cells_of_tiles,
     conv_rows,
     crop_stacks,
     grow,
@@ -34,7 +35,6 @@ from querydet_jax.sparse import (
     select_sites,
     select_tiles,
     tile_count,
-    tile_sites,
 )
 
 CONTEXT = 2
@@ -100,17 +100,17 @@ class StaticWays:
         rows = features.reshape(-1, features.shape[-1]).at[sites.index].get(mode="fill", fill_value=0)
         table = neighbour_table(sites)
         if not self._relu_last:
-            return run_stacks(rows, table, sites, stacks, chunk=self._chunk()), sites
+            return run_stacks(rows, table, sites, stacks, chunk=self._chunk()), sites.cells
         # With the ReLU inside the loop over chunks, not as a pass of its own over the whole buffer.
         layer = [conv for stack in stacks for conv in stack]
-        return conv_rows(rows, table, layer, sites.counts[-1], relu=True, chunk=self._chunk()), sites
+        return conv_rows(rows, table, layer, sites.counts[-1], relu=True, chunk=self._chunk()), sites.cells
 
     def _tiles(self, capacity: int, stacks: Any, features: jax.Array, active: jax.Array, keys: jax.Array) -> Any:
         side = self._tile
         tiles = select_tiles(active, capacity // side**2, side)
         _, chunk = buffer_sizes(self.options("tiles"), active.shape)
         outputs = run_stacks_on_tiles(CascadeLevel(2, features), active, tiles, stacks, chunk=chunk)
-        return self._finished(outputs), tile_sites(tiles, active)
+        return self._finished(outputs), cells_of_tiles(tiles, active)
 
     def _crops(self, capacity: int, stacks: Any, features: jax.Array, active: jax.Array, keys: jax.Array) -> Any:
         sites = select_sites([keys], capacity)

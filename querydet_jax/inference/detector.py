@@ -1,5 +1,7 @@
 """The compiled function from images to detections.
 
+The way of the data, top to bottom in `_detect`: images, pyramid, cascade over the sparse levels, dense levels,
+candidates, second stage (Faster R-CNN only), score threshold, NMS.
 Shape letters: B batch, H W image, h w map, M candidates, D detections.
 """
 
@@ -21,7 +23,7 @@ from querydet_jax.models.base import DenseDetector
 from querydet_jax.models.candidates import Candidates, join_candidates
 from querydet_jax.ops.nms import class_wise_nms, soft_nms
 from querydet_jax.runtime.errors import ConfigError
-from querydet_jax.sparse import CascadeLevel, LevelResult, LevelStats, Method, SparseOptions, cascade, whole_map
+from querydet_jax.sparse import CascadeLevel, LevelResult, LevelStats, SparseOptions, cascade, whole_map
 
 PyTree = Any
 
@@ -48,10 +50,10 @@ class Detections:
 
 
 class QueryTrace(NamedTuple):
-    """What a picture of the cascade shows. Maps of a batch, by level.
+    """Maps of a batch that show the cascade at work, by level.
 
     ``probability`` float32 ``[B, h, w]``: query probability on the start level and on the sparse
-    levels, where it is 0 outside the keys; ``keys`` and ``active`` bool ``[B, h, w]`` on the sparse levels.
+    levels, 0 outside the keys; ``keys`` and ``active`` bool ``[B, h, w]`` on the sparse levels.
     """
 
     probability: dict[int, Array]
@@ -68,16 +70,14 @@ class Detector:
     ``ccq`` are the paper's other two ways to read the same keys (Table 5).
 
     Args:
-      model: a detector of ``querydet_jax.models``. Its weights are read at construction and again
-        whenever ``update`` is called.
-      config: what to do at inference.
-      method: another way to compute a sparse level than the one that ``config.query`` names.
+      model: a detector of ``querydet_jax.models``. Its weights are read at construction and by ``update``.
+      config: inference options.
 
     Raises:
       ConfigError: the model lacks what ``config`` asks for.
     """
 
-    def __init__(self, model: DenseDetector, config: InferenceConfig, method: Method | None = None):
+    def __init__(self, model: DenseDetector, config: InferenceConfig):
         if config.query != "dense":
             if model.query_head is None:
                 raise ConfigError(
@@ -94,14 +94,13 @@ class Detector:
                     f"P{model.config.min_level}..P{model.config.max_level}; choose one above P{model.config.min_level}"
                 )
         self.config = config
-        self._method = method
         self._graph, self._state = split_for_inference(model)
-        self._run = jax.jit(partial(_detect, self._graph, config, method))
+        self._run = jax.jit(partial(_detect, self._graph, config))
         self._dense_part = jax.jit(partial(_dense_part, self._graph, config))
-        self._trace = jax.jit(partial(_trace, self._graph, config, method))
+        self._trace = jax.jit(partial(_trace, self._graph, config))
 
     def update(self, model: DenseDetector) -> None:
-        """Take the weights of ``model``, of the same configuration; nothing is compiled again."""
+        """Take the weights of ``model``, which must have the same configuration; nothing is recompiled."""
         self._graph, self._state = split_for_inference(model)
 
     def __call__(self, images: Array | np.ndarray, sizes: Array | np.ndarray | None = None) -> Detections:
@@ -117,11 +116,11 @@ class Detector:
     def traces(
         self, images: Array | np.ndarray, sizes: Array | np.ndarray | None, thresholds: Sequence[float]
     ) -> Iterator[QueryTrace]:
-        """``trace`` at other query thresholds than the configured one, a trace a threshold.
+        """Yield one ``trace`` per query threshold.
 
-        At each the cascade itself runs, since a level's query probabilities exist only at the keys that the
-        level above leaves it, and depend on which cells are active around these. What lies before it is
-        computed once, and the threshold is an argument of the compiled program: all share one.
+        The cascade itself runs for each threshold, since a level's query probabilities exist only at its keys and
+        depend on the active cells around them. The pyramid is computed once, and the threshold is an argument of
+        the compiled program, so all thresholds share one.
         """
         if self.config.query == "dense":
             raise ConfigError("inference.query dense computes no queries; use inference.query csq")
@@ -129,11 +128,11 @@ class Detector:
         return (self._trace(self._state, pyramid, jnp.float32(threshold)) for threshold in thresholds)
 
     def function(self) -> tuple[Callable[[PyTree, Array, Array], Detections], PyTree]:
-        """What a call runs, a pure function of (state, images, sizes), and its state: for other compilers than jit."""
-        return partial(_detect, self._graph, self.config, self._method), self._state
+        """Return what a call runs, a pure function of (state, images, sizes), and its state, for other compilers."""
+        return partial(_detect, self._graph, self.config), self._state
 
     def lower(self, shape: tuple[int, int, int]) -> jax.stages.Lowered:
-        """The program for images ``[B, H, W, 3]``, for cost analysis or compilation ahead of time."""
+        """Lower the program for images ``[B, H, W, 3]``, for cost analysis or ahead-of-time compilation."""
         batch, height, width = shape
         return self._run.lower(
             self._state,
@@ -142,7 +141,7 @@ class Detector:
         )
 
     def compilations(self) -> int:
-        """How many programs have been compiled: one an input shape and dtype."""
+        """Return how many programs have been compiled: one per input shape and dtype."""
         return self._run._cache_size()  # pyright: ignore[reportAttributeAccessIssue]
 
 
@@ -163,61 +162,49 @@ def split_for_inference(model: DenseDetector) -> tuple[nnx.GraphDef, PyTree]:
     return graph, state
 
 
-def _detect(
-    graph: nnx.GraphDef, config: InferenceConfig, method: Method | None, state: PyTree, images: Array, sizes: Array
-) -> Detections:
+def _detect(graph: nnx.GraphDef, config: InferenceConfig, state: PyTree, images: Array, sizes: Array) -> Detections:
     model = nnx.merge(graph, state)
     pyramid = _pyramid(model, config, images, sizes)
-    found, results = _candidates(model, config, pyramid, method)
-    joined = model.refine(join_candidates(found), pyramid.dense, sizes)
-    scores = jnp.where(joined.scores > config.score_threshold, joined.scores, -jnp.inf)
+    sparse: dict[int, LevelResult] = {}
+    if config.query != "dense":
+        _, sparse = _run_cascade(model, config, pyramid, config.threshold)
+    # In the published order of levels: sparse ones coarse to fine, then dense ones fine to coarse.
+    selected = [result.selected for result in sparse.values()]
+    selected += [_select_densely(model, config, level, x) for level, x in pyramid.dense.items() if level not in sparse]
+    candidates = model.refine(join_candidates(selected), pyramid.dense, sizes)
+    detections = jax.vmap(partial(_suppress, config))(*candidates)
+    return Detections(*detections, stats={level: result.stats for level, result in sparse.items()})
 
-    def finish(boxes: Array, scores: Array, classes: Array) -> tuple[Array, Array, Array, Array]:
-        common: dict[str, Any] = dict(iou_threshold=config.nms_iou, max_detections=config.max_detections)
-        if config.nms == "hard":
-            keep, valid = class_wise_nms(boxes, scores, classes, **common)
-            kept_scores = scores[keep]
-        else:
-            keep, valid, kept_scores = soft_nms(
-                boxes, scores, classes, method=config.nms, sigma=config.soft_sigma, prune=config.soft_prune, **common
-            )
-        return (
-            jnp.where(valid[:, None], boxes[keep], 0.0),
-            jnp.where(valid, kept_scores, 0.0),
-            jnp.where(valid, classes[keep], -1),
-            valid,
+
+def _select_densely(model: DenseDetector, config: InferenceConfig, level: int, x: Array) -> Candidates:
+    """Run the heads on all of a level ``x [B, h, w, C]`` and select candidates."""
+    outputs = [y.reshape(-1, y.shape[-1]) for y in model.dense_heads(x)]
+    return model.select(level, outputs, whole_map(jnp.ones(x.shape[:3], bool)), topk=config.topk)
+
+
+def _suppress(
+    config: InferenceConfig, boxes: Array, scores: Array, classes: Array
+) -> tuple[Array, Array, Array, Array]:
+    """Threshold one image's candidates ``[M]`` and run NMS; return boxes, scores, classes and valid ``[D]``."""
+    scores = jnp.where(scores > config.score_threshold, scores, -jnp.inf)
+    common: dict[str, Any] = dict(iou_threshold=config.nms_iou, max_detections=config.max_detections)
+    if config.nms == "hard":
+        keep, valid = class_wise_nms(boxes, scores, classes, **common)
+        kept_scores = scores[keep]
+    else:
+        keep, valid, kept_scores = soft_nms(
+            boxes, scores, classes, method=config.nms, sigma=config.soft_sigma, prune=config.soft_prune, **common
         )
-
-    detections = jax.vmap(finish)(joined.boxes, scores, joined.classes)
-    return Detections(*detections, stats={level: result.stats for level, result in results.items()})
-
-
-def _dense_part(graph: nnx.GraphDef, config: InferenceConfig, state: PyTree, images: Array, sizes: Array) -> Pyramid:
-    return _pyramid(nnx.merge(graph, state), config, images, sizes)
-
-
-def _trace(
-    graph: nnx.GraphDef,
-    config: InferenceConfig,
-    method: Method | None,
-    state: PyTree,
-    pyramid: Pyramid,
-    threshold: Array,
-) -> QueryTrace:
-    start, results = _run_cascade(nnx.merge(graph, state), config, pyramid, threshold, method)
-    probability = {config.start_level: jax.nn.sigmoid(start)}
-    for level, result in results.items():
-        if result.query_logits is not None:
-            probability[level] = jax.nn.sigmoid(result.query_logits)
-    return QueryTrace(
-        probability,
-        {level: result.keys for level, result in results.items()},
-        {level: result.active for level, result in results.items()},
+    return (
+        jnp.where(valid[:, None], boxes[keep], 0.0),
+        jnp.where(valid, kept_scores, 0.0),
+        jnp.where(valid, classes[keep], -1),
+        valid,
     )
 
 
 class Pyramid(NamedTuple):
-    """The levels whose features are computed densely, and what the others are made from. By level."""
+    """The levels whose features are computed densely, and what the sparse levels are made from. By level."""
 
     dense: dict[int, Array]  # P_l [B, h, w, C]
     stages: dict[int, Array]  # C_l
@@ -229,38 +216,32 @@ def _pyramid(model: DenseDetector, config: InferenceConfig, images: Array, sizes
     everywhere = config.query == "dense" or model.second_stage
     dense_from = finest if everywhere else config.start_level
     stages = model.backbone(model.normalize(images, sizes))
-    # A sparse finest level makes its part of the top-down path itself, at its sites.
+    # A sparse finest level computes its part of the top-down path itself, at its sites.
     merged = model.fpn.merge(stages, min(finest if everywhere else finest + 1, 5))
-    # Levels above P5 are made from C5 or P5; as sparse levels they are taken as they come.
+    # Levels above P5 are made from C5 or P5. As sparse levels, too, they are computed densely.
     return Pyramid(model.fpn.outputs(stages, merged, dense_from if dense_from <= 5 else 6), stages, merged)
 
 
-def _candidates(
-    model: DenseDetector, config: InferenceConfig, pyramid: Pyramid, method: Method | None
-) -> tuple[list[Candidates], dict[int, LevelResult]]:
-    """Candidates in the published order of levels: sparse ones coarse to fine, then dense fine to coarse."""
-    results: dict[int, LevelResult] = {}
-    if config.query != "dense":
-        _, results = _run_cascade(model, config, pyramid, config.threshold, method)
-    found = [result.reduced for result in results.values()]
-    for level, x in pyramid.dense.items():
-        if level in results:
-            continue
-        outputs = [y.reshape(-1, y.shape[-1]) for y in model.dense_heads(x)]
-        everywhere = whole_map(jnp.ones(x.shape[:3], bool))
-        found.append(model.candidates(level, outputs, everywhere, topk=config.topk))
-    return found, results
+def _run_cascade(
+    model: DenseDetector, config: InferenceConfig, pyramid: Pyramid, threshold: float | Array
+) -> tuple[Array, dict[int, LevelResult]]:
+    """Return the start level's query logits ``[B, h, w]`` and each sparse level's result, coarse to fine."""
+    query_head = model.query_head
+    assert query_head is not None, "Detector has checked that the model has a query head"
+    start = query_head(pyramid.dense[config.start_level])
+    levels = _cascade_levels(model, config, pyramid)
+    results = cascade(
+        start,
+        levels,
+        model.head_stacks(),
+        query_head.stack(),
+        partial(model.select, topk=config.topk),
+        sparse_options(config)._replace(threshold=threshold),
+    )
+    return start, {level.level: result for level, result in zip(levels, results, strict=True)}
 
 
-def sparse_levels(
-    model: DenseDetector, config: InferenceConfig, images: Array, sizes: Array
-) -> dict[int, CascadeLevel]:
-    """What the levels below the start level are computed from, by level, coarse to fine."""
-    pyramid = _pyramid(model, config, images, sizes)
-    return {level.level: level for level in _sparse_levels(model, config, pyramid)}
-
-
-def _sparse_levels(model: DenseDetector, config: InferenceConfig, pyramid: Pyramid) -> list[CascadeLevel]:
+def _cascade_levels(model: DenseDetector, config: InferenceConfig, pyramid: Pyramid) -> list[CascadeLevel]:
     return [
         CascadeLevel(level, pyramid.dense[level])
         if level in pyramid.dense
@@ -269,8 +250,16 @@ def _sparse_levels(model: DenseDetector, config: InferenceConfig, pyramid: Pyram
     ]
 
 
+def cascade_levels(
+    model: DenseDetector, config: InferenceConfig, images: Array, sizes: Array
+) -> dict[int, CascadeLevel]:
+    """Return what the levels below the start level are computed from, by level, coarse to fine."""
+    pyramid = _pyramid(model, config, images, sizes)
+    return {level.level: level for level in _cascade_levels(model, config, pyramid)}
+
+
 def sparse_options(config: InferenceConfig) -> SparseOptions:
-    """The cascade's part of the configuration; of dense inference, what CSQ would take."""
+    """Return the cascade's part of the configuration; for dense inference, that of CSQ."""
     return SparseOptions(
         config.threshold,
         config.context,
@@ -283,20 +272,20 @@ def sparse_options(config: InferenceConfig) -> SparseOptions:
     )
 
 
-def _run_cascade(
-    model: DenseDetector, config: InferenceConfig, pyramid: Pyramid, threshold: float | Array, method: Method | None
-) -> tuple[Array, dict[int, LevelResult]]:
-    query_head = model.query_head
-    assert query_head is not None, "Detector has checked that the model has a query head"
-    start = query_head(pyramid.dense[config.start_level])
-    levels = _sparse_levels(model, config, pyramid)
-    results = cascade(
-        start,
-        levels,
-        model.head_stacks(),
-        query_head.stack(),
-        partial(model.candidates, topk=config.topk),
-        sparse_options(config)._replace(threshold=threshold),
-        method,
+def _dense_part(graph: nnx.GraphDef, config: InferenceConfig, state: PyTree, images: Array, sizes: Array) -> Pyramid:
+    return _pyramid(nnx.merge(graph, state), config, images, sizes)
+
+
+def _trace(
+    graph: nnx.GraphDef, config: InferenceConfig, state: PyTree, pyramid: Pyramid, threshold: Array
+) -> QueryTrace:
+    start, results = _run_cascade(nnx.merge(graph, state), config, pyramid, threshold)
+    probability = {config.start_level: jax.nn.sigmoid(start)}
+    for level, result in results.items():
+        if result.query_logits is not None:
+            probability[level] = jax.nn.sigmoid(result.query_logits)
+    return QueryTrace(
+        probability,
+        {level: result.keys for level, result in results.items()},
+        {level: result.active for level, result in results.items()},
     )
-    return start, {level.level: result for level, result in zip(levels, results, strict=True)}

@@ -13,7 +13,7 @@ from querydet_jax.config import AnchorConfig, LossConfig
 from querydet_jax.ops.anchors import anchors_at, cell_anchors, grid_anchors
 from querydet_jax.ops.boxes import decode
 from querydet_jax.ops.matching import match_anchors
-from querydet_jax.sparse import Sites
+from querydet_jax.sparse import Cells
 
 
 def level_anchors(config: AnchorConfig, level: int) -> np.ndarray:
@@ -40,12 +40,13 @@ def match(config: LossConfig, anchors: Array, boxes: Array, classes: Array) -> t
     )
 
 
-def decode_chosen(config: AnchorConfig, level: int, sites: Sites, deltas: Array, row: Array, anchor: Array) -> Array:
-    """Boxes ``[M, 4]`` px of the anchors ``anchor [M]`` at the sites ``row [M]``.
+def decode_chosen(config: AnchorConfig, level: int, cells: Cells, deltas: Array, row: Array, anchor: Array) -> Array:
+    """Decode the boxes ``[..., 4]`` px of the anchors ``anchor [...]`` at the rows ``row [...]``.
 
     Args:
-      deltas: ``[N, A * 4]`` or ``[N * A, 4]`` at the sites.
+      cells: where the rows lie.
+      deltas: ``[N, A * 4]`` or ``[N * A, 4]`` at the rows.
     """
-    cells = jnp.asarray(level_anchors(config, level))
-    anchors = anchors_at(cells, sites.y[row], sites.x[row], 2**level)[jnp.arange(len(row)), anchor]
-    return decode(anchors, deltas.reshape(-1, config.per_cell, 4)[row, anchor])
+    anchors = anchors_at(jnp.asarray(level_anchors(config, level)), cells.y[row], cells.x[row], 2**level)
+    chosen = jnp.take_along_axis(anchors, anchor[..., None, None], axis=-2)[..., 0, :]
+    return decode(chosen, deltas.reshape(-1, config.per_cell, 4)[row, anchor])

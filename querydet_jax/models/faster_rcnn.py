@@ -1,8 +1,9 @@
 """Faster R-CNN (Ren et al. 2015) on a feature pyramid, and Cascade Sparse Query in its RPN (paper Table 9).
 
-Here queries thin out the first stage: on the fine levels objectness and deltas are computed at the keys only. The
+Queries thin out the first stage: on the fine levels the RPN computes objectness and deltas at the keys only. The
 second stage reads the proposals' features, so all levels of the pyramid are computed.
-Shape letters, beside the usual: P proposals an image, M sampled anchors or proposals an image, S bins a side.
+Shape letters: B batch, h w map, A anchors per cell, R anchors of all levels, K classes, G padded boxes, P proposals per
+image, M sampled anchors or proposals per image, N rows, C channels, S bins per side.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from jax import Array, lax
 from querydet_jax.config import ModelConfig
 from querydet_jax.models.anchored import decode_chosen, match, pyramid_anchors
 from querydet_jax.models.base import DenseDetector
-from querydet_jax.models.candidates import Candidates, best_candidates, join_candidates
-from querydet_jax.models.loss_terms import Losses, Outputs, Whole, level_map
+from querydet_jax.models.candidates import Candidates, best_values, join_candidates
+from querydet_jax.models.loss_terms import Batch, Losses, Normalization, Outputs, level_map
 from querydet_jax.models.rpn import RPNHead, RPNQueryHead
 from querydet_jax.models.second_stage import DELTA_WEIGHTS, BoxHead, sample_proposals
 from querydet_jax.ops.boxes import clip, decode
@@ -29,7 +30,7 @@ from querydet_jax.ops.matching import BACKGROUND, matched_deltas, per_image
 from querydet_jax.ops.nms import class_wise_nms
 from querydet_jax.ops.roi_align import roi_align
 from querydet_jax.ops.sampling import sample_balanced
-from querydet_jax.sparse import Sites, Stack, whole_map
+from querydet_jax.sparse import Cells, Stack, whole_map
 
 _LAST_ROI_LEVEL = 5  # P6 is for large anchors only
 
@@ -43,8 +44,10 @@ _LAST_ROI_LEVEL = 5  # P6 is for large anchors only
 )  # fmt: skip
 @dataclasses.dataclass(frozen=True)
 class FasterRCNNLosses(Losses):
-    """``cls`` and ``box`` are the second stage's, foreground its sampled proposals that have an object; ``per_level``
-    has the RPN's unweighted sums ``rpn_cls`` and ``rpn_box``. ``normalizer`` is handed on as it came."""
+    """``cls`` and ``box`` are the second stage's; foreground are its sampled proposals with an object.
+
+    ``per_level`` has the RPN's unweighted sums ``rpn_cls`` and ``rpn_box``. ``normalizer`` is passed through.
+    """
 
     rpn_cls: Array
     rpn_box: Array
@@ -54,7 +57,7 @@ class FasterRCNNLosses(Losses):
 
 
 class Proposals(NamedTuple):
-    """boxes ``[B, P, 4]`` px, within the image; scores ``[B, P]``, objectness logits, best first; valid ``[B, P]``."""
+    """Boxes ``[B, P, 4]`` px within the image; scores ``[B, P]``, objectness logits, best first; valid ``[B, P]``."""
 
     boxes: Array
     scores: Array
@@ -64,9 +67,9 @@ class Proposals(NamedTuple):
 class FasterRCNN(DenseDetector):
     """Faster R-CNN on P_min..P6; with a query head its RPN runs on the fine levels around queries only.
 
-    ``model(images)`` gives the RPN's outputs, K = 1: class logits are objectness. Both stages as detectron2 has them:
-    one anchor size a level, proposals by NMS within each level, ROIAlign, two fully connected layers, softmax over
-    K + 1 classes, boxes a class.
+    ``model(images)`` returns the RPN's outputs with K = 1: class logits are objectness. Both stages are as in
+    detectron2: one anchor size per level, proposals by NMS within each level, ROIAlign, two fully connected layers,
+    softmax over K + 1 classes, one box per class.
     """
 
     second_stage = True
@@ -82,7 +85,7 @@ class FasterRCNN(DenseDetector):
         self.box_head = BoxHead(channels, stages.roi_size, stages.channels, config.num_classes, self.dtype, rng)
 
     def __call__(self, images: Array, sizes: Array | None = None) -> Outputs:
-        """Dense outputs of uint8 RGB images ``[B, H, W, 3]`` (``sizes``: see the class's base)."""
+        """Compute the dense outputs of uint8 RGB images ``[B, H, W, 3]`` (``sizes``: see ``DenseDetector``)."""
         return self._first_stage(self.features(jnp.asarray(images), sizes), remat=False)
 
     def _first_stage(self, features: dict[int, Array], remat: bool) -> Outputs:
@@ -99,69 +102,51 @@ class FasterRCNN(DenseDetector):
                 query[level] = queries
         return Outputs(features, cls, box, query)
 
-    def losses(
-        self,
-        images: Array,
-        boxes: Array,
-        classes: Array,
-        normalizer: Array | float,
-        sizes: Array | None = None,
-        axis_name: str | None = None,
-        *,
-        keys: Array | None = None,
-        whole: Whole | None = None,
-        remat: bool = False,
-    ) -> FasterRCNNLosses:
-        """loss_rpn_cls = sum_l beta_l sum BCE / (M B), loss_rpn_box = sum_l beta_l sum smooth L1 / (M B) over the
+    def batch_losses(self, batch: Batch, normalization: Normalization, *, remat: bool) -> FasterRCNNLosses:
+        """Return the losses of both stages.
+
+        loss_rpn_cls = sum_l beta_l sum BCE / (M B), loss_rpn_box = sum_l beta_l sum smooth L1 / (M B) over the
         sampled anchors; loss_cls = mean cross-entropy, loss_box = sum smooth L1 / number over the sampled proposals;
         loss_query as for the other detectors; total is their sum.
 
-        Without ``keys`` each call draws the same sample. Replicas divide by the proposals that all of them have
-        sampled; parts of a batch in time (``whole``) by their own, which differs where an image has too few.
+        Without ``batch.keys`` each call draws the same sample. Replicas divide by the proposals sampled on all of
+        them; accumulated shards divide by their own, which differs where an image has too few proposals.
         """
         stages = self.config.faster_rcnn
-        boxes, classes = jnp.asarray(boxes, jnp.float32), jnp.asarray(classes, jnp.int32)
-        images = jnp.asarray(images)
-        sizes = _whole_images(images) if sizes is None else jnp.asarray(sizes, jnp.int32)
+        images, boxes, classes = batch.images, batch.boxes, batch.classes
+        axis_name, shards = normalization.axis_name, normalization.global_batch
+        sizes = _whole_images(images) if batch.sizes is None else batch.sizes
         outputs = self._first_stage(self.features(images, sizes), remat)
-        if keys is None:
-            keys = jax.random.split(jax.random.key(0), len(images))
+        keys = jax.random.split(jax.random.key(0), len(images)) if batch.keys is None else batch.keys
         rpn_keys, roi_keys = (jax.vmap(partial(jax.random.fold_in, data=draw))(keys) for draw in (0, 1))
 
-        query = None
-        if self.query_head is not None:
-            query = self.query_means(
-                outputs.query,
-                boxes,
-                classes,
-                # Of logits that the RPN's trunk has given already.
-                lambda level, target, gamma: self.query_focal(outputs.query[level], target, gamma),
-            )
+        # The RPN's trunk has computed the query logits already.
+        query = self.query_losses(outputs.query, batch, logits=lambda x: x)
         sums = self._rpn_sums(outputs, boxes, classes, rpn_keys)
-        terms, per_level = self.weigh(sums, stages.rpn_samples * len(images), query)
+        terms, per_level = self.weighted_terms(sums, stages.rpn_samples * len(images), query)
 
         proposals = self.proposals(self._whole_level_candidates(outputs, stages.train_topk), sizes)
         roi, num_foreground = self._roi_losses(outputs.features, proposals, boxes, classes, roi_keys, axis_name)
-        if whole is not None:  # so that the mean over parts in time is the sum
-            num_foreground *= whole.parts / (1 if axis_name is None else lax.axis_size(axis_name))
+        if shards is not None:  # so that the mean over accumulated shards is the sum
+            num_foreground *= shards.parts / (1 if axis_name is None else lax.axis_size(axis_name))
         total = terms["rpn_cls"] + terms["rpn_box"] + roi["cls"] + roi["box"] + terms["query"]
         return FasterRCNNLosses(
             **terms, **roi, total=total, num_foreground=num_foreground,
-            normalizer=jnp.asarray(normalizer, jnp.float32), per_level=per_level,
+            normalizer=normalization.average, per_level=per_level,
         )  # fmt: skip
 
     def count_foreground(self, size: tuple[int, int], boxes: Array, classes: Array) -> Array:
-        """0: nothing is divided by the foreground."""
+        """Return 0: no loss is divided by the foreground."""
         return jnp.zeros(())
 
     # First stage ---------------------------------------------------------------------------
 
     def rpn_targets(self, anchors: Array, boxes: Array, classes: Array) -> tuple[Array, Array]:
-        """Of one image: labels int32 ``[R]``, 0 for foreground, else as in ``match_anchors``; and the matched box."""
+        """Match one image's anchors: labels int32 ``[R]``, 0: foreground, else as in ``match_anchors``; box index."""
         return match(self.config.loss, anchors, boxes, jnp.where(classes >= 0, 0, BACKGROUND))
 
     def _rpn_sums(self, outputs: Outputs, boxes: Array, classes: Array, keys: Array) -> dict[str, list[Array]]:
-        """Unweighted sums by level over the sampled anchors of all images."""
+        """Sum the losses over the sampled anchors of all images, by level, unweighted."""
         stages = self.config.faster_rcnn
         shapes = {level: (x.shape[1], x.shape[2]) for level, x in outputs.features.items()}
         anchors = pyramid_anchors(self.config.anchors, shapes)
@@ -197,27 +182,24 @@ class FasterRCNN(DenseDetector):
     def dense_heads(self, x: Array) -> tuple[Array, ...]:
         return (self.head.before_branches(x),)
 
-    def candidates(self, level: int, outputs: list[Array], sites: Sites, *, topk: int) -> Candidates:
-        """Top-k anchors a level and image by objectness, decoded.
+    def select(self, level: int, outputs: list[Array], cells: Cells, *, topk: int) -> Candidates:
+        """Select and decode the top-k anchors per image, by objectness.
 
         Args:
           outputs: ``[N, C]``, what ``RPNHead.stacks`` computes.
 
         Returns:
-          M = min(topk, A * h * w) candidates an image; scores are logits, "classes" the level.
+          M = min(topk, A * h * w) candidates per image; scores are logits, "classes" the level.
         """
         (x,) = outputs
         objectness, deltas = self.head.branches(jax.nn.relu(x).astype(self.dtype))
-        return self._best(level, objectness, deltas, sites, topk)
+        return self._best_anchors(level, objectness, deltas, cells, topk)
 
-    def _best(self, level: int, objectness: Array, deltas: Array, sites: Sites, topk: int) -> Candidates:
+    def _best_anchors(self, level: int, objectness: Array, deltas: Array, cells: Cells, topk: int) -> Candidates:
         config = self.config.anchors
-
-        def describe(scores: Array, row: Array, anchor: Array) -> Candidates:
-            boxes = decode_chosen(config, level, sites, deltas, row, anchor)
-            return Candidates(boxes, scores, jnp.full(scores.shape, level, jnp.int32))
-
-        return best_candidates(objectness, sites, topk=topk, per_key=config.per_cell, describe=describe)
+        best = best_values(objectness, cells, topk=topk, per_key=config.per_cell)
+        boxes = decode_chosen(config, level, cells, deltas, best.row, best.column)
+        return Candidates(boxes, best.value, jnp.full(best.value.shape, level, jnp.int32))
 
     def _whole_level_candidates(self, outputs: Outputs, topk: int) -> Candidates:
         found = []
@@ -225,16 +207,16 @@ class FasterRCNN(DenseDetector):
             _, height, width, num_anchors, _ = objectness.shape
             rows = lax.stop_gradient((objectness.reshape(-1, num_anchors), outputs.box[level].reshape(-1, 4)))
             everywhere = whole_map(jnp.ones((len(objectness), height, width), bool))
-            found.append(self._best(level, *rows, everywhere, topk))
+            found.append(self._best_anchors(level, *rows, everywhere, topk))
         return join_candidates(found)
 
     def proposals(self, found: Candidates, sizes: Array) -> Proposals:
-        """The best boxes of all levels after NMS within each level, clipped to the images; empty ones are dropped."""
+        """Clip boxes to the images, drop empty ones, run NMS within each level and keep the best of all levels."""
         stages = self.config.faster_rcnn
 
         def choose(boxes: Array, scores: Array, level: Array, size: Array) -> Proposals:
             boxes = clip(boxes, size)
-            # Infinite and NaN boxes, too, are no proposals.
+            # Infinite and NaN boxes are no proposals either.
             fits = jnp.all(boxes[:, 2:] > boxes[:, :2], axis=1) & jnp.all(jnp.isfinite(boxes), axis=1)
             scores = jnp.where(fits & (scores > -jnp.inf), scores, -jnp.inf)
             keep, valid = class_wise_nms(
@@ -249,7 +231,7 @@ class FasterRCNN(DenseDetector):
     # Second stage --------------------------------------------------------------------------
 
     def refine(self, found: Candidates, features: dict[int, Array], sizes: Array) -> Candidates:
-        """Proposals, classified and moved: a candidate a proposal and class, clipped to the image."""
+        """Classify and move the proposals: one candidate per proposal and class, clipped to the image."""
         proposals = self.proposals(found, sizes)
         probability, deltas = self.classify(features, proposals.boxes, proposals.valid)
         num_classes = self.config.num_classes
@@ -260,7 +242,7 @@ class FasterRCNN(DenseDetector):
         return Candidates(boxes, scores.reshape(len(boxes), -1), classes.reshape(len(boxes), -1))
 
     def classify(self, features: dict[int, Array], boxes: Array, valid: Array) -> tuple[Array, Array]:
-        """Class probabilities ``[B, P, K + 1]``, the background last, and deltas ``[B, P, K, 4]``."""
+        """Compute class probabilities ``[B, P, K + 1]``, background last, and deltas ``[B, P, K, 4]``."""
         logits, deltas = self._box_head(features, boxes, valid)
         return jax.nn.softmax(logits), deltas
 
@@ -278,13 +260,13 @@ class FasterRCNN(DenseDetector):
         keys: Array,
         axis_name: str | None,
     ) -> tuple[dict[str, Array], Array]:
-        """``cls`` and ``box`` over the sampled proposals of all images, and how many of them are foreground."""
+        """Compute ``cls`` and ``box`` over the sampled proposals of all images, and count their foreground."""
         config = self.config
         sample = partial(sample_proposals, config=config.faster_rcnn, num_classes=config.num_classes)
         found = per_image(sample, proposals.boxes, proposals.valid, boxes, classes, keys)
         logits, deltas = self._box_head(features, found.boxes, found.valid)
         entropy = -jnp.take_along_axis(jax.nn.log_softmax(logits), found.labels[..., None], axis=-1)[..., 0]
-        learnt = jnp.minimum(found.labels, config.num_classes - 1)  # of background: any class will do
+        learnt = jnp.minimum(found.labels, config.num_classes - 1)  # background: any class will do
         mine = jnp.take_along_axis(deltas, learnt[..., None, None], axis=2)[:, :, 0]
         foreground = found.valid & (found.labels < config.num_classes)
         difference = jnp.where(foreground[..., None], mine - found.deltas, 0.0)

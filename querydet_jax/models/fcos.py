@@ -13,15 +13,15 @@ from jax import Array
 
 from querydet_jax.config import HeadConfig, ModelConfig
 from querydet_jax.models.base import DenseDetector
-from querydet_jax.models.candidates import Candidates, best_candidates
+from querydet_jax.models.candidates import Candidates, best_values
 from querydet_jax.models.heads import DetectionHead
 from querydet_jax.models.layers import Conv, normal_init, run_tower, zeros_bias
-from querydet_jax.models.loss_terms import Losses, Outputs, Whole, level_sum
+from querydet_jax.models.loss_terms import Batch, Losses, Normalization, Outputs, level_sum
 from querydet_jax.ops.losses import binary_cross_entropy, focal_loss, giou_loss
 from querydet_jax.ops.matching import assign_points, per_image
 from querydet_jax.ops.points import boxes_around, centerness, distances, grid_points, points_at
+from querydet_jax.sparse import Cells, Stack
 from querydet_jax.sparse import Conv as ConvWeights
-from querydet_jax.sparse import Sites, Stack
 
 _BOX = 4  # channels of the box branch before the centerness
 
@@ -31,8 +31,11 @@ _BOX = 4  # channels of the box branch before the centerness
 )
 @dataclasses.dataclass(frozen=True)
 class FCOSOutputs(Outputs):
-    """A = 1: a point a cell. ``box`` is the distances (left, top, right, bottom) to a box's sides in strides, before
-    the ReLU; centerness logits ``{l: [B, h, w]}``."""
+    """Dense outputs with one point per cell (A = 1).
+
+    ``box`` is the distances (left, top, right, bottom) to the box's sides in strides, before the ReLU; centerness
+    logits ``{l: [B, h, w]}``.
+    """
 
     centerness: dict[int, Array]
 
@@ -44,7 +47,7 @@ class FCOSOutputs(Outputs):
 )
 @dataclasses.dataclass(frozen=True)
 class FCOSLosses(Losses):
-    """``box`` is the GIoU loss; foreground are the points that have an object."""
+    """``box`` is the GIoU loss; foreground are the points assigned to an object."""
 
     centerness: Array
 
@@ -53,7 +56,7 @@ class FCOSLosses(Losses):
 
 
 class PointTargets(NamedTuple):
-    """Over the points of all levels, finest level first, then y, x: R of them an image.
+    """Targets of the R points of all levels, finest level first, then y, x.
 
     labels int32 ``[B, R]``, class or -1; boxes ``[B, R, 4]`` xyxy px, of the object or, for background, the point's
     cell; centerness ``[B, R]``, 0 for background.
@@ -67,22 +70,24 @@ class PointTargets(NamedTuple):
 class FCOSHead(DetectionHead):
     """Class and box towers shared over levels; the box tower also carries the centerness.
 
-    The box's four channels and the centerness leave by one convolution's worth of channels, so that on sites, too,
-    the tower before them runs once.
+    The box's four channels and the centerness are one stack's output, so that the box tower runs only once on
+    sites, too.
     """
 
     def __init__(
         self, config: HeadConfig, in_channels: int, num_classes: int, dtype: jnp.dtype, rng: np.random.Generator
     ):
         # Random biases outweigh the first features and can close the ReLU of both sides of an axis at almost every
-        # point, which then have no gradient: with 2 or 3 of 8 seeds (HIT-UAV's model, the demo's).
+        # point, which then gets no gradient. This happened with 2 or 3 of 8 seeds (HIT-UAV's model, the demo's).
         super().__init__(dataclasses.replace(config, box_bias="zero"), in_channels, 1, num_classes, dtype, rng)
         last = config.channels if config.num_convs else in_channels
         self.ctrness = Conv(last, 1, 3, init=normal_init(0.01), bias=zeros_bias, dtype=dtype, rng=rng)
 
     def __call__(self, x: Array) -> tuple[Array, Array]:
-        """``[B, h, w, C]`` to float32 class logits ``[B, h, w, K]`` and ``[B, h, w, 5]``: distances in strides before
-        the ReLU, then the centerness logit."""
+        """Map ``[B, h, w, C]`` to float32 class logits ``[B, h, w, K]`` and ``[B, h, w, 5]``.
+
+        The five channels are distances in strides before the ReLU, then the centerness logit.
+        """
         cls = self.cls_score(run_tower(self.cls_tower, x))
         shared = run_tower(self.box_tower, x)
         box = jnp.concatenate([self.bbox_pred(shared), self.ctrness(shared)], axis=-1)
@@ -100,8 +105,8 @@ class FCOSHead(DetectionHead):
 class FCOS(DenseDetector):
     """FCOS on P_min..P_max; with P2 and a query head it is QueryDet on FCOS.
 
-    As detectron2 has it: centre sampling, distances in strides without a learnt scale a level, GIoU loss, centerness
-    on the box tower, score sqrt(class * centerness). Methods as ``RetinaNet``'s.
+    As in detectron2: centre sampling, distances in strides without a learnt scale per level, GIoU loss, centerness
+    on the box tower, score sqrt(class * centerness).
     """
 
     def __init__(self, config: ModelConfig, rng: np.random.Generator):
@@ -109,7 +114,7 @@ class FCOS(DenseDetector):
         self.head = FCOSHead(config.head, config.fpn.channels, config.num_classes, self.dtype, rng)
 
     def __call__(self, images: Array, sizes: Array | None = None) -> FCOSOutputs:
-        """Dense outputs of uint8 RGB images ``[B, H, W, 3]`` (``sizes``: see the class's base)."""
+        """Compute the dense outputs of uint8 RGB images ``[B, H, W, 3]`` (``sizes``: see ``DenseDetector``)."""
         features = self.features(jnp.asarray(images), sizes)
         cls, box, center = {}, {}, {}
         for level, x in features.items():
@@ -117,31 +122,18 @@ class FCOS(DenseDetector):
             cls[level], box[level], center[level] = logits[..., None, :], sides[..., None, :_BOX], sides[..., _BOX]
         return FCOSOutputs(features, cls, box, self.query_logits(features), center)
 
-    def losses(
-        self,
-        images: Array,
-        boxes: Array,
-        classes: Array,
-        normalizer: Array | float,
-        sizes: Array | None = None,
-        axis_name: str | None = None,
-        *,
-        keys: Array | None = None,
-        whole: Whole | None = None,
-        remat: bool = False,
-    ) -> FCOSLosses:
-        """loss_cls = sum_l beta_l sum focal / N over all points, loss_box = sum_l beta_l sum (1 - GIoU) / N and
+    def batch_losses(self, batch: Batch, normalization: Normalization, *, remat: bool) -> FCOSLosses:
+        """Return the losses of QueryDet eq. 4 with FCOS's terms.
+
+        loss_cls = sum_l beta_l sum focal / N over all points, loss_box = sum_l beta_l sum (1 - GIoU) / N and
         loss_centerness = sum_l beta_l sum BCE / N over foreground points, loss_query = sum_q w_q mean focal;
-        total is their sum. N averages max(1, foreground points); nothing is drawn with ``keys``.
+        total is their sum. N averages max(1, foreground points).
         """
         config, loss = self.config, self.config.loss
-        boxes, classes = jnp.asarray(boxes, jnp.float32), jnp.asarray(classes, jnp.int32)
-        features = self.features(jnp.asarray(images), sizes)
+        features = self.features(batch.images, batch.sizes)
         shapes = [(x.shape[1], x.shape[2]) for x in features.values()]
-        targets = self.targets(shapes, boxes, classes)
-        num_foreground, average, divisor = self.foreground_average(
-            targets.labels >= 0, normalizer, axis_name, whole, at_least=1.0
-        )
+        targets = self.targets(shapes, batch.boxes, batch.classes)
+        num_foreground, average, divisor = self.foreground_average(targets.labels >= 0, normalization, at_least=1.0)
 
         def level_sums(x: Array, *target: Array, stride: int) -> dict[str, Array]:
             label, box, center = (part.reshape(*x.shape[:3], *part.shape[2:]) for part in target)
@@ -165,12 +157,12 @@ class FCOS(DenseDetector):
             by_level.append(level_sum(of_level, level, remat, x, *(part[:, start:end] for part in targets)))
             start = end
         sums = {name: [of_level[name] for of_level in by_level] for name in by_level[0]}
-        terms, per_level = self.weigh(sums, divisor, self.query_losses(features, boxes, classes, remat))
+        terms, per_level = self.weighted_terms(sums, divisor, self.query_losses(features, batch, remat))
         total = terms["cls"] + terms["box"] + terms["centerness"] + terms["query"]
         return FCOSLosses(**terms, total=total, num_foreground=num_foreground, normalizer=average, per_level=per_level)
 
     def targets(self, shapes: list[tuple[int, int]], boxes: Array, classes: Array) -> PointTargets:
-        """Targets of points on levels of these (h, w), the finest first; boxes ``[B, G, 4]``, classes ``[B, G]``."""
+        """Assign boxes ``[B, G, 4]``, classes ``[B, G]`` to the points of levels of these (h, w), the finest first."""
         config = self.config.fcos
         levels = self.config.levels
         points = jnp.concatenate(
@@ -185,7 +177,7 @@ class FCOS(DenseDetector):
             labels, matched = assign_points(points, strides, ranges, boxes, classes, center_radius=config.center_radius)
             if boxes.shape[0] == 0:
                 return PointTargets(labels, background, jnp.zeros(labels.shape))
-            # A box that is not empty for every point: what nobody learns from must stay finite, gradients included.
+            # Background gets a non-empty box, so that its masked loss and gradients stay finite.
             foreground = labels >= 0
             target = jnp.where(foreground[:, None], boxes[matched], background)
             center = jnp.where(foreground, centerness(distances(points, target)), 0.0)
@@ -202,28 +194,25 @@ class FCOS(DenseDetector):
     def dense_heads(self, x: Array) -> tuple[Array, ...]:
         return self.head(x)
 
-    def candidates(self, level: int, outputs: list[Array], sites: Sites, *, topk: int) -> Candidates:
-        """Top-k (point, class) pairs a level and image by sqrt(class probability * centerness), decoded.
+    def select(self, level: int, outputs: list[Array], cells: Cells, *, topk: int) -> Candidates:
+        """Select and decode the top-k (point, class) pairs per image, by sqrt(class probability * centerness).
 
         Args:
           outputs: class logits ``[N, K]`` and ``[N, 5]``, distances in strides before the ReLU and centerness.
 
         Returns:
-          M = min(topk, K * h * w) candidates an image.
+          M = min(topk, K * h * w) candidates per image.
         """
         cls, box = outputs
         scores = jnp.sqrt(jax.nn.sigmoid(cls) * jax.nn.sigmoid(box[:, _BOX:]))
-
-        def describe(scores: Array, row: Array, column: Array) -> Candidates:
-            points = points_at(sites.y[row], sites.x[row], 2**level)
-            sides = jax.nn.relu(box[row, :_BOX]) * 2**level
-            return Candidates(boxes_around(points, sides), scores, column.astype(jnp.int32))
-
-        return best_candidates(scores, sites, topk=topk, per_key=self.config.num_classes, describe=describe)
+        best = best_values(scores, cells, topk=topk, per_key=self.config.num_classes)
+        points = points_at(cells.y[best.row], cells.x[best.row], 2**level)
+        sides = jax.nn.relu(box[best.row, :_BOX]) * 2**level
+        return Candidates(boxes_around(points, sides), best.value, best.column.astype(jnp.int32))
 
 
 def _ranges(levels: tuple[int, ...], scale: float) -> np.ndarray:
-    """Distances ``[L, 2]`` in px between which a level's points learn boxes."""
+    """Return the distances ``[L, 2]`` px between which each level's points learn boxes."""
     low = scale * np.float32(2) ** np.array(levels, np.float32)
     ranges = np.stack([low, 2 * low], axis=1)
     ranges[0, 0], ranges[-1, 1] = 0.0, np.inf

@@ -10,12 +10,12 @@ from jax import Array
 from querydet_jax.config import ModelConfig
 from querydet_jax.models.anchored import decode_chosen, match, pyramid_anchors
 from querydet_jax.models.base import DenseDetector
-from querydet_jax.models.candidates import Candidates, best_candidates
+from querydet_jax.models.candidates import Candidates, best_values
 from querydet_jax.models.heads import DetectionHead
-from querydet_jax.models.loss_terms import Losses, Outputs, Whole, level_sum
+from querydet_jax.models.loss_terms import Batch, Losses, Normalization, Outputs, level_sum
 from querydet_jax.ops.losses import focal_loss, smooth_l1
 from querydet_jax.ops.matching import IGNORED, matched_deltas, per_image
-from querydet_jax.sparse import Sites, Stack
+from querydet_jax.sparse import Cells, Stack
 
 
 class RetinaNet(DenseDetector):
@@ -32,7 +32,7 @@ class RetinaNet(DenseDetector):
         )
 
     def __call__(self, images: Array, sizes: Array | None = None) -> Outputs:
-        """Dense outputs of uint8 RGB images ``[B, H, W, 3]`` (``sizes``: see the class's base)."""
+        """Compute the dense outputs of uint8 RGB images ``[B, H, W, 3]`` (``sizes``: see ``DenseDetector``)."""
         features = self.features(jnp.asarray(images), sizes)
         cls, box = {}, {}
         for level, x in features.items():
@@ -40,35 +40,22 @@ class RetinaNet(DenseDetector):
         return Outputs(features, cls, box, self.query_logits(features))
 
     def _heads(self, x: Array) -> tuple[Array, Array]:
-        """Class logits ``[B, h, w, A, K]`` and deltas ``[B, h, w, A, 4]`` of a level's features."""
+        """Compute class logits ``[B, h, w, A, K]`` and deltas ``[B, h, w, A, 4]`` from a level's features."""
         cls, box = self.head(x)
         anchors = self.config.anchors.per_cell
         return cls.reshape(*x.shape[:3], anchors, self.config.num_classes), box.reshape(*x.shape[:3], anchors, 4)
 
-    def losses(
-        self,
-        images: Array,
-        boxes: Array,
-        classes: Array,
-        normalizer: Array | float,
-        sizes: Array | None = None,
-        axis_name: str | None = None,
-        *,
-        keys: Array | None = None,
-        whole: Whole | None = None,
-        remat: bool = False,
-    ) -> Losses:
+    def batch_losses(self, batch: Batch, normalization: Normalization, *, remat: bool) -> Losses:
         """Return the losses of QueryDet eq. 4, weighted over levels as in the published code.
 
         loss_cls = sum_l beta_l sum focal / N, loss_box = sum_l beta_l sum smooth L1 / N, loss_query =
-        sum_q w_q mean focal; total is their sum. Foreground are anchors; ``keys`` are not used.
+        sum_q w_q mean focal; total is their sum. N averages foreground anchors.
         """
         config, loss = self.config, self.config.loss
-        boxes, classes = jnp.asarray(boxes, jnp.float32), jnp.asarray(classes, jnp.int32)
-        features = self.features(jnp.asarray(images), sizes)
+        features = self.features(batch.images, batch.sizes)
         shapes = [(x.shape[1], x.shape[2]) for x in features.values()]
-        labels, targets = self.targets(shapes, boxes, classes)
-        num_foreground, average, divisor = self.foreground_average(labels >= 0, normalizer, axis_name, whole)
+        labels, targets = self.targets(shapes, batch.boxes, batch.classes)
+        num_foreground, average, divisor = self.foreground_average(labels >= 0, normalization)
 
         def level_sums(x: Array, label: Array, target: Array) -> tuple[Array, Array]:
             cls, box = self._heads(x)
@@ -89,13 +76,15 @@ class RetinaNet(DenseDetector):
             sums["cls"].append(cls_sum)
             sums["box"].append(box_sum)
             start = end
-        terms, per_level = self.weigh(sums, divisor, self.query_losses(features, boxes, classes, remat))
+        terms, per_level = self.weighted_terms(sums, divisor, self.query_losses(features, batch, remat))
         total = terms["cls"] + terms["box"] + terms["query"]
         return Losses(**terms, total=total, num_foreground=num_foreground, normalizer=average, per_level=per_level)
 
     def targets(self, shapes: list[tuple[int, int]], boxes: Array, classes: Array) -> tuple[Array, Array]:
-        """Labels int32 ``[B, R]`` and box targets ``[B, R, 4]`` over the anchors of all levels, finest
-        level first, then y, x, anchor. Labels as in ``match_anchors``."""
+        """Return labels int32 ``[B, R]`` and box targets ``[B, R, 4]`` over the anchors of all levels.
+
+        Anchors are ordered finest level first, then y, x, anchor; labels as in ``match_anchors``.
+        """
         config = self.config
         anchors = pyramid_anchors(config.anchors, dict(zip(config.levels, shapes, strict=True)))
 
@@ -114,22 +103,20 @@ class RetinaNet(DenseDetector):
     def dense_heads(self, x: Array) -> tuple[Array, ...]:
         return self.head(x)
 
-    def candidates(self, level: int, outputs: list[Array], sites: Sites, *, topk: int) -> Candidates:
-        """Top-k (anchor, class) pairs a level and image, decoded (RetinaNet section 4.1, inference).
+    def select(self, level: int, outputs: list[Array], cells: Cells, *, topk: int) -> Candidates:
+        """Select and decode the top-k (anchor, class) pairs per image (RetinaNet section 4.1, inference).
 
         Args:
           outputs: class logits ``[N, A * K]`` and deltas ``[N, A * 4]``.
 
         Returns:
-          M = min(topk, A * h * w) candidates an image. Like the published code, a level never gives
-          more candidates than it has anchors (here: anchors at keys).
+          M = min(topk, A * h * w) candidates per image. Like the published code, a level never yields more
+          candidates than it has anchors (here: anchors at keys).
         """
-        cls, box = outputs
+        cls, deltas = outputs
         num_anchors, num_classes = self.config.anchors.per_cell, self.config.num_classes
-
-        def describe(logits: Array, row: Array, column: Array) -> Candidates:
-            anchor, class_id = column // num_classes, column % num_classes
-            boxes = decode_chosen(self.config.anchors, level, sites, box, row, anchor)
-            return Candidates(boxes, jax.nn.sigmoid(logits), class_id.astype(jnp.int32))
-
-        return best_candidates(cls, sites, topk=topk, per_key=num_anchors, describe=describe)
+        best = best_values(cls, cells, topk=topk, per_key=num_anchors)
+        anchor, class_id = best.column // num_classes, best.column % num_classes
+        boxes = decode_chosen(self.config.anchors, level, cells, deltas, best.row, anchor)
+        scores = jnp.where(best.present, jax.nn.sigmoid(best.value), -jnp.inf)
+        return Candidates(boxes, scores, class_id.astype(jnp.int32))

@@ -1,18 +1,20 @@
 """Fixed-capacity sparse computation on feature maps: sites, convolution on them, ladder, cascade.
 
-Nothing here knows anchors, classes or losses; `querydet_jax.models` brings those in as callables.
+Nothing here knows anchors, classes or losses; `querydet_jax.models` passes in the one callable that does, ``select``.
 """
 
 from querydet_jax.sparse.cascade import LevelResult, LevelStats, cap_queries, cascade
+from querydet_jax.sparse.cells import Cells, whole_map
 from querydet_jax.sparse.conv import Conv, Stack, conv_rows, crop_stacks, masked_dense_stacks, pointwise, run_stacks
 from querydet_jax.sparse.ladder import ladder_capacities, run_ladder
 from querydet_jax.sparse.level import CascadeLevel
 from querydet_jax.sparse.methods import Method, SparseOptions, buffer_sizes
-from querydet_jax.sparse.sites import Sites, children, dilate, grow, neighbour_table, select_sites, whole_map
-from querydet_jax.sparse.tiles import Tiles, run_stacks_on_tiles, select_tiles, tile_count, tile_sites
+from querydet_jax.sparse.sites import Sites, children, dilate, grow, neighbour_table, select_sites
+from querydet_jax.sparse.tiles import Tiles, cells_of_tiles, run_stacks_on_tiles, select_tiles, tile_count
 
 __all__ = [
     "CascadeLevel",
+    "Cells",
     "Conv",
     "LevelResult",
     "LevelStats",
@@ -24,6 +26,7 @@ __all__ = [
     "buffer_sizes",
     "cap_queries",
     "cascade",
+    "cells_of_tiles",
     "children",
     "conv_rows",
     "crop_stacks",
@@ -39,6 +42,5 @@ __all__ = [
     "select_sites",
     "select_tiles",
     "tile_count",
-    "tile_sites",
     "whole_map",
 ]

@@ -1,7 +1,7 @@
-"""3x3 convolution on sites: gather nine neighbours, one matrix product; on CPU in chunks of rows.
+"""3x3 convolution on sites: gather nine neighbours, then one matrix product; on CPU in chunks of rows.
 
-The loop over chunks runs only as many turns as there are sites, so a buffer that is far from full
-costs little. Shape letters: N capacity, C input channels, O output channels, R rows.
+The loop over chunks takes only as many turns as the sites need, so a nearly empty buffer costs little.
+Shape letters: N capacity, C input channels, O output channels, R rows.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from querydet_jax.sparse.sites import Sites
 
 
 class Conv(NamedTuple):
-    """Weights of a convolution: ``kernel [3, 3, C, O]`` (``[1, 1, C, O]`` where said), ``bias [O]``."""
+    """Weights of a convolution: ``kernel [3, 3, C, O]``, or ``[1, 1, C, O]`` where stated, and ``bias [O]``."""
 
     kernel: Array
     bias: Array
 
 
 Stack = Sequence[Conv]
-"""Convolutions in a row with ReLU between them and none after the last."""
+"""Consecutive convolutions with ReLU between them and none after the last."""
 
 
 def conv_rows(
@@ -42,14 +42,13 @@ def conv_rows(
 
     Args:
       rows: ``[R, C]`` features.
-      table: int32 ``[N, 9]`` rows of the nine neighbours; R reads as zeros.
+      table: int32 ``[N, 9]``, the nine neighbours' rows; R reads as zeros.
       convs: kernels that all read ``rows``.
-      count: int32 ``[]``; outputs are computed for the first ``count`` table rows. Rows after them hold values
-        nobody should read.
-      chunk: table rows a turn (see ``in_chunks``); must divide N.
+      count: int32 ``[]``; outputs are computed for the first ``count`` table rows. Later rows are undefined.
+      chunk: table rows per turn (see ``in_chunks``); must divide N.
 
     Returns:
-      One ``[N, O]`` array a convolution.
+      One ``[N, O]`` array per convolution.
     """
     capacity = table.shape[0]
     if capacity % chunk:
@@ -71,11 +70,11 @@ def conv_rows(
 
 
 def rows_or_zeros(rows: Array, index: Array) -> Array:
-    """``rows [R, C]`` at ``index [...]``, to ``[..., C]``; zeros where it is R.
+    """Gather ``rows [R, C]`` at ``index [...]`` to ``[..., C]``; index R gives zeros.
 
-    On a TPU zeros that a mask fills in cost more than gather and product together: the mask of rows has to be spread
-    over lanes. Absent rows point to a row of zeros there, unless the buffer to which that is added is larger than what
-    is read. On CPU adding it costs more than the mask (``docs/accelerators.md``).
+    On a TPU a mask that fills in zeros costs more than gather and product together, because the mask of rows must be
+    broadcast over lanes. There, absent rows read an appended row of zeros, unless appending would copy more than the
+    gather reads. On CPU the copy costs more than the mask (``docs/accelerators.md``).
     """
     if rows.shape[0] > index.size:
         return filled_with_zeros(rows, index)
@@ -83,23 +82,23 @@ def rows_or_zeros(rows: Array, index: Array) -> Array:
 
 
 def filled_with_zeros(rows: Array, index: Array) -> Array:
-    """``rows_or_zeros`` by a mask."""
+    """Compute ``rows_or_zeros`` with a mask."""
     return rows.at[index].get(mode="fill", fill_value=0)
 
 
 def beside_a_row_of_zeros(rows: Array, index: Array) -> Array:
-    """``rows_or_zeros`` by one row more."""
+    """Compute ``rows_or_zeros`` with an appended row of zeros."""
     return jnp.concatenate([rows, jnp.zeros_like(rows[:1])]).at[index].get(mode="promise_in_bounds")
 
 
 def in_chunks(
     count: Array, chunk: int, outputs: list[Array], compute: Callable[[Array, int], list[Array]]
 ) -> list[Array]:
-    """Fill buffers ``[N, ...]`` from the front, on CPU ``chunk`` rows a turn in as many turns as ``count`` rows need.
+    """Fill buffers ``[N, ...]`` from the front; on CPU ``chunk`` rows per turn, for as many turns as ``count`` needs.
 
-    ``compute(first, number)`` gives ``number`` rows from ``first`` on of every buffer. On CPU sparse computation
-    so costs what is there, not what there is room for. Other devices compute the whole buffer at once: there a turn
-    costs more than the rows that it could save (the host of a GPU waits for the device before every turn).
+    ``compute(first, number)`` returns ``number`` rows, starting at ``first``, of every buffer. On CPU the cost then
+    follows the sites, not the capacity. Other devices compute the whole buffer at once: there a turn costs more than
+    the rows that it could save (a GPU's host waits for the device before every turn).
     """
     capacity = len(outputs[0])
 
@@ -122,20 +121,20 @@ def in_chunks(
 
 
 def run_stacks(rows: Array, table: Array, sites: Sites, stacks: Sequence[Stack], *, chunk: int) -> list[Array]:
-    """Run convolution stacks that share their input on sites; outputs are wanted at the keys only.
+    """Run convolution stacks that share their input on sites; only outputs at the keys are defined.
 
-    Equals submanifold sparse convolution, and the masked dense one of ``masked_dense_stacks``, at
-    the keys. A layer with m layers after it can reach a key only from within distance m, so it is
-    computed for the sites within min(c, m) of a key: a prefix of the buffer. At context 2 and five
-    layers an isolated query's 36 sites cost 3 x 36 + 16 + 4 rows in place of 5 x 36.
+    At the keys the result equals submanifold sparse convolution, and ``masked_dense_stacks``. A layer followed by m
+    layers affects a key only from within distance m, so it is computed for the sites within min(c, m) of a key: a
+    prefix of the buffer. At context 2 with five layers, an isolated query's 36 sites cost 3 x 36 + 16 + 4 rows
+    instead of 5 x 36.
 
     Args:
       rows: ``[N, C]`` features at the sites.
       table: ``neighbour_table(sites)``.
-      stacks: each a row of convolutions; lengths may differ.
+      stacks: their lengths may differ.
 
     Returns:
-      One float32 ``[N, O]`` a stack, meaningful at the keys (the first ``sites.counts[0]`` rows) only.
+      One float32 ``[N, O]`` per stack, defined at the keys (the first ``sites.counts[0]`` rows) only.
     """
     context = len(sites.counts) - 1
 
@@ -154,7 +153,7 @@ def run_stacks(rows: Array, table: Array, sites: Sites, stacks: Sequence[Stack],
     outputs: list[Array] = [rows] * len(stacks)
     for depth in sorted({len(stack) for stack in stacks}):
         members = [i for i, stack in enumerate(stacks) if len(stack) == depth]
-        # The first layers read the same rows: gather once for all of them.
+        # All first layers read the same rows: gather once.
         first = run_layer(rows, [stacks[i][0] for i in members], 0, depth)
         for i, x in zip(members, first, strict=True):
             for layer in range(1, depth):
@@ -166,15 +165,15 @@ def run_stacks(rows: Array, table: Array, sites: Sites, stacks: Sequence[Stack],
 def crop_stacks(features: Array, sites: Sites, stacks: Sequence[Stack], *, chunk: int) -> list[Array]:
     """Run each stack on a crop around every key, without padding, down to one value.
 
-    A stack of d layers sees (2d + 1) x (2d + 1) cells; those outside the image are zeros.
+    A stack of d layers reads (2d + 1) x (2d + 1) cells; cells outside the image are zeros.
 
     Args:
       features: ``[B, h, w, C]``.
       sites: keys, first in the buffer.
-      chunk: crops a turn (see ``in_chunks``); must divide the capacity.
+      chunk: crops per turn (see ``in_chunks``); must divide the capacity.
 
     Returns:
-      One float32 ``[N, O]`` a stack, meaningful at the keys only.
+      One float32 ``[N, O]`` per stack, defined at the keys only.
     """
     _, height, width = sites.shape
     flat = features.reshape(-1, features.shape[-1])
@@ -205,10 +204,10 @@ def crop_stacks(features: Array, sites: Sites, stacks: Sequence[Stack], *, chunk
 def dense_conv(
     x: Array, conv: Conv, *, relu: bool = False, out_dtype: DTypeLike | None = None, padding: int = 1
 ) -> Array:
-    """Dense 3x3 convolution ``[B, h, w, C]`` to ``[B, h, w, O]`` (``padding`` 0: ``[B, h - 2, w - 2, O]``).
+    """Convolve densely, 3x3, ``[B, h, w, C]`` to ``[B, h, w, O]`` (``padding`` 0: ``[B, h - 2, w - 2, O]``).
 
-    Accumulates and adds the bias in float32 like ``conv_rows``, so that in bfloat16, too, both ways to
-    run a level round at the same places.
+    Accumulate and add the bias in float32 like ``conv_rows``, so that bfloat16 rounds at the same places
+    however a level is run.
     """
     y = lax.conv_general_dilated(
         x,
@@ -223,17 +222,17 @@ def dense_conv(
 
 
 def pointwise(x: Array, conv: Conv) -> Array:
-    """1x1 convolution ``[..., C]`` to ``[..., O]``, accumulated and biased in float32, in the type of ``x``.
+    """Convolve 1x1, ``[..., C]`` to ``[..., O]``: accumulate and add the bias in float32, return the type of ``x``.
 
-    A matrix product: the same sum, and XLA's CPU backend computes its weight gradient up to seven
-    times faster than the convolution's.
+    Written as a matrix product, whose weight gradient XLA's CPU backend computes up to seven times faster than
+    the convolution's.
     """
     y = jnp.dot(x, conv.kernel[0, 0].astype(x.dtype), preferred_element_type=jnp.float32)
     return (y + conv.bias.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
 
 
 def masked_dense_stacks(features: Array, mask: Array, stacks: Sequence[Stack]) -> list[Array]:
-    """The same function on a dense map: every layer's output is zeroed outside ``mask``.
+    """Compute the function of ``run_stacks`` on a dense map: every layer's output is zeroed outside ``mask``.
 
     h_0 = f M; h_{k+1} = relu(conv(h_k) + b) M, no ReLU after the last layer.
 
@@ -241,7 +240,7 @@ def masked_dense_stacks(features: Array, mask: Array, stacks: Sequence[Stack]) -
       features: ``[B, h, w, C]``; mask: bool ``[B, h, w]``.
 
     Returns:
-      One float32 ``[B, h, w, O]`` a stack.
+      One float32 ``[B, h, w, O]`` per stack.
     """
     inside = mask[..., None]
     start = jnp.where(inside, features, 0)

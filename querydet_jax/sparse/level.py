@@ -1,8 +1,8 @@
-"""What the heads of a sparse level read: the pyramid's output, made only where it is read.
+"""The input of a sparse level's heads: the pyramid's output, computed only where it is read.
 
-P_l = output(lateral(C_l) + upsample(merged_{l+1})) of the feature pyramid (Lin et al. 2017). Only the
-active cells of a sparse level are read, so its output convolution, and on the finest level the
-lateral one too, run there alone: exact, and no map of the fine level's size is made.
+P_l = output(lateral(C_l) + upsample(merged_{l+1})) of the feature pyramid (Lin et al. 2017). The heads read only
+the active cells of a sparse level. Its output convolution, and on the finest level the lateral one too,
+therefore run at those cells alone. This is exact, and no map of the fine level's size is made.
 Shape letters: B batch, h w map, N capacity, C channels, T tiles, s tile side.
 """
 
@@ -13,12 +13,13 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array, lax
 
+from querydet_jax.sparse.cells import parent_cells
 from querydet_jax.sparse.conv import Conv, conv_rows, dense_conv, in_chunks, pointwise
-from querydet_jax.sparse.sites import Sites, cell_table, neighbour_table, parent_cells, within
+from querydet_jax.sparse.sites import Sites, cell_table, neighbour_table, within
 
 
 class CascadeLevel(NamedTuple):
-    """A level that is computed only around keys, and what its heads' input is made from.
+    """A level computed only around keys, and what its heads' input is computed from.
 
     ====================================  =====================================================
     ``features``                          the input itself, ``[B, h, w, C]``
@@ -36,15 +37,15 @@ class CascadeLevel(NamedTuple):
 
     @property
     def margin(self) -> int:
-        """Rings of cells beyond the active ones for which a site buffer must have room.
+        """Rings of cells around the active ones that a site buffer must also hold.
 
-        The output convolution reads the merged map one cell further than the heads read its result.
+        The output convolution reads the merged map one cell beyond its own result.
         """
         return 0 if self.lateral is None else 1
 
 
 def dense_input(level: CascadeLevel) -> Array:
-    """The heads' input everywhere, ``[B, h, w, C]``."""
+    """Compute the heads' input everywhere, ``[B, h, w, C]``."""
     x = level.features
     if level.lateral is not None and level.above is not None:
         height, width = x.shape[1:3]
@@ -54,7 +55,7 @@ def dense_input(level: CascadeLevel) -> Array:
 
 
 def input_at_sites(level: CascadeLevel, sites: Sites, context: int, chunk: int) -> tuple[Array, Sites, Array]:
-    """The heads' input at the sites.
+    """Compute the heads' input at the sites.
 
     Args:
       sites: up to ``context + level.margin`` cells from a key.
@@ -75,7 +76,7 @@ def input_at_sites(level: CascadeLevel, sites: Sites, context: int, chunk: int) 
 
 
 def merged_at(level: CascadeLevel, cells: Array) -> Array:
-    """The output convolution's input ``[..., C]`` at flat ``cells [...]``; zeros where there is no cell."""
+    """Compute the output convolution's input ``[..., C]`` at flat ``cells [...]``; zeros where there is no cell."""
     batch, height, width, _ = level.features.shape
     x = _flat(level.features).at[cells].get(mode="fill", fill_value=0)
     if level.lateral is None or level.above is None:

@@ -1,6 +1,6 @@
-"""Ways to compute a level's heads at the keys: CSQ, and the paper's CQ and CCQ (Table 5).
+"""Three ways to compute a level's heads at the keys: CSQ, and the paper's CQ and CCQ (Table 5).
 
-All have one signature. Shape letters: B batch, h w map, N capacity, C channels, c context radius.
+All have one signature. Shape letters: B batch, h w map, N rows, C channels, O output channels, c context radius.
 """
 
 from __future__ import annotations
@@ -11,120 +11,121 @@ from typing import Any, Literal, NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
+from querydet_jax.sparse.cells import Cells, whole_map
 from querydet_jax.sparse.conv import Stack, crop_stacks, masked_dense_stacks, run_stacks
 from querydet_jax.sparse.ladder import ladder_capacities, run_ladder
 from querydet_jax.sparse.level import CascadeLevel, dense_input, input_at_sites
-from querydet_jax.sparse.sites import Sites, grow, select_sites, whole_map
-from querydet_jax.sparse.tiles import grid_shape, run_stacks_on_tiles, select_tiles, tile_count, tile_sites
+from querydet_jax.sparse.sites import grow, select_sites
+from querydet_jax.sparse.tiles import cells_of_tiles, grid_shape, run_stacks_on_tiles, select_tiles, tile_count
 
 
 class SparseOptions(NamedTuple):
+    """The cascade's options; ``InferenceConfig`` explains each."""
+
     threshold: float | Array  # sigma: a query probability strictly above it fires
     context: int  # c
     capacities: tuple[float, ...]  # fractions of a level's cells
     chunk: int
     method: Literal["csq", "cq", "ccq"] = "csq"
     overflow: Literal["dense", "cap"] = "dense"
-    kernel: Literal["gather", "tiles"] = "gather"  # of CSQ
+    kernel: Literal["gather", "tiles"] = "gather"  # CSQ only
     tile: int = 8  # side of a tile in cells
 
 
-class Computed(NamedTuple):
-    """What a method returns: the result of ``finish``, the cells that were computed (bool
-    ``[B, h, w]``), their number, the buffer that ran (0: dense) and whether the ladder overflowed."""
+Select = Callable[[list[Array], Cells], Any]
+"""``select(outputs, cells)`` reduces head outputs, one float32 ``[N, O]`` per stack, to what leaves the level.
 
-    result: Any
+It runs inside each rung, since no dense map of outputs is ever made. It reads the outputs at keys only and
+must return the same shapes for any N.
+"""
+
+
+class Computed(NamedTuple):
+    """What a method returns.
+
+    selected: what ``select`` returned. active: bool ``[B, h, w]``, the computed cells, and count their number.
+    capacity: the buffer that ran (0: dense). overflowed: whether the ladder overflowed.
+    """
+
+    selected: Any
     active: Array
     count: Array
     capacity: Array
     overflowed: Array
 
 
-Finish = Callable[[list[Array], Sites], Any]
-"""``finish(outputs, sites)``: one float32 ``[N, O]`` a stack, meaningful at the keys of ``sites``."""
-
-
 def cascade_sparse_query(
-    level: CascadeLevel, keys: Array, stacks: Sequence[Stack], finish: Finish, options: SparseOptions
+    level: CascadeLevel, keys: Array, stacks: Sequence[Stack], select: Select, options: SparseOptions
 ) -> Computed:
-    """CSQ: heads on the keys and their context, inactive cells zero at every layer (section 3.3).
+    """CSQ: heads on the keys and their context, inactive cells zero at every layer (paper section 3.3).
 
-    Where more room is needed than the largest buffer has, the dense rung computes the same function,
-    the masked dense convolution. With ``overflow="cap"`` there is no such rung: the caller has seen
-    to it that the keys fit.
+    Where the cells do not fit the largest buffer, the dense rung computes the same function, the masked
+    dense convolution. With ``overflow="cap"`` there is no such rung: the caller makes the keys fit.
     """
     rings = grow(keys, options.context + level.margin)
     active = rings[options.context]
     capacities, chunk = buffer_sizes(options, keys.shape)
 
-    def on_sites(capacity: int) -> Callable[[], Any]:
-        def run() -> Any:
-            rows, sites, table = input_at_sites(level, select_sites(rings, capacity), options.context, chunk)
-            return finish(run_stacks(rows, table, sites, stacks, chunk=chunk), sites)
+    def on_sites(capacity: int) -> Any:
+        rows, sites, table = input_at_sites(level, select_sites(rings, capacity), options.context, chunk)
+        return select(run_stacks(rows, table, sites, stacks, chunk=chunk), sites.cells)
 
-        return run
-
-    def on_tiles(capacity: int) -> Callable[[], Any]:
-        def run() -> Any:
-            tiles = select_tiles(active, capacity // options.tile**2, options.tile)
-            outputs = run_stacks_on_tiles(level, active, tiles, stacks, chunk=chunk)
-            return finish(outputs, tile_sites(tiles, keys))
-
-        return run
+    def on_tiles(capacity: int) -> Any:
+        tiles = select_tiles(active, capacity // options.tile**2, options.tile)
+        outputs = run_stacks_on_tiles(level, active, tiles, stacks, chunk=chunk)
+        return select(outputs, cells_of_tiles(tiles, keys))
 
     def densely() -> Any:
-        return finish(_flat(masked_dense_stacks(dense_input(level), active, stacks)), whole_map(keys))
+        return select(_flat(masked_dense_stacks(dense_input(level), active, stacks)), whole_map(keys))
 
-    result, capacity, overflowed = run_ladder(
+    selected, capacity, overflowed = run_ladder(
         room_needed(keys, level.margin, options),
         capacities,
         on_tiles if options.kernel == "tiles" else on_sites,
         densely if options.overflow == "dense" else None,
     )
-    return Computed(result, active, _count(active), capacity, overflowed)
+    return Computed(selected, active, _count(active), capacity, overflowed)
 
 
 def crop_query(
-    level: CascadeLevel, keys: Array, stacks: Sequence[Stack], finish: Finish, options: SparseOptions
+    level: CascadeLevel, keys: Array, stacks: Sequence[Stack], select: Select, options: SparseOptions
 ) -> Computed:
-    """CQ: around each key a crop as large as the heads see (11x11 for five layers), zero outside the
-    image, through unpadded convolutions. The level's features are computed densely first.
+    """CQ: a crop around each key, as large as the heads' receptive field (11x11 for five layers).
 
-    Equals the dense heads but within a crop's radius of the border, where the dense heads see zeros
-    at every layer and a crop only at the first. The ladder counts keys; its last rung has room for all.
+    Crops are zero outside the image and pass through unpadded convolutions. The level's features are
+    computed densely first. Equals the dense heads except within a crop's radius of the border, where the
+    dense heads see zeros at every layer and a crop only at the first. The ladder counts keys; its last rung
+    holds all cells.
     """
     features = dense_input(level)
     capacities, chunk = ladder_capacities((*options.capacities, 1.0), keys.size, max(8, options.chunk // 8))
 
-    def on_crops(capacity: int) -> Callable[[], Any]:
-        def run() -> Any:
-            sites = select_sites([keys], capacity)
-            return finish(crop_stacks(features, sites, stacks, chunk=chunk), sites)
+    def on_crops(capacity: int) -> Any:
+        sites = select_sites([keys], capacity)
+        return select(crop_stacks(features, sites, stacks, chunk=chunk), sites.cells)
 
-        return run
-
-    result, capacity, overflowed = run_ladder(_count(keys), capacities, on_crops, None)
+    selected, capacity, overflowed = run_ladder(_count(keys), capacities, on_crops, None)
     active = grow(keys, max(len(stack) for stack in stacks))[-1]
-    return Computed(result, active, _count(active), capacity, overflowed)
+    return Computed(selected, active, _count(active), capacity, overflowed)
 
 
 def complete_convolution_query(
-    level: CascadeLevel, keys: Array, stacks: Sequence[Stack], finish: Finish, options: SparseOptions
+    level: CascadeLevel, keys: Array, stacks: Sequence[Stack], select: Select, options: SparseOptions
 ) -> Computed:
     """CCQ: heads everywhere, read at the keys."""
     everywhere = jnp.ones(keys.shape, bool)
-    result = finish(_flat(masked_dense_stacks(dense_input(level), everywhere, stacks)), whole_map(keys))
-    return Computed(result, everywhere, jnp.int32(keys.size), jnp.int32(0), jnp.asarray(False))
+    selected = select(_flat(masked_dense_stacks(dense_input(level), everywhere, stacks)), whole_map(keys))
+    return Computed(selected, everywhere, jnp.int32(keys.size), jnp.int32(0), jnp.asarray(False))
 
 
-Method = Callable[[CascadeLevel, Array, Sequence[Stack], Finish, SparseOptions], Computed]
-"""``method(level, keys, stacks, finish, options)``: the heads at the keys, bool ``[B, h, w]``."""
+Method = Callable[[CascadeLevel, Array, Sequence[Stack], Select, SparseOptions], Computed]
+"""``method(level, keys, stacks, select, options)``: the heads at the keys, bool ``[B, h, w]``."""
 
 METHODS: dict[str, Method] = {"csq": cascade_sparse_query, "cq": crop_query, "ccq": complete_convolution_query}
 
 
 def buffer_sizes(options: SparseOptions, shape: tuple[int, ...]) -> tuple[list[int], int]:
-    """CSQ's buffers for a map ``(B, h, w)``, in cells, and the rows (sites, or tiles) a turn."""
+    """Return CSQ's buffer sizes in cells for a map ``(B, h, w)``, and the rows (sites or tiles) per turn."""
     batch, height, width = shape
     if options.kernel == "gather":
         return ladder_capacities(options.capacities, batch * height * width, options.chunk)
@@ -135,7 +136,7 @@ def buffer_sizes(options: SparseOptions, shape: tuple[int, ...]) -> tuple[list[i
 
 
 def room_needed(keys: Array, margin: int, options: SparseOptions) -> Array:
-    """Cells that CSQ's buffer must hold for ``keys`` bool ``[B, h, w]``, int32 ``[]``."""
+    """Return how many cells CSQ's buffer must hold for ``keys`` bool ``[B, h, w]``, int32 ``[]``."""
     if options.kernel == "gather":
         return _count(grow(keys, options.context + margin)[-1])
     return options.tile**2 * tile_count(grow(keys, options.context)[-1], options.tile)

@@ -13,22 +13,22 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from querydet_jax.sparse.cells import Cells
 
-@partial(jax.tree_util.register_dataclass, data_fields=["index", "is_key", "counts"], meta_fields=["shape"])
+
+@partial(jax.tree_util.register_dataclass, data_fields=["index", "counts"], meta_fields=["shape"])
 @dataclasses.dataclass(frozen=True)
 class Sites:
     """Active cells, the keys first, then the cells at distance 1 from a key, at distance 2, ...
 
     Attributes:
       index: int32 ``[N]``, flat cell number ``(b * h + y) * w + x``; unused slots hold ``B * h * w``.
-      is_key: bool ``[N]``.
       counts: int32 ``[c + 1]``; ``counts[r]`` sites lie within (Chebyshev) distance r of a key, and
         they are the first ``counts[r]`` slots. ``counts[0]`` is the number of keys.
       shape: ``(B, h, w)``.
     """
 
     index: Array
-    is_key: Array
     counts: Array
     shape: tuple[int, int, int]
 
@@ -42,22 +42,14 @@ class Sites:
         return batch * height * width
 
     @property
-    def batch(self) -> Array:
-        """Image number ``[N]``; B for unused slots."""
-        return self.index // (self.shape[1] * self.shape[2])
+    def is_key(self) -> Array:
+        """Bool ``[N]``."""
+        return jnp.arange(self.capacity) < self.counts[0]
 
     @property
-    def y(self) -> Array:
-        return self.index // self.shape[2] % self.shape[1]
-
-    @property
-    def x(self) -> Array:
-        return self.index % self.shape[2]
-
-    def to_mask(self, flags: Array) -> Array:
-        """Bool map ``[B, h, w]``, true at the sites whose ``flags [N]`` entry is true."""
-        target = jnp.where(flags, self.index, self.num_cells)
-        return jnp.zeros((self.num_cells,), bool).at[target].set(True, mode="drop").reshape(self.shape)
+    def cells(self) -> Cells:
+        """Where the rows lie, for selection from head outputs."""
+        return Cells(self.index, self.is_key, self.shape)
 
 
 def children(parents: Array, shape: tuple[int, int]) -> Array:
@@ -79,7 +71,7 @@ def children(parents: Array, shape: tuple[int, int]) -> Array:
 
 
 def dilate(mask: Array) -> Array:
-    """``mask [B, h, w]`` grown by one cell in all eight directions, clipped to the map."""
+    """Grow ``mask [B, h, w]`` by one cell in all eight directions, clipped to the map."""
     rows = jnp.pad(mask, ((0, 0), (1, 1), (0, 0)))
     mask = rows[:, :-2] | rows[:, 1:-1] | rows[:, 2:]
     columns = jnp.pad(mask, ((0, 0), (0, 0), (1, 1)))
@@ -87,9 +79,9 @@ def dilate(mask: Array) -> Array:
 
 
 def grow(keys: Array, context: int) -> list[Array]:
-    """Masks ``[B, h, w]`` of the cells within 0, 1, .. ``context`` cells of a key.
+    """Return masks ``[B, h, w]`` of the cells within 0, 1, .. ``context`` cells of a key.
 
-    The last one is the active set: the union of the (2c+1) x (2c+1) squares around each key.
+    The last one is the active set: the union of the (2c+1) x (2c+1) squares around all keys (paper section 3.3).
     """
     within = [keys]
     for _ in range(context):
@@ -98,10 +90,10 @@ def grow(keys: Array, context: int) -> list[Array]:
 
 
 def select_sites(within: list[Array], capacity: int) -> Sites:
-    """Compact nested masks (as ``grow`` makes them) into a buffer.
+    """Compact nested masks, as ``grow`` returns them, into a buffer.
 
-    Every active cell gets exactly one slot. If more than ``capacity`` cells are active the buffer
-    lacks some, while ``counts`` still tells the truth: the caller chooses a larger one.
+    Every active cell gets exactly one slot. If more than ``capacity`` cells are active, the buffer drops the
+    last ones, and ``counts`` still counts them all: the caller chooses a larger buffer.
     """
     batch, height, width = within[-1].shape
     num_cells = within[-1].size
@@ -112,25 +104,14 @@ def select_sites(within: list[Array], capacity: int) -> Sites:
     cell = jnp.tile(jnp.arange(num_cells, dtype=jnp.int32), len(rings))
     index = jnp.full((capacity,), num_cells, jnp.int32).at[slot].set(cell, mode="drop")
     counts = totals[num_cells - 1 :: num_cells]
-    return Sites(index, jnp.arange(capacity) < counts[0], counts, (batch, height, width))
-
-
-def whole_map(keys: Array) -> Sites:
-    """Every cell of ``keys [B, h, w]`` as a site in map order, for results of a dense computation.
-
-    Here alone the keys are not first.
-    """
-    batch, height, width = keys.shape
-    flat = keys.reshape(-1)
-    index = jnp.arange(flat.size, dtype=jnp.int32)
-    return Sites(index, flat, jnp.full((1,), flat.size, jnp.int32), (batch, height, width))
+    return Sites(index, counts, (batch, height, width))
 
 
 def neighbour_table(sites: Sites) -> Array:
-    """Slots of the 3x3 neighbours of every site, int32 ``[N, 9]``, row-major; N where there is none.
+    """Return the slots of each site's 3x3 neighbours, int32 ``[N, 9]``, row-major; N for an inactive neighbour.
 
-    One table serves every convolution on these sites: a slot N is out of range of ``[N, C]`` rows
-    and reads as zero, as an inactive cell must.
+    One table serves every convolution on these sites: slot N is out of range of ``[N, C]`` rows and
+    reads as zero, as an inactive cell must.
     """
     slot_of_cell = jnp.full((sites.num_cells,), sites.capacity, jnp.int32)
     slot_of_cell = slot_of_cell.at[sites.index].set(jnp.arange(sites.capacity, dtype=jnp.int32), mode="drop")
@@ -138,35 +119,26 @@ def neighbour_table(sites: Sites) -> Array:
 
 
 def within(sites: Sites, table: Array, context: int) -> tuple[Sites, Array]:
-    """The sites up to ``context`` cells from a key, in the same buffer, and their neighbour table.
+    """Narrow sites to those within ``context`` cells of a key; return them and their neighbour table.
 
-    The rings further out keep their slots, but no entry of the table points at them any more.
+    The outer rings keep their slots in the buffer, but the table no longer points at them.
     """
     counts = sites.counts[: context + 1]
-    narrowed = Sites(sites.index, sites.is_key, counts, sites.shape)
+    narrowed = Sites(sites.index, counts, sites.shape)
     return narrowed, jnp.where(table < counts[-1], table, sites.capacity)
 
 
-def parent_cells(cells: Array, shape: tuple[int, int, int], above: tuple[int, int]) -> Array:
-    """Flat numbers of the parents, on a map of (h, w) ``above``, of flat ``cells`` of a map ``(B, h, w)``.
-
-    A cell ``B * h * w`` (none) has a parent beyond the coarser map's cells, which reads as zero.
-    """
-    _, height, width = shape
-    y, x = cells // width % height // 2, cells % width // 2
-    return (cells // (height * width) * above[0] + y) * above[1] + x
-
-
 def cell_table(sites: Sites) -> Array:
-    """Flat cell numbers of the 3x3 neighbours of every site, int32 ``[N, 9]``.
+    """Return the flat cell numbers of each site's 3x3 neighbours, int32 ``[N, 9]``.
 
-    Cells outside the map, and all of an unused slot's, are ``B * h * w``, which reads as zero from
-    the flattened dense map.
+    Cells outside the map, and all neighbours of an unused slot, are ``B * h * w``, which reads as zero
+    from the flattened dense map.
     """
     _, height, width = sites.shape
     step = jnp.arange(-1, 2, dtype=jnp.int32)
-    y = sites.y[:, None, None] + step[None, :, None]
-    x = sites.x[:, None, None] + step[None, None, :]
+    cells = sites.cells
+    y = cells.y[:, None, None] + step[None, :, None]
+    x = cells.x[:, None, None] + step[None, None, :]
     cell = sites.index[:, None, None] + step[None, :, None] * width + step[None, None, :]
     inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)
     inside &= (sites.index < sites.num_cells)[:, None, None]

@@ -1,9 +1,9 @@
-"""Convolution on tiles: the second kernel for a sparse level, for accelerators that like blocks.
+"""Convolution on tiles: the second kernel for a sparse level, for accelerators that favour blocks.
 
-The active cells are covered by aligned s x s tiles. Before every layer a tile takes one ring of cells
-from its neighbours, and after it the cells that are not active are zeroed again; so the result is
-the masked dense convolution itself, as on sites, at the price of the inactive cells in the tiles. A gather
-copies (s + 2)^2 cells a tile, 1.6 a cell at s = 8, where the gather of single sites copies nine.
+Aligned s x s tiles cover the active cells. Before every layer a tile takes one ring of cells from its
+neighbours; after it, inactive cells are zeroed again. The result is the masked dense convolution, as on sites,
+at the price of the inactive cells in the tiles. The gather copies (s + 2)^2 cells per tile, 1.6 per cell at
+s = 8; on single sites it copies nine per cell.
 Shape letters: B batch, h w map, T tiles, s tile side, C channels, O output channels.
 """
 
@@ -15,9 +15,9 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array, lax
 
+from querydet_jax.sparse.cells import Cells
 from querydet_jax.sparse.conv import Stack, dense_conv, in_chunks, rows_or_zeros
 from querydet_jax.sparse.level import CascadeLevel, merged_at
-from querydet_jax.sparse.sites import Sites
 
 
 class Tiles(NamedTuple):
@@ -42,18 +42,18 @@ class Tiles(NamedTuple):
 
 
 def grid_shape(shape: tuple[int, int, int], side: int) -> tuple[int, int, int]:
-    """(B, rows, columns) of the tiles that cover a map ``(B, h, w)``."""
+    """Return (B, rows, columns) of the tiles that cover a map ``(B, h, w)``."""
     batch, height, width = shape
     return batch, -(-height // side), -(-width // side)
 
 
 def tile_count(mask: Array, side: int) -> Array:
-    """How many tiles have a true cell in ``mask [B, h, w]``, int32 ``[]``."""
+    """Count the tiles with a true cell in ``mask [B, h, w]``, int32 ``[]``."""
     return jnp.sum(_occupied(mask, side).astype(jnp.int32))
 
 
 def select_tiles(mask: Array, capacity: int, side: int) -> Tiles:
-    """The tiles that cover ``mask [B, h, w]``; ``count`` tells the truth if there are more than ``capacity``."""
+    """Select the tiles that cover ``mask [B, h, w]``; ``count`` counts all of them, also above ``capacity``."""
     batch, height, width = mask.shape
     occupied = _occupied(mask, side).reshape(-1)
     totals = jnp.cumsum(occupied.astype(jnp.int32))
@@ -64,8 +64,10 @@ def select_tiles(mask: Array, capacity: int, side: int) -> Tiles:
 
 
 def tile_cells(tiles: Tiles, ring: int = 0) -> Array:
-    """Flat cell numbers ``[T, s + 2 ring, s + 2 ring]`` of the tiles and the cells around them; ``B * h * w``
-    for what lies outside the image and for unused slots."""
+    """Return the flat cell numbers ``[T, s + 2 ring, s + 2 ring]`` of the tiles and the cells around them.
+
+    Cells outside the image and unused slots are ``B * h * w``.
+    """
     batch, height, width = tiles.shape
     _, rows, columns = tiles.grid
     step = jnp.arange(-ring, tiles.side + ring, dtype=jnp.int32)
@@ -77,8 +79,12 @@ def tile_cells(tiles: Tiles, ring: int = 0) -> Array:
 
 
 def halo_table(tiles: Tiles) -> Array:
-    """Rows ``[T, s + 2, s + 2]`` of each tile's cells and the ring around them, in a buffer of the tiles'
-    cells ``[T * s * s, C]``; ``T * s * s``, which reads as zero, where no tile in the buffer has the cell."""
+    """Return where each tile's cells and the ring around them lie in a buffer of the tiles' cells.
+
+    Returns:
+      int32 ``[T, s + 2, s + 2]``, rows of ``[T * s * s, C]``; ``T * s * s``, which reads as zero, for a cell of
+      no tile in the buffer.
+    """
     side, capacity = tiles.side, tiles.index.shape[0]
     _, rows, columns = tiles.grid
     number = tiles.grid[0] * rows * columns
@@ -95,27 +101,27 @@ def halo_table(tiles: Tiles) -> Array:
     return jnp.where(slot < capacity, row, capacity * side * side)
 
 
-def tile_sites(tiles: Tiles, keys: Array) -> Sites:
-    """Every cell of the tiles as a site, tile by tile; ``keys`` bool ``[B, h, w]``.
+def cells_of_tiles(tiles: Tiles, keys: Array) -> Cells:
+    """Return every cell of the tiles, tile by tile, for rows that ``run_stacks_on_tiles`` computed.
 
-    Like those of ``whole_map`` these sites do not have the keys first.
+    Args:
+      keys: bool ``[B, h, w]``.
     """
-    cells = tile_cells(tiles).reshape(-1)
-    is_key = keys.reshape(-1).at[cells].get(mode="fill", fill_value=False)
-    return Sites(cells, is_key, jnp.full((1,), cells.shape[0], jnp.int32), tiles.shape)
+    index = tile_cells(tiles).reshape(-1)
+    return Cells(index, keys.reshape(-1).at[index].get(mode="fill", fill_value=False), tiles.shape)
 
 
 def run_stacks_on_tiles(
     level: CascadeLevel, active: Array, tiles: Tiles, stacks: Sequence[Stack], *, chunk: int
 ) -> list[Array]:
-    """The masked dense stacks on tiles.
+    """Run ``masked_dense_stacks`` on tiles.
 
     Args:
-      active: bool ``[B, h, w]``; what lies outside is zero at every layer.
-      chunk: tiles a turn (see ``in_chunks``); must divide T.
+      active: bool ``[B, h, w]``; inactive cells are zero at every layer.
+      chunk: tiles per turn (see ``in_chunks``); must divide T.
 
     Returns:
-      One float32 ``[T * s * s, O]`` a stack, rows as in ``tile_sites``; meaningful at active cells.
+      One float32 ``[T * s * s, O]`` per stack, rows as in ``cells_of_tiles``; defined at active cells.
     """
     side, capacity = tiles.side, tiles.index.shape[0]
     cells = tile_cells(tiles)

@@ -3,7 +3,7 @@
 The state is one pytree; the network's structure (``graph``) is static. Shape letters: B images of
 one device's batch, H W image, G padded boxes.
 
-A step's update is that of its whole batch, however the batch is spread over devices and over time.
+A step's update is that of its global batch, however the batch is split over devices and over time.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from flax import nnx
 from jax import Array, lax
 
 from querydet_jax.models.base import DenseDetector
-from querydet_jax.models.loss_terms import Whole
+from querydet_jax.models.loss_terms import GlobalBatch
 
 PyTree = Any
 Batch = Mapping[str, Array | np.ndarray]
@@ -35,9 +35,11 @@ Metrics = dict[str, Array]
 )
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """What a step changes. ``params`` are trained; ``rest`` is everything else in the network:
-    frozen parameters, frozen norms, pixel statistics, running statistics of live batch norm.
-    ``ema``: moving average of ``params``, or None."""
+    """What a step changes.
+
+    ``params`` are trained; ``rest`` is everything else in the network: frozen parameters, frozen norms, pixel
+    statistics, running statistics of live batch norm. ``ema``: moving average of ``params``, or None.
+    """
 
     params: PyTree
     rest: PyTree
@@ -48,7 +50,7 @@ class TrainState:
 
 
 def split_model(model: DenseDetector, axis_name: str | None) -> tuple[nnx.GraphDef, PyTree, PyTree]:
-    """The model in training mode as (graph, params, rest).
+    """Split the model, in training mode, into (graph, params, rest).
 
     With ``axis_name``, live batch norm averages its statistics over that axis.
     """
@@ -63,6 +65,7 @@ def split_model(model: DenseDetector, axis_name: str | None) -> tuple[nnx.GraphD
 
 
 def init_state(model: DenseDetector, optimizer: optax.GradientTransformation, *, ema: bool = False) -> TrainState:
+    """Return the state before the first step."""
     _, params, rest = split_model(model, None)
     # Copies: the step donates its state, and the model must stay usable.
     params, rest = jax.tree.map(jnp.copy, (params, rest))
@@ -72,23 +75,22 @@ def init_state(model: DenseDetector, optimizer: optax.GradientTransformation, *,
 
 
 def merge_into(model: DenseDetector, state: TrainState) -> None:
-    """Write a state's values into the model: what is evaluated and exported, so the moving average where there is
-    one."""
+    """Write a state's values into the model for evaluation and export: the moving average, if there is one."""
     params = state.params if state.ema is None else state.ema
     nnx.update(model, jax.tree.map(jnp.copy, params), jax.tree.map(jnp.copy, state.rest))
 
 
-Loss = Callable[[PyTree, PyTree, Array, Batch, Whole | None], tuple[Array, tuple[PyTree, Array, Metrics]]]
-"""(params, rest, normalizer, batch, whole) to the loss, and (rest, normalizer, metrics) after it."""
+Loss = Callable[[PyTree, PyTree, Array, Batch, GlobalBatch | None], tuple[Array, tuple[PyTree, Array, Metrics]]]
+"""``loss(params, rest, normalizer, batch, global_batch)`` returns the loss and (rest, normalizer, metrics) after it."""
 
 
 def make_loss(model: DenseDetector, axis_name: str | None, *, remat: bool = False) -> Loss:
-    """The loss of ``model`` as a function of its arrays; ``batch`` as for ``make_step``, with ``keys`` ``[B]``."""
+    """Return the loss of ``model`` as a function of its arrays; ``batch`` as for ``make_step``, plus ``keys [B]``."""
     graph, _, _ = split_model(model, axis_name)
     trainable = model.trainable()
 
     def loss_of(
-        params: PyTree, rest: PyTree, normalizer: Array, batch: Batch, whole: Whole | None
+        params: PyTree, rest: PyTree, normalizer: Array, batch: Batch, global_batch: GlobalBatch | None
     ) -> tuple[Array, tuple[PyTree, Array, Metrics]]:
         # copy: running statistics are written inside this trace, so their variables must belong to it.
         net = nnx.merge(graph, params, rest, copy=True)
@@ -100,7 +102,7 @@ def make_loss(model: DenseDetector, axis_name: str | None, *, remat: bool = Fals
             batch["sizes"],
             axis_name,
             keys=batch["keys"],
-            whole=whole,
+            global_batch=global_batch,
             remat=remat,
         )
         metrics = {"loss": losses.total, **losses.terms(), "foreground": losses.num_foreground}
@@ -119,34 +121,35 @@ def make_step(
     remat: bool = False,
     ema_decay: float = 0.0,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """One optimisation step, to be run under a mapped axis ``axis_name`` (None: a single device).
+    """Return one optimisation step, to be run under a mapped axis ``axis_name`` (None: a single device).
 
-    ``batch`` holds images uint8 ``[B, H, W, 3]``, sizes int32 ``[B, 2]``, boxes ``[B, G, 4]`` and
-    classes int32 ``[B, G]``. Gradients and metrics are those of the images of all replicas as one
-    batch; every replica makes the same update.
+    ``batch`` holds images uint8 ``[B, H, W, 3]``, sizes int32 ``[B, 2]``, boxes ``[B, G, 4]`` and classes int32
+    ``[B, G]``. Gradients and metrics are those of all replicas' images as one batch; every replica makes the same
+    update.
 
     Args:
-      seed: with the step's number and an image's place in the batch it decides what detectors sample that learn
-        from a sample.
-      accumulate: parts of the batch that are computed one after another, in which case memory is needed for
-        one. Live batch norm takes its statistics from a part; everything else is as with 1.
+      seed: seeds random samples of anchors and proposals, with the step's number and the image's place in the batch.
+      accumulate: number of equal shards of the batch, computed one after another in the memory of one. Live batch norm
+        takes its statistics per shard; everything else equals one shard.
       remat: see ``DenseDetector.losses``.
-      ema_decay: of the moving average of the parameters, if the state has one.
+      ema_decay: decay of the parameters' moving average, if the state has one.
     """
     value_and_grad = jax.value_and_grad(make_loss(model, axis_name, remat=remat), has_aux=True)
 
-    def in_parts(state: TrainState, batch: Batch) -> tuple[PyTree, PyTree, Array, Metrics]:
-        """Means over the parts of gradients and metrics; every part divides by the foreground of them all."""
+    def accumulated(state: TrainState, batch: Batch) -> tuple[PyTree, PyTree, Array, Metrics]:
+        """Average gradients and metrics over the shards; each divides by the global batch's foreground."""
         _, height, width, _ = batch["images"].shape
         boxes, classes = jnp.asarray(batch["boxes"]), jnp.asarray(batch["classes"])
         foreground = model.count_foreground((height, width), boxes, classes)
-        whole = Whole(foreground, accumulate)
+        global_batch = GlobalBatch(foreground, accumulate)
         if axis_name is not None:
-            whole = Whole(lax.psum(foreground, axis_name), accumulate * lax.axis_size(axis_name))
+            global_batch = GlobalBatch(lax.psum(foreground, axis_name), accumulate * lax.axis_size(axis_name))
 
         def add(carry: tuple[PyTree, PyTree], part: Batch) -> tuple[tuple[PyTree, PyTree], tuple[Array, Metrics]]:
             rest, total = carry
-            (_, (rest, normalizer, metrics)), grads = value_and_grad(state.params, rest, state.normalizer, part, whole)
+            (_, (rest, normalizer, metrics)), grads = value_and_grad(
+                state.params, rest, state.normalizer, part, global_batch
+            )
             return (rest, jax.tree.map(jnp.add, total, grads)), (normalizer, metrics)
 
         parts = {name: x.reshape(accumulate, -1, *x.shape[1:]) for name, x in batch.items()}
@@ -163,7 +166,7 @@ def make_step(
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         batch = {**batch, "keys": image_keys(state.step, len(batch["images"]))}
         if accumulate > 1:
-            grads, rest, normalizer, metrics = in_parts(state, batch)
+            grads, rest, normalizer, metrics = accumulated(state, batch)
         else:
             (_, (rest, normalizer, metrics)), grads = value_and_grad(
                 state.params, state.rest, state.normalizer, batch, None
@@ -175,7 +178,7 @@ def make_step(
         params = optax.apply_updates(state.params, updates)
         ema = state.ema
         if ema is not None:
-            # The average of a short run would else be of its first, random parameters.
+            # Otherwise the average of a short run would be mostly its random initial parameters.
             decay = jnp.minimum(ema_decay, (1.0 + state.step) / (10.0 + state.step))
             ema = jax.tree.map(lambda average, x: average + (1.0 - decay) * (x - average), ema, params)
         return TrainState(params, rest, opt_state, normalizer, state.step + 1, ema), metrics

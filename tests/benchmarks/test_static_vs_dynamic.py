@@ -82,7 +82,7 @@ def test_a_way_that_is_wrong_is_not_timed():
     calls[GATHER] = lambda: ([outputs[0].at[3, 1].add(0.01), outputs[1]], sites)
     with pytest.raises(QueryDetError, match="gather: differs by 0.01"):
         module._check(arguments, calls, stacks, features, masks)
-    fewer = dataclasses.replace(sites, is_key=sites.is_key & (jnp.arange(sites.capacity) < 5))
+    fewer = dataclasses.replace(sites, is_key=sites.is_key & (jnp.arange(len(sites.index)) < 5))
     calls[GATHER] = lambda: (outputs, fewer)
     with pytest.raises(QueryDetError, match=f"gather: computed other cells than the {masks.active.sum()} asked for"):
         module._check(arguments, calls, stacks, features, masks)

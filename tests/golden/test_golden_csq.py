@@ -19,12 +19,8 @@ OPTIONS = SparseOptions(threshold=0.12, context=2, capacities=(0.1, 0.3, 1.0), c
 def levels(model, image_a):
     """The cascade with head outputs put back on maps, to read at the recorded children."""
 
-    def to_maps(level, outputs, sites):
-        index = jnp.where(sites.is_key, sites.index, sites.num_cells)
-        return [
-            jnp.full((sites.num_cells, x.shape[1]), jnp.nan).at[index].set(x, mode="drop").reshape(*sites.shape, -1)
-            for x in outputs
-        ]
+    def to_maps(level, outputs, cells):
+        return [cells.key_map(x, jnp.nan) for x in outputs]
 
     @jax.jit
     def run(image):
@@ -55,7 +51,7 @@ def test_children_and_active_sites(levels, recorded, position):
 def test_head_outputs_at_the_children(levels, recorded, position):
     z, result = recorded("csq"), levels[1][position]
     y, x = z[f"lv{position}_ys"], z[f"lv{position}_xs"]
-    for ours, name in zip(result.reduced, ("cls", "box"), strict=True):
+    for ours, name in zip(result.selected, ("cls", "box"), strict=True):
         np.testing.assert_allclose(ours[0, y, x], z[f"lv{position}_{name}"], atol=1e-4, rtol=0)
     if position == 0:
         np.testing.assert_allclose(result.query_logits[0, y, x], z["lv0_query"], atol=1e-4, rtol=0)

@@ -76,7 +76,7 @@ def test_proposals(case, recorded, image_a):
         for level, x in model.features(images).items():
             everywhere = whole_map(jnp.ones(x.shape[:3], bool))
             rows = [y.reshape(-1, y.shape[-1]) for y in model.dense_heads(x)]
-            found.append(model.candidates(level, rows, everywhere, topk=config.inference.topk))
+            found.append(model.select(level, rows, everywhere, topk=config.inference.topk))
         return model.proposals(join_candidates(found), jnp.asarray([[120, 180]]))
 
     found = jax.device_get(propose(image_a[None]))

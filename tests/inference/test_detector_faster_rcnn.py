@@ -125,11 +125,9 @@ def test_with_all_the_context_that_the_trunk_sees_csq_equals_the_dense_rpn_at_th
     made = model()
     pyramid = jax.jit(lambda images: made.features(images))(images)
 
-    def to_maps(level, outputs, sites):
+    def to_maps(level, outputs, cells):
         objectness, deltas = made.head.branches(jax.nn.relu(outputs[0]))
-        index = jnp.where(sites.is_key, sites.index, sites.num_cells)
-        rows = jnp.concatenate([objectness, deltas], axis=1)
-        return jnp.zeros((sites.num_cells, rows.shape[1])).at[index].set(rows, mode="drop")
+        return cells.key_map(jnp.concatenate([objectness, deltas], axis=1), 0.0)
 
     stages = made.backbone(made.normalize(jnp.asarray(images)))
     merged = made.fpn.merge(stages, 3)
@@ -142,7 +140,7 @@ def test_with_all_the_context_that_the_trunk_sees_csq_equals_the_dense_rpn_at_th
         keys = np.asarray(result.keys)
         assert 0 < keys.sum() < keys.size
         wanted = np.concatenate([dense.cls[level][..., 0], dense.box[level].reshape(*keys.shape, -1)], axis=-1)
-        found = np.asarray(result.reduced).reshape(wanted.shape)
+        found = np.asarray(result.selected).reshape(wanted.shape)
         np.testing.assert_allclose(found[keys], wanted[keys], rtol=0, atol=2e-5)
         if result.query_logits is not None:
             logits = np.asarray(result.query_logits)

@@ -76,9 +76,8 @@ def test_with_all_the_context_that_heads_see_csq_equals_the_dense_heads_at_the_k
     model = fcos()
     pyramid = jax.jit(lambda images: model.features(images))(images)
 
-    def to_maps(level, outputs, sites):
-        index = jnp.where(sites.is_key, sites.index, sites.num_cells)
-        return [jnp.zeros((sites.num_cells, x.shape[1])).at[index].set(x, mode="drop") for x in outputs]
+    def to_maps(level, outputs, cells):
+        return [cells.key_map(x, 0.0) for x in outputs]
 
     stages = model.backbone(model.normalize(jnp.asarray(images)))
     merged = model.fpn.merge(stages, 3)
@@ -89,7 +88,7 @@ def test_with_all_the_context_that_heads_see_csq_equals_the_dense_heads_at_the_k
     for level, result in zip((3, 2), results, strict=True):
         keys = np.asarray(result.keys)
         assert 0 < keys.sum() < keys.size
-        for sparse, dense in zip(result.reduced, model.dense_heads(pyramid[level]), strict=True):
+        for sparse, dense in zip(result.selected, model.dense_heads(pyramid[level]), strict=True):
             sparse = np.asarray(sparse).reshape(dense.shape)
             np.testing.assert_allclose(sparse[keys], np.asarray(dense)[keys], rtol=0, atol=2e-5)
 

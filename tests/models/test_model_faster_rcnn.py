@@ -16,6 +16,7 @@ from truths import IMAGES, LEARNT, TRUTHS, assert_finite, losses_and_gradients
 from querydet_jax.models import Candidates, FasterRCNN
 from querydet_jax.models.anchored import pyramid_anchors
 from querydet_jax.models.faster_rcnn import FasterRCNNLosses
+from querydet_jax.models.loss_terms import query_scale_range
 from querydet_jax.models.second_stage import sample_proposals
 from querydet_jax.weights import state_dict
 
@@ -199,7 +200,7 @@ def test_outputs_query_scales_and_names(small_faster_rcnn: FasterRCNN) -> None:
     assert {level: x.shape for level, x in out.query.items()} == {3: (2, 8, 12), 4: (2, 4, 6)}
     np.testing.assert_array_equal(out.features[6], out.features[5][:, ::2, ::2])
     # s_l: the anchor's size, here of 2 strides.
-    assert [small_faster_rcnn.query_scale_range(level) for level in (3, 4)] == [(0.0, 16.0), (0.0, 32.0)]
+    assert [query_scale_range(small_faster_rcnn.config, level) for level in (3, 4)] == [(0.0, 16.0), (0.0, 32.0)]
     np.testing.assert_allclose(
         out.query[3], jax.jit(lambda x: small_faster_rcnn.query_head(x))(out.features[3]), atol=1e-5
     )

@@ -12,6 +12,7 @@ from flax import nnx
 from truths import IMAGES, TRUTHS, assert_finite, losses_and_gradients
 
 from querydet_jax.models import FCOS
+from querydet_jax.models.loss_terms import query_scale_range
 
 
 @pytest.fixture(scope="module")
@@ -87,4 +88,4 @@ def test_outputs_and_query_scales(small_fcos: FCOS) -> None:
     for level, (height, width) in {3: (8, 12), 4: (4, 6), 5: (2, 3), 6: (1, 2)}.items():
         assert out.cls[level].shape == (2, height, width, 1, 3) and out.box[level].shape == (2, height, width, 1, 4)
         assert out.centerness[level].shape == (2, height, width)
-    assert [small_fcos.query_scale_range(level) for level in (3, 4)] == [(0.0, 32.0), (0.0, 64.0)]
+    assert [query_scale_range(small_fcos.config, level) for level in (3, 4)] == [(0.0, 32.0), (0.0, 64.0)]

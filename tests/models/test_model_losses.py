@@ -14,7 +14,7 @@ from truths import TRUTHS, assert_finite, losses_and_gradients
 
 from querydet_jax.config import LossConfig, ModelConfig
 from querydet_jax.models import DenseDetector, Losses
-from querydet_jax.models.loss_terms import level_weights
+from querydet_jax.models.loss_terms import level_weights, query_scale_range
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (2, 64, 96, 3)).astype(np.uint8)
 BOXES = np.zeros((2, 5, 4), np.float32)
@@ -197,5 +197,5 @@ def test_level_weights() -> None:
 
 
 def test_query_levels_have_their_published_scales(small_model: DenseDetector) -> None:
-    assert small_model.query_scale_range(3) == (0.0, 32.0)
-    assert small_model.query_scale_range(4) == (0.0, 64.0)
+    assert query_scale_range(small_model.config, 3) == (0.0, 32.0)
+    assert query_scale_range(small_model.config, 4) == (0.0, 64.0)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from querydet_jax.sparse import CascadeLevel, Conv, LevelResult, Sites, SparseOptions, cascade, ladder_capacities
+from querydet_jax.sparse import CascadeLevel, Cells, Conv, LevelResult, SparseOptions, cascade, ladder_capacities
 
 CHANNELS = 8
 START = (2, 3, 4)
@@ -59,11 +59,9 @@ def make_network(seed: int = 0) -> Network:
     return Network(features, outputs, heads, query)
 
 
-def on_the_map(level: int, outputs: list[Any], sites: Sites) -> list[Any]:
-    """A ``reduce`` that shows all it was given: outputs at the keys, put back on a map of zeros."""
-    target = jnp.where(sites.is_key, sites.index, sites.num_cells)
-    maps = [jnp.zeros((sites.num_cells, y.shape[1])).at[target].set(y, mode="drop") for y in outputs]
-    return [jnp.full((), level), *(y.reshape(*sites.shape, -1) for y in maps)]
+def on_the_map(level: int, outputs: list[Any], cells: Cells) -> list[Any]:
+    """A ``select`` that shows all it was given: outputs at the keys, put back on a map of zeros."""
+    return [jnp.full((), level), *(cells.key_map(y, 0.0) for y in outputs)]
 
 
 @functools.cache
@@ -117,7 +115,7 @@ def check(network: Network, start: np.ndarray, options: SparseOptions) -> list[L
         assert all(x.shape == () for x in stats) and stats.overflowed.dtype == bool
         assert all(x.dtype == jnp.int32 for x in stats[:4])
 
-        number, *maps = result.reduced
+        number, *maps = result.selected
         assert int(number) == 4 - i
         for y, reference in zip(maps, level.outputs, strict=True):
             shown = np.where(level.keys[..., None], reference, 0.0)
@@ -152,7 +150,7 @@ def test_the_rung_does_not_change_the_result():
     for one, other in zip(ladder, dense, strict=True):
         np.testing.assert_array_equal(one.keys, other.keys)
         np.testing.assert_array_equal(one.active, other.active)
-        jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), one.reduced, other.reduced)
+        jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), one.selected, other.selected)
 
 
 @pytest.mark.parametrize("capacities", [LADDER, ()])
@@ -163,7 +161,7 @@ def test_a_level_without_queries_ends_the_cascade(capacities):
     assert int(first.stats.queries) == 24 and bool(first.keys.all())
     for result in finer:
         assert [int(x) for x in result.stats[:3]] == [0, 0, 0]
-        assert not any(np.asarray(y).any() for y in result.reduced[1:])
+        assert not any(np.asarray(y).any() for y in result.selected[1:])
     # None at all: even though the query head would fire everywhere.
     for result in check(make_network().with_query_bias(50.0), starts()["nothing"], options):
         assert [int(x) for x in result.stats[:3]] == [0, 0, 0]

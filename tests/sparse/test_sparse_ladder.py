@@ -42,11 +42,8 @@ def make_ladder(ran: list[int]):
     @jax.jit
     def ladder(count, x):
         def sparse(capacity: int):
-            def run():
-                jax.debug.callback(lambda: ran.append(capacity))
-                return {"sum": x.sum() + capacity}
-
-            return run
+            jax.debug.callback(lambda: ran.append(capacity))
+            return {"sum": x.sum() + capacity}
 
         def dense():
             jax.debug.callback(lambda: ran.append(0))

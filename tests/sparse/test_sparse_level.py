@@ -9,8 +9,8 @@ import pytest
 from cascade_oracle import conv3x3, squares
 
 from querydet_jax.sparse import CascadeLevel, Conv, grow, select_sites
+from querydet_jax.sparse.cells import parent_cells
 from querydet_jax.sparse.level import dense_input, input_at_sites, merged_at
-from querydet_jax.sparse.sites import parent_cells
 
 BATCH, HEIGHT, WIDTH = 2, 7, 9  # odd: the last row and column have parents that stick out
 FINE, CHANNELS = 5, 4

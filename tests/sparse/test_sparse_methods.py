@@ -26,7 +26,7 @@ def test_ccq_equals_csq_with_all_the_context_a_head_sees(network, name):
     sparse = run(network, starts()[name], SparseOptions(THRESHOLD, DEPTH, LADDER, 8))
     for a, b in zip(complete, sparse, strict=True):
         np.testing.assert_array_equal(a.keys, b.keys)
-        for x, y in zip(a.reduced, b.reduced, strict=True):
+        for x, y in zip(a.selected, b.selected, strict=True):
             np.testing.assert_allclose(x, y, atol=2e-5, rtol=0)
         assert int(a.stats.active) == a.keys.size and np.all(a.active)
 
@@ -55,7 +55,7 @@ def test_cq_is_crops_through_unpadded_convolutions(network, capacities):
     for head, stack in enumerate(network.heads):
         for b, y, x in keys:
             expected = crop_outputs(network.features[0], stack, b, y, x)
-            np.testing.assert_allclose(first.reduced[1 + head][b, y, x], expected, atol=2e-5, rtol=0)
+            np.testing.assert_allclose(first.selected[1 + head][b, y, x], expected, atol=2e-5, rtol=0)
     assert not any(bool(result.stats.overflowed) for result in results)
     np.testing.assert_array_equal(first.active, grow(first.keys, DEPTH)[-1])
 
@@ -69,7 +69,7 @@ def test_cq_equals_ccq_away_from_the_border(network):
     compared = 0
     for a, b in zip(crops[1:], complete[1:], strict=True):  # the first level is too small to have an inside
         both = np.asarray(a.keys & b.keys)[inner]
-        for x, y in zip(a.reduced[1:], b.reduced[1:], strict=True):
+        for x, y in zip(a.selected[1:], b.selected[1:], strict=True):
             np.testing.assert_allclose(np.asarray(x)[inner][both], np.asarray(y)[inner][both], atol=2e-5, rtol=0)
         compared += both.sum()
     assert compared > 50
@@ -80,7 +80,7 @@ def test_cq_equals_ccq_away_from_the_border(network):
 def test_few_or_no_queries(network, method, name):
     results = run(network, starts()[name], SparseOptions(THRESHOLD, 2, LADDER, 64, method=method))
     assert int(results[0].stats.queries) == (0 if name == "nothing" else 1)
-    assert all(np.isfinite(x).all() for result in results for x in result.reduced)
+    assert all(np.isfinite(x).all() for result in results for x in result.selected)
 
 
 def active_count(mask: np.ndarray, shape: tuple[int, int], context: int) -> int:

@@ -141,7 +141,8 @@ def test_no_site_is_lost_and_none_comes_twice(context, capacity):
     assert len(keys) == 10_000
     distance = distance_to_key(keys, context).reshape(len(keys), CELLS)
     sites = compact(context, capacity)(keys)
-    index, is_key, counts = np.asarray(sites.index), np.asarray(sites.is_key), np.asarray(sites.counts)
+    index, counts = np.asarray(sites.index), np.asarray(sites.counts)
+    is_key = np.asarray(jax.vmap(lambda one: one.is_key)(sites))
     assert index.dtype == np.int32 and counts.dtype == np.int32 and is_key.dtype == bool
 
     # Each cell's number of slots: one if active, none if not. The last column counts unused slots.
@@ -167,7 +168,6 @@ def test_overflow_keeps_distinct_sites_and_tells_the_truth():
     assert (np.asarray(sites.counts)[:, -1] > capacity).sum() > 1000  # it does overflow
     np.testing.assert_array_equal(sites.counts, everything.counts)
     np.testing.assert_array_equal(sites.index, np.asarray(everything.index)[:, :capacity])
-    np.testing.assert_array_equal(sites.is_key, np.asarray(everything.is_key)[:, :capacity])
 
 
 def test_sites_know_where_they_are():
@@ -176,20 +176,24 @@ def test_sites_know_where_they_are():
     sites = select_sites(grow(keys, 0), 5)
     assert (sites.capacity, sites.num_cells, sites.shape) == (5, CELLS, SHAPE)
     np.testing.assert_array_equal(sites.index[:3], np.flatnonzero(keys))
-    np.testing.assert_array_equal(np.stack([sites.batch, sites.y, sites.x], 1)[:3], np.argwhere(keys))
-    np.testing.assert_array_equal(sites.batch[3:], [2, 2])  # of no image
-    np.testing.assert_array_equal(sites.to_mask(sites.is_key), keys)
-    flags = np.array([True, False, False, True, True])  # unused slots have no cell to mark
-    np.testing.assert_array_equal(np.argwhere(sites.to_mask(flags)), [[0, 6, 8]])
+    cells = sites.cells
+    assert (cells.num_cells, cells.shape) == (CELLS, SHAPE)
+    np.testing.assert_array_equal(np.stack([cells.batch, cells.y, cells.x], 1)[:3], np.argwhere(keys))
+    np.testing.assert_array_equal(cells.batch[3:], [2, 2])  # of no image
+    np.testing.assert_array_equal(cells.is_key, [True, True, True, False, False])
+    # Unused slots have no cell to write to.
+    values = np.array([[3.0, 1.0], [4.0, 1.0], [5.0, 1.0], [6.0, 1.0], [7.0, 1.0]], np.float32)
+    shown = np.asarray(cells.key_map(values, -1.0))
+    np.testing.assert_array_equal(shown[keys], values[:3])
+    assert shown.shape == (*SHAPE, 2) and (shown[~keys] == -1).all()
 
 
 def test_whole_map_is_every_cell_in_map_order():
     keys = np.random.default_rng(1).random(SHAPE) < 0.3
-    sites = whole_map(keys)
-    np.testing.assert_array_equal(sites.index, np.arange(CELLS))
-    np.testing.assert_array_equal(sites.is_key, keys.reshape(-1))
-    np.testing.assert_array_equal(sites.to_mask(sites.is_key), keys)
-    assert sites.counts.tolist() == [CELLS]
+    cells = whole_map(keys)
+    np.testing.assert_array_equal(cells.index, np.arange(CELLS))
+    np.testing.assert_array_equal(cells.is_key, keys.reshape(-1))
+    np.testing.assert_array_equal(cells.key_map(np.ones(CELLS, bool), False), keys)
 
 
 # Neighbour tables ------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from querydet_jax.sparse import (
     run_stacks_on_tiles,
 )
 from querydet_jax.sparse.level import dense_input
-from querydet_jax.sparse.tiles import grid_shape, halo_table, select_tiles, tile_cells, tile_count, tile_sites
+from querydet_jax.sparse.tiles import cells_of_tiles, grid_shape, halo_table, select_tiles, tile_cells, tile_count
 
 
 def number_of_tiles(shape: tuple[int, int, int], side: int) -> int:
@@ -31,12 +31,12 @@ def number_of_tiles(shape: tuple[int, int, int], side: int) -> int:
 
 @functools.cache
 def cover(side: int, capacity: int):
-    """Compiled over many masks: tiles' index, count, cells, sites' index and key flags."""
+    """Compiled over many masks: tiles' index and count, their cells' index and key flags."""
 
     def one(mask, keys):
         tiles = select_tiles(mask, capacity, side)
-        sites = tile_sites(tiles, keys)
-        return tiles.index, tiles.count, sites.index, sites.is_key, tile_count(mask, side)
+        cells = cells_of_tiles(tiles, keys)
+        return tiles.index, tiles.count, cells.index, cells.is_key, tile_count(mask, side)
 
     return jax.jit(jax.vmap(one))
 
@@ -88,7 +88,7 @@ def on_tiles(side: int, capacity: int, chunk: int, depths: tuple[int, ...], dtyp
         level = CascadeLevel(2, features.astype(dtype))
         tiles = select_tiles(mask, capacity, side)
         outputs = run_stacks_on_tiles(level, mask, tiles, stacks(*depths), chunk=chunk)
-        return outputs, tile_sites(tiles, mask)
+        return outputs, cells_of_tiles(tiles, mask)
 
     return run
 
@@ -146,7 +146,7 @@ def test_head_input_on_tiles(kind):
     mask[1, -1, -1] = True
     tiles = select_tiles(jnp.asarray(mask), 18, 3)
     (y,) = run_stacks_on_tiles(level, jnp.asarray(mask), tiles, [stack], chunk=6)
-    (found,) = put_back([y], tile_sites(tiles, jnp.asarray(mask)), mask.shape)
+    (found,) = put_back([y], cells_of_tiles(tiles, jnp.asarray(mask)), mask.shape)
     np.testing.assert_allclose(found[mask], by_definition(level)[mask], rtol=0, atol=1e-5)
     np.testing.assert_allclose(found[mask], np.asarray(dense_input(level))[mask], rtol=0, atol=1e-5)
 
@@ -163,7 +163,7 @@ def test_cascade_on_tiles_equals_the_cascade_on_sites(capacities):
             np.testing.assert_array_equal(a.keys, b.keys)
             np.testing.assert_array_equal(a.active, b.active)
             assert [int(x) for x in a.stats[:3]] == [int(x) for x in b.stats[:3]]
-            for x, y in zip(a.reduced, b.reduced, strict=True):
+            for x, y in zip(a.selected, b.selected, strict=True):
                 np.testing.assert_allclose(x, y, rtol=0, atol=2e-5)
             sizes, _ = buffer_sizes(options, a.keys.shape)
             needed = 16 * int(tile_count(a.active, 4))
