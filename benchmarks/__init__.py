@@ -1,1 +1,1 @@
-"""What `benchmark.py` runs: one file a table or figure."""
+"""The benchmarks of `benchmark.py`, one file per command; not part of the installed package."""

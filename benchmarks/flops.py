@@ -1,9 +1,9 @@
-"""FLOPs of inference, as XLA counts them, without weights and without running anything.
+"""FLOPs of inference as XLA counts them, without weights and without running anything.
 
-Programs are counted as they are lowered, before a backend optimises them, or hands convolutions to libraries that
-report none. XLA counts a loop's body once and of a conditional the dearest branch, so what CSQ does on a sparse level
-is counted by itself, in a buffer as large as the sites need, in one turn, every layer on all of it: padding included,
-an upper bound of what runs.
+Programs are counted as lowered, before a backend optimises them or calls libraries that report no FLOPs. XLA counts a
+loop's body once, and of a conditional the dearest branch. So each sparse level of CSQ is counted by itself: in one
+buffer as large as its sites need, in one turn, every layer on the whole buffer. Padding is included, so the count is an
+upper bound.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from benchmarks.queries import at_level
-from benchmarks.subject import LAYOUT_LEVEL
+from benchmarks.query_layout import LAYOUT_LEVEL, at_level
 from querydet_jax.config import InferenceConfig, override
 from querydet_jax.inference.detector import Detector, cascade_levels, sparse_options, split_for_inference
 from querydet_jax.models import DenseDetector
@@ -40,42 +39,43 @@ from querydet_jax.sparse.methods import room_needed
 
 
 def gflop(function: Callable[..., Any], *arguments: Any) -> float:
-    """GFLOP of a function of arrays, or of their shapes.
+    """Return the GFLOP of a function of arrays, or of their shapes.
 
-    As it is lowered for a TPU, which this machine need not have: there nothing is written out in loops over blocks, as
-    some gradients and the convolution on sites are for CPU.
+    It is lowered for a TPU, which this machine need not have: only for a CPU are some gradients, and the convolution on
+    sites, written as loops over blocks.
     """
     return counted(jax.jit(function).trace(*arguments).lower(lowering_platforms=("tpu",)))
 
 
 def counted(program: jax.stages.Lowered) -> float:
-    """GFLOP of a lowered program.
+    """Return the GFLOP of a lowered program.
 
     Raises:
-      QueryDetError: this backend does not count.
+      QueryDetError: this backend does not count FLOPs.
     """
     cost = program.cost_analysis()
     if cost is None:
         raise QueryDetError(f"backend {jax.default_backend()} counts no FLOPs: set JAX_PLATFORMS=cpu")
-    return cost.get("flops", 0.0) / 1e9  # left out where there are none
+    return cost.get("flops", 0.0) / 1e9  # absent where there are none
 
 
 def inference_gflop(
     model: DenseDetector, inference: InferenceConfig, shape: tuple[int, int], queries: np.ndarray
 ) -> float:
-    """GFLOP from one image of ``shape`` to detections.
+    """Return the GFLOP from one image to detections.
 
     Args:
       model: may be abstract (``nnx.eval_shape``).
+      shape: height and width of the image.
       queries: bool ``[h, w]`` on P4; every key is a query of the next level.
     """
     if inference.query == "dense":
         return _whole(model, inference, shape)
-    # CCQ runs everything densely that the other methods run on sites, and has no loop for it.
+    # CCQ runs densely, without a loop, what the other methods run on sites.
     total = _whole(model, override(inference, {"query": "ccq"}), shape)
     if inference.query == "ccq":
         return total
-    options = sparse_options(inference)._replace(kernel="gather")  # tiles are not counted
+    options = sparse_options(inference)._replace(kernel="gather")  # no count for tiles
     for level, stacks, keys in sparse_level_shapes(model, inference, shape, queries):
         if inference.query == "cq":
             features = jax.eval_shape(dense_input, level)
@@ -88,7 +88,7 @@ def inference_gflop(
 def sparse_level_gflop(
     level: CascadeLevel, stacks: Sequence[Stack], keys: jax.Array, options: SparseOptions
 ) -> tuple[float, float]:
-    """GFLOP of CSQ on a level, at most: the heads on its active cells, and making their input.
+    """Return upper bounds of the GFLOP of CSQ on a level: of the heads on its active cells, and of their input.
 
     Args:
       level, stacks: arrays or their shapes.
@@ -123,7 +123,7 @@ def _whole(model: DenseDetector, inference: InferenceConfig, shape: tuple[int, i
 def sparse_level_shapes(
     model: DenseDetector, inference: InferenceConfig, shape: tuple[int, int], queries: np.ndarray
 ) -> list[tuple[CascadeLevel, list[Stack], jax.Array]]:
-    """The sparse levels coarse to fine, as shapes: what they are made from, the stacks that run there, their keys."""
+    """Return, coarse to fine, each sparse level as shapes: what it is made from, its stacks, its keys."""
     graph, state = split_for_inference(model)
     image = jax.ShapeDtypeStruct((1, *shape, 3), jnp.uint8)
     size = jax.ShapeDtypeStruct((1, 2), jnp.int32)
@@ -141,7 +141,7 @@ def sparse_level_shapes(
     found = []
     for number, level in sorted(jax.eval_shape(levels, state, image, size).items(), reverse=True):
         keys = children(keys, level.features.shape[1:3])
-        # The finest level's queries would lead nowhere.
+        # No level is below the finest one, so it needs no queries.
         found.append((level._replace(level=number), every[:-1] if number == model.config.min_level else every, keys))
     return found
 
@@ -155,7 +155,7 @@ def _level_everywhere(level: CascadeLevel, stacks: list[Stack]) -> Any:
 
 
 def _crops(features: Any, stacks: list[Stack], keys: jax.Array) -> float:
-    """GFLOP of the heads on a crop around every key."""
+    """Return the GFLOP of the heads on a crop around every key."""
     count = int(jnp.sum(keys.astype(jnp.int32)))
     if not count:
         return 0.0
@@ -167,7 +167,7 @@ def _crops(features: Any, stacks: list[Stack], keys: jax.Array) -> float:
 
 
 def _sites(capacity: int, context: int, shape: tuple[int, ...]) -> Sites:
-    """Sites of a map ``(B, h, w)``, as shapes."""
+    """Return the sites of a map ``(B, h, w)`` as shapes."""
     array: Any = jax.ShapeDtypeStruct
     batch, height, width = shape
     counts = array((context + 1,), jnp.int32)

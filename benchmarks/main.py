@@ -1,4 +1,4 @@
-"""Time QueryDet, part by part or image to detections: one subcommand a table or figure."""
+"""Measure QueryDet: one command per table, figure or question. Each writes json, csv and a plot to --out."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from benchmarks.accelerators.report import Accelerator, accelerator
+from benchmarks.accelerators.command import Accelerator, accelerator
 from benchmarks.paper.ablation import Table1, Table3, table1, table3
 from benchmarks.paper.figure2 import Figure2, figure2
 from benchmarks.paper.figure4 import Figure4, figure4

@@ -1,4 +1,4 @@
-"""A benchmark's result: printed as a table, written as json, csv and a plot."""
+"""A benchmark's result, printed as a table and written as json, csv and a plot."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Column:
-    """A column of the printed table: the row's entry ``key``, written by ``format``; "-" where it is absent."""
+    """A column of the printed table: the row's entry ``key`` through ``format``, "-" where there is none."""
 
     key: str
     header: str
@@ -31,15 +31,15 @@ class Column:
 
 @dataclass
 class Report:
-    """What a benchmark found.
+    """A benchmark's result.
 
     Attributes:
       name: stem of the files.
-      title: one line that says what was measured.
-      columns: of the printed table; the first ``left`` are flush left. Rows may hold more, which the files show.
+      title: one line: what was measured.
+      columns: columns of the printed table, the first ``left`` of them flush left. The files hold all entries of a row.
       rows: numbers, strings, or None for what was not measured.
-      notes: conditions that a reader of the table must know.
-      not_run: what was left out and what it needs, e.g. "AP: needs --run RUN".
+      notes: what a reader of the table must know.
+      not_run: what was left out, and what it needs: "AP: needs --run RUN".
       results: further values for the json file.
       draw: draws the plot.
     """
@@ -59,10 +59,10 @@ class Report:
         return text_table(header, [[column.cell(row) for column in self.columns] for row in self.rows], self.left)
 
     def publish(self, folder: str | Path, arguments: Any) -> None:
-        """Print the table with machine and versions; write ``folder/NAME.json``, ``.csv`` and ``.png``.
+        """Print the table with machine and versions, and write ``folder/NAME.json``, ``.csv`` and ``.png``.
 
         Args:
-          arguments: the benchmark's arguments, a dataclass; they go to the json file.
+          arguments: the command's options, a dataclass, for the json file.
         """
         folder = Path(folder)
         plotted = save_plot(self.draw, folder / f"{self.name}.png") if self.draw is not None else False

@@ -13,10 +13,10 @@ from querydet_jax.runtime.progress import progress
 
 
 def interleaved(functions: dict[str, Callable[[], Any]], rounds: int) -> dict[str, np.ndarray]:
-    """Milliseconds ``[rounds]`` of each function.
+    """Return milliseconds ``[rounds]`` of each function.
 
-    All run once untimed (compilation), then in turn, every round from another one on, so that a
-    drift of the machine's speed falls on all alike.
+    Each runs once untimed, to compile. Then they run in turn, and each round starts with another one, so that a drift
+    of the machine's speed affects all alike.
     """
     for function in functions.values():
         jax.block_until_ready(function())
@@ -32,5 +32,5 @@ def interleaved(functions: dict[str, Callable[[], Any]], rounds: int) -> dict[st
 
 
 def percentiles(ms: np.ndarray) -> dict[str, float]:
-    """``ms_p50``, ``ms_p90`` and ``ms_p99`` of times ``[rounds]``."""
+    """Return ``ms_p50``, ``ms_p90`` and ``ms_p99`` of times ``[rounds]``."""
     return {f"ms_p{p}": float(np.percentile(ms, p)) for p in (50, 90, 99)}

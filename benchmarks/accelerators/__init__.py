@@ -1,1 +1,1 @@
-"""Programs compiled for accelerators that are not at hand."""
+"""Programs compiled for accelerators that are absent."""

@@ -1,4 +1,4 @@
-"""TPUs, without one: libtpu compiles for a chip that it is told of, and its compiler answers what a program takes."""
+"""TPUs that are absent: libtpu compiles for a chip by its name and reports what a program takes."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ ChipName = Literal["v4", "v5e", "v5p", "v6e"]
 
 
 class Chip(NamedTuple):
-    """A chip by its maker's figures (cloud.google.com/tpu/docs); one jax device each."""
+    """A chip by its maker's figures (cloud.google.com/tpu/docs); one jax device per chip."""
 
     peak_tflops: float  # of bfloat16
     hbm_gb_s: float
     hbm_gib: float
-    ghz: float  # of its matrix units: the peak over their multiply-adds a cycle
-    topology: str  # the smallest that libtpu knows: four chips, one host
-    config: str  # megacore: two cores that work as one device
+    ghz: float  # of its matrix units: the peak over their multiply-adds per cycle
+    topology: str  # the smallest that libtpu knows: four chips on one host
+    config: str  # megacore: two cores as one device
 
 
 CHIPS: dict[str, Chip] = {
@@ -41,24 +41,26 @@ CHIPS: dict[str, Chip] = {
 
 
 class Program(NamedTuple):
-    """A function with the shapes of its arguments: ``whole`` the same on each chip, ``rows`` split over chips by their
-    first axis."""
+    """A function with the shapes of its arguments.
+
+    ``whole`` is the same on each chip; ``rows`` are split over chips along their first axis.
+    """
 
     function: Callable[..., Any]
     whole: Any
     rows: tuple[Any, ...]
-    donates: bool = False  # the memory of ``whole`` becomes that of the result
+    donates: bool = False  # the result takes the memory of ``whole``
 
 
 class Figures(NamedTuple):
     """What one chip's program takes.
 
     Attributes:
-      flops: of the optimised program.
-      bytes_accessed: XLA's cost analysis: all that operations read and write after fusion, in any memory.
-      hbm_bytes: to and from the chip's main memory, see ``hlo.traffic``.
-      cycles: the compiler's estimates added up.
-      memory_bytes: arguments, results and temporaries at once, and the program itself.
+      flops: FLOPs of the optimised program.
+      bytes_accessed: bytes that operations read and write after fusion, in any memory (XLA's cost analysis).
+      hbm_bytes: bytes to and from the chip's main memory (``hlo.traffic``).
+      cycles: the sum of the compiler's estimates.
+      memory_bytes: arguments, results, temporaries and the program itself.
     """
 
     flops: float
@@ -69,7 +71,7 @@ class Figures(NamedTuple):
 
 
 class DoesNotFit(NamedTuple):
-    """The compiler's own words where a chip's memory is too small."""
+    """The compiler's message where a chip's memory is too small."""
 
     memory_bytes: float | None
     message: str
@@ -81,26 +83,25 @@ class Bound(NamedTuple):
 
 
 def roofline(chip: Chip, flops: float, hbm_bytes: float) -> Bound:
-    """No run can be faster than its arithmetic at the chip's peak, nor than its memory traffic at full bandwidth
-    (Williams et al. 2009)."""
+    """Return the longer of arithmetic at the chip's peak and traffic at full bandwidth (Williams et al. 2009)."""
     compute, memory = flops / (chip.peak_tflops * 1e9), hbm_bytes / (chip.hbm_gb_s * 1e6)
     return Bound(max(compute, memory), "compute" if compute >= memory else "memory")
 
 
 def require_libtpu() -> str:
-    """libtpu's version; from here on this process computes on the CPU.
+    """Make this process compute on the CPU and return libtpu's version.
 
     Raises:
-      ConfigError: it is not installed.
+      ConfigError: libtpu is not installed.
     """
     if importlib.util.find_spec("libtpu") is None:
-        raise ConfigError("accelerator: needs libtpu; pip install -r requirements-tpu.txt (Linux; no TPU is needed)")
-    # A TPU that is there stays untouched, and none is looked for on the network.
+        raise ConfigError("accelerator: needs libtpu; pip install -r requirements-tpu.txt (Linux; needs no TPU)")
+    # Leave a TPU of this machine alone, and look for none on the network.
     jax.config.update("jax_platforms", "cpu")
     for name, value in {
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # its lock is for the chip; compilers can run side by side
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # its lock protects the chip; compilers can run side by side
         "TPU_SKIP_MDS_QUERY": "1",
-        "TPU_ACCELERATOR_TYPE": "v5litepod-4",  # of the host; which, is of no account
+        "TPU_ACCELERATOR_TYPE": "v5litepod-4",  # a host's; any will do
         "TPU_WORKER_HOSTNAMES": "localhost",
         "TPU_LOG_DIR": "disabled",
         "TPU_STDERR_LOG_LEVEL": "3",
@@ -111,10 +112,10 @@ def require_libtpu() -> str:
 
 
 def devices(name: str) -> Devices:
-    """The four chips of a topology, to compile for.
+    """Return the four chips of a topology, to compile for.
 
     Raises:
-      QueryDetError: libtpu refuses, for instance since another process uses it.
+      QueryDetError: libtpu refuses, for example because another process uses it.
     """
     chip = CHIPS[name]
     try:
@@ -124,7 +125,7 @@ def devices(name: str) -> Devices:
 
 
 def compile_for(program: Program, chips: Devices, axis: str) -> Figures | DoesNotFit:
-    """Compile for ``chips``, a mesh of one axis, and ask the compiler."""
+    """Compile for ``chips``, a mesh with one axis, and return the compiler's figures."""
     mesh = Mesh(chips, (axis,))
 
     def placed(tree: Any, spec: PartitionSpec) -> Any:
@@ -140,7 +141,7 @@ def compile_for(program: Program, chips: Devices, axis: str) -> Figures | DoesNo
             raise
         return out_of_memory(str(error))
     cost, said, memory = compiled.cost_analysis(), compiled.memory_analysis(), Memory.of(compiled)
-    assert cost is not None and said is not None and memory is not None, "libtpu answers both"
+    assert cost is not None and said is not None and memory is not None, "libtpu reports all three"
     moved = traffic(compiled.as_text() or "")
     return Figures(
         cost["flops"],
@@ -152,7 +153,7 @@ def compile_for(program: Program, chips: Devices, axis: str) -> Figures | DoesNo
 
 
 def out_of_memory(message: str) -> DoesNotFit:
-    """What a compiler's RESOURCE_EXHAUSTED says, with the largest size that it names."""
+    """Parse a compiler's RESOURCE_EXHAUSTED message for the largest size it names."""
     line = message.splitlines()[0]
     sizes = [float(x) * 1024 ** ("KMGT".index(unit) + 1) for x, unit in re.findall(r"([\d.]+)([KMGT])\b", line)]
     return DoesNotFit(max(sizes, default=None), line)

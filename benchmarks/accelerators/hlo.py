@@ -1,8 +1,8 @@
-"""What an optimised TPU program says about itself in its text: memory traffic and the compiler's cycles.
+"""Memory traffic and cycle estimates of an optimised TPU program, read from its text.
 
-XLA's cost analysis adds up what operations read and write wherever it lies. A TPU program keeps much of that in memory
-on the chip, marked in a layout: ``S(1)`` is VMEM, ``S(3)`` v4's CMEM. Only the rest crosses the bus to HBM, the main
-memory, which a roofline is about.
+XLA's cost analysis adds up what operations read and write in any memory. A TPU program keeps much of that on the chip,
+marked in an array's layout: ``S(1)`` is VMEM, ``S(3)`` v4's CMEM. A roofline is about the rest, which crosses the bus
+to HBM, the main memory.
 """
 
 from __future__ import annotations
@@ -16,13 +16,12 @@ _ARRAY = re.compile(r"\b(pred|bf16|[fsuc]\d+)\[([\d,]*)\](?:\{([^}]*)\})?")
 _INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?(\S+) = (\(.*?\)|\S+) ([a-z][\w-]*)\(([^)]*)\)")
 _ON_CHIP = re.compile(r"S\([13]\)")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
-# No work of their own. The ends of asynchronous copies, whose starts are counted; what is done by other computations.
+# Operations that move nothing themselves. Asynchronous copies are counted at their start.
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all"}
 
 
 class Traffic(NamedTuple):
-    """hbm_bytes: read from and written to main memory; on_chip_bytes: memory on the chip; cycles: the sum of the
-    compiler's estimates, one instruction after another."""
+    """Bytes read and written in main memory and on the chip, and the sum of the compiler's cycle estimates."""
 
     hbm_bytes: int
     on_chip_bytes: int
@@ -30,10 +29,10 @@ class Traffic(NamedTuple):
 
 
 def traffic(text: str) -> Traffic:
-    """Traffic of a scheduled TPU program, ``compiled.as_text()``.
+    """Return the traffic of a scheduled TPU program, ``compiled.as_text()``.
 
-    Every operand of an instruction counts whole, once, and so does its result; what happens inside a fusion stays in
-    registers. Every computation counts once, so a loop's body is one turn and all branches of a conditional count.
+    Each operand and the result of an instruction count once, in full; the inside of a fusion stays in registers. Each
+    computation counts once: one turn of a loop, and every branch of a conditional.
     """
     sums = [0, 0]
     cycles = 0
@@ -63,7 +62,7 @@ def traffic(text: str) -> Traffic:
 
 
 def _computations(text: str) -> Iterator[list[str]]:
-    """The lines of each computation that is not the inside of a fusion."""
+    """Yield the lines of each computation that is not the inside of a fusion."""
     fused = set(re.findall(r"\bfusion\(.*?\bcalls=%?([\w.-]+)", text))
     for block in re.split(r"\n\s*\n", text):
         head, *lines = block.strip("\n").split("\n")
@@ -73,7 +72,7 @@ def _computations(text: str) -> Iterator[list[str]]:
 
 
 def _arrays(type_text: str) -> list[tuple[int, bool]]:
-    """Bytes of each array of a type, and whether it lies on the chip."""
+    """Return the bytes of each array of a type, and whether it lies on the chip."""
     found = []
     for kind, shape, layout in _ARRAY.findall(type_text):
         count = 1

@@ -90,11 +90,11 @@ def _csq_in_one_buffer(
 def train_program(
     build: Callable[[], DenseDetector], chips: Devices, shape: tuple[int, int, int], *, remat: bool
 ) -> Program:
-    """The training step on all ``chips`` together, with what passes between them.
+    """Return the training step on all ``chips`` together, collectives included.
 
     Args:
       build: makes the model.
-      shape: (B, H, W), images of one chip.
+      shape: (B, H, W) of one chip's images.
     """
     optimizer, boxes = make_optimizer(TrainConfig()), DataConfig().max_boxes
     state = jax.eval_shape(lambda: init_state(build(), optimizer))

@@ -1,4 +1,4 @@
-"""Tables 1 and 3: trained runs side by side, by what each has of QueryDet."""
+"""Tables 1 and 3 of the paper: trained runs side by side, marked with the parts of QueryDet that each has."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks import plots
+from benchmarks import charts
+from benchmarks.measuring import accuracy_columns, evaluate, evaluation_rows, speed_columns
+from benchmarks.options import Options
 from benchmarks.paper import numbers as paper
 from benchmarks.report import Column, Report, Row, decimals
-from benchmarks.subject import accuracy_columns, evaluate, evaluation_rows, speed_columns
 from querydet_jax.config import Config, ModelConfig, load_config, override
 from querydet_jax.config.loading import config_path
 from querydet_jax.data import open_dataset
@@ -21,25 +22,23 @@ from querydet_jax.runtime.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class _Runs:
+class _Runs(Options):
     runs: tuple[str, ...] = ()
-    """Run folders of train.py, of one data set and input size."""
+    """Run folders of train.py, all of one data set and input size."""
     base: str = ""
-    """The run whose dense heads speed-ups are over (default: the first with P2)."""
+    """Run whose dense heads are the base of the speed-ups (default: the first with P2)."""
     images: int = 0
-    """The first so many validation images (0: all)."""
-    out: str = "runs/benchmark"
-    """Folder for the json, csv and plot."""
+    """Number of validation images, from the first (0: all)."""
 
 
 @dataclass(frozen=True)
 class Table1(_Runs):
-    """Table 1: RetinaNet and QueryDet, dense and with CSQ (needs --runs)."""
+    """Table 1: RetinaNet and QueryDet, dense and with CSQ, of trained runs."""
 
 
 @dataclass(frozen=True)
 class Table3(_Runs):
-    """Table 3: what high resolution, re-balanced losses, the query head and CSQ bring (needs --runs)."""
+    """Table 3: the gain from high resolution, re-balanced losses, the query head and CSQ, of trained runs."""
 
 
 def table1(arguments: Table1) -> None:
@@ -51,10 +50,10 @@ def table3(arguments: Table3) -> None:
 
 
 def parts(model: ModelConfig, query: str) -> dict[str, bool]:
-    """The check marks of Table 3.
+    """Return the check marks of Table 3.
 
-    ``HR`` high resolution (P2), ``RB`` losses re-balanced over levels (QueryDet eq. 4), ``QH`` trained with a query
-    head, ``CSQ`` cascade sparse query at inference.
+    ``HR``: high resolution (P2). ``RB``: losses re-balanced over levels (QueryDet eq. 4). ``QH``: trained with a query
+    head. ``CSQ``: cascade sparse query at inference.
     """
     balanced = len(set(level_weights(model))) > 1
     return {"HR": model.min_level == 2, "RB": balanced, "QH": model.query.enabled, "CSQ": query == "csq"}
@@ -75,7 +74,7 @@ def _ablation(name: str, title: str, arguments: _Runs) -> None:
     if len(set(short.values())) < len(short):
         short = {run: run for run in configs}
     detectors, marks, kinds = {}, {}, {}
-    # The base goes first: speed-ups are over the first row.
+    # The base goes first: it is what speed-ups are over.
     for run in sorted(configs, key=lambda run: run != base):
         config = configs[run]
         model = open_model(config, run)
@@ -104,14 +103,14 @@ def _ablation(name: str, title: str, arguments: _Runs) -> None:
         ],
         rows,
         notes=[
-            f"speed-up over the dense heads of {base}",
+            f"speed-up: over the dense heads of {base}",
             "HR: with P2; RB: losses re-balanced over levels; QH: trained with a query head",
-            "paper: COCO val2017, ResNet-50, RTX 2080Ti; of an FCOS run Table 8",
+            "paper: COCO val2017, ResNet-50, RTX 2080Ti; Table 8 for an FCOS run",
         ],
-        draw=lambda figure: plots.lines(
+        draw=lambda figure: charts.lines(
             figure,
             {row["method"]: ([row["fps"]], [row["AP"]]) for row in rows},
-            x="images a second",
+            x="images per second",
             y="AP",
             title=title,
         ),
@@ -119,7 +118,7 @@ def _ablation(name: str, title: str, arguments: _Runs) -> None:
 
 
 def _check_alike(configs: dict[str, Config]) -> None:
-    """Raise ConfigError where runs differ in what they are evaluated on."""
+    """Raise ConfigError unless all runs are evaluated on the same data and input size."""
     fields = [field.name for field in dataclasses.fields(next(iter(configs.values())).data)]
     evaluated = [name for name in fields if name.startswith(("val_", "test_")) or name in ("source", "root")]
     (first, reference), *others = configs.items()

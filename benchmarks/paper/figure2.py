@@ -1,6 +1,6 @@
-"""Figure 2: where the work is, by module: RetinaNet, RetinaNet with P2, and QueryDet with CSQ.
+"""Figure 2 of the paper: the work of each module in RetinaNet, RetinaNet with P2, and QueryDet with CSQ.
 
-FLOPs are XLA's own count, of sparse levels an upper bound (``benchmarks.flops``).
+FLOPs are XLA's count; on sparse levels it is an upper bound (``benchmarks.flops``).
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from benchmarks import plots
+from benchmarks import charts
 from benchmarks.flops import gflop, sparse_level_gflop
+from benchmarks.options import RandomImage
 from benchmarks.report import Column, Report, Row, ms
-from benchmarks.subject import Untrained, laid_out_queries, random_image, random_model
+from benchmarks.subjects import laid_out_queries, random_image, random_model
 from benchmarks.timing import interleaved
 from querydet_jax.config import InferenceConfig
 from querydet_jax.inference.detector import sparse_options, split_for_inference
@@ -31,8 +32,8 @@ MODULES = ("backbone", "FPN", "heads P4..P7", "heads P3", "heads P2", "query hea
 
 
 @dataclass(frozen=True)
-class Figure2(Untrained):
-    """Figure 2: FLOPs and time by module, for RetinaNet, RetinaNet with P2, and CSQ."""
+class Figure2(RandomImage):
+    """Figure 2: FLOPs and time of each module, for RetinaNet, RetinaNet with P2, and CSQ."""
 
     rounds: int = 10
     """Timed rounds."""
@@ -40,7 +41,7 @@ class Figure2(Untrained):
 
 @dataclass(frozen=True)
 class Part:
-    """A jitted piece of inference, its arguments, and its FLOPs."""
+    """A compiled piece of inference, its arguments, and its GFLOP."""
 
     run: Any
     arguments: tuple[Any, ...]
@@ -80,13 +81,13 @@ def figure2(arguments: Figure2) -> None:
         [Column("module", "module"), *(Column(key, key, ms) for key in keys)],
         rows,
         notes=[
-            f"CSQ: {shares[3]:.1%} of P3 and {shares[2]:.1%} of P2 active; FPN makes P4..P7, the sparse levels make "
+            f"CSQ: {shares[3]:.1%} of P3 and {shares[2]:.1%} of P2 active. The FPN makes P4..P7, the sparse levels "
             "their own input, counted with their heads",
-            f"heads of P2 and P3: {dense:.0f} GFLOP dense, CSQ at most {ratio:.2%} of that, padding included",
-            "each module is a program of its own here; compiled together they share passes over memory",
+            f"heads of P2 and P3: {dense:.0f} GFLOP dense, CSQ at most {ratio:.2%} of that with padding",
+            "each module is timed as a program of its own; compiled together they share passes over memory",
         ],
         results={"p2_p3_head_flop_share": ratio, "active": {f"P{level}": value for level, value in shares.items()}},
-        draw=lambda figure: plots.bars(
+        draw=lambda figure: charts.bars(
             figure,
             list(systems),
             {module: [row[f"{system} GFLOP"] or 0.0 for system in systems] for module, row in _by_module(rows)},
@@ -101,7 +102,7 @@ def _by_module(rows: list[Row]) -> list[tuple[str, Row]]:
 
 
 def _parts(model: DenseDetector, image: jax.Array, queries: np.ndarray) -> tuple[dict[str, Part], dict[int, float]]:
-    """The pieces by name, and the active share of the sparse levels."""
+    """Return the pieces by name, and the active share of each sparse level."""
     graph, state = split_for_inference(model)
 
     def part(function: Callable[..., Any], *values: Any) -> Part:
@@ -110,7 +111,7 @@ def _parts(model: DenseDetector, image: jax.Array, queries: np.ndarray) -> tuple
 
     def fpn(finest: int, model: DenseDetector, stages: dict[int, jax.Array]) -> tuple[dict[int, jax.Array], jax.Array]:
         merged = model.fpn.merge(stages, min(finest, 3))
-        # The merged map of P3 is what the sparse levels make their input from: no output of P4..P7 needs it.
+        # The sparse levels make their input from the merged map of P3; no output of P4..P7 needs it.
         return model.fpn.outputs(stages, merged, finest), merged[3]
 
     found = {
@@ -150,8 +151,8 @@ def _sparse_parts(
     keys: jax.Array,
     options: SparseOptions,
 ) -> tuple[Part, Part]:
-    """The heads alone (their FLOPs only), and the whole level: input, heads and candidates."""
-    query = level == 3  # the finest level's queries would lead nowhere
+    """Return the level with the GFLOP of its heads alone, and with those of its input and heads."""
+    query = level == 3  # no level is below the finest one
 
     def stacks(model: DenseDetector) -> list[Any]:
         assert model.query_head is not None

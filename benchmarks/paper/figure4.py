@@ -1,32 +1,28 @@
-"""Figure 4: accuracy against speed over the query threshold, at several input sizes."""
+"""Figure 4 of the paper: accuracy against speed over the query threshold, at several input sizes."""
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
 
-from benchmarks import plots
+from benchmarks import charts
+from benchmarks.measuring import accuracy_columns, evaluate, evaluation_rows, speed_columns
+from benchmarks.options import Run
 from benchmarks.report import Column, Report, Row, decimals
-from benchmarks.subject import accuracy_columns, evaluate, evaluation_rows, open_run, speed_columns
+from benchmarks.subjects import open_run
 from querydet_jax.config import DataConfig, override
 from querydet_jax.inference.detector import Detector
 from querydet_jax.runtime.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class Figure4:
-    """Figure 4: AP and AR against speed over the threshold, at several input sizes (needs --run)."""
+class Figure4(Run):
+    """Figure 4: AP and AR against speed over the query threshold, of a trained run."""
 
-    run: str = ""
-    """A run folder of train.py: a threshold means nothing to random weights."""
-    images: int = 100
-    """The first so many validation images (0: all)."""
     thresholds: tuple[float, ...] = (0.05, 0.10, 0.15, 0.20, 0.25, 0.30, 0.35, 0.40, 0.45, 0.50)
     """Query thresholds sigma."""
     scales: tuple[float, ...] = (0.75, 1.0, 1.25)
     """Input sizes, as multiples of the run's test size."""
-    out: str = "runs/benchmark"
-    """Folder for the json, csv and plot."""
 
 
 def figure4(arguments: Figure4) -> None:
@@ -61,11 +57,11 @@ def figure4(arguments: Figure4) -> None:
             Column("fps", "FPS", decimals(2)),
         ],
         rows,
-        notes=["speed-up is over dense heads at the same size; a point to the right has a higher threshold"],
-        draw=lambda figure: plots.lines(
+        notes=["speed-up: over dense heads at the same size; further right, the threshold is higher"],
+        draw=lambda figure: charts.lines(
             figure,
             series,
-            x="images a second",
+            x="images per second",
             y="AP, AR",
             title=f"Query threshold {arguments.thresholds[0]} to {arguments.thresholds[-1]}",
         ),
@@ -73,7 +69,7 @@ def figure4(arguments: Figure4) -> None:
 
 
 def at_scale(data: DataConfig, scale: float) -> DataConfig:
-    """Test images ``scale`` times as large, on canvases that hold them."""
+    """Scale the test images, and the canvases that hold them."""
 
     def canvas(side: int) -> int:
         return -(-round(side * scale) // 32) * 32

@@ -1,4 +1,4 @@
-"""Every table and figure of the paper: what trains and evaluates each row, and what can be told without data."""
+"""Every table and figure of the paper: the commands that give each row, and what is known without data."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from typing import Any
 from flax import nnx
 
 from benchmarks.flops import inference_gflop
+from benchmarks.measuring import timed_rows
+from benchmarks.options import Options
 from benchmarks.paper import numbers as paper
 from benchmarks.report import Column, Report, Row, decimals, ms, times
-from benchmarks.subject import laid_out_queries, random_image, scripted_detector, timed_rows
+from benchmarks.subjects import laid_out_queries, random_image, scripted_detector
 from querydet_jax.config import Card, Config, InferenceConfig, LossConfig, ModelConfig, load_card, load_config, override
 from querydet_jax.inference.detector import Detector
 from querydet_jax.models import DenseDetector, build_model
@@ -23,25 +25,23 @@ from querydet_jax.runtime.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class Paper:
-    """Every table and figure: cards, commands, needs, the paper's numbers, parameters; FLOPs and speed on request."""
+class Paper(Options):
+    """Every row of the paper's tables: card, commands, needs, the paper's numbers; FLOPs and speed on request."""
 
     tables: tuple[int, ...] = ()
-    """Of 1 to 9 (default: all, and the figures)."""
+    """Tables to list, of 1 to 9 (default: all, and the figures)."""
     flops: bool = False
-    """Also count the FLOPs of an image, image to detections."""
+    """Count the FLOPs from one image to detections."""
     speed: bool = False
-    """Also time an image with random weights (minutes a table on a CPU)."""
+    """Time one image with random weights (minutes per table on a CPU)."""
     size: tuple[int, int] = (0, 0)
-    """Height and width of that image, multiples of 32 (0 0: the card's first test canvas)."""
+    """Height and width of that image in px, multiples of 32 (0 0: the card's first test canvas)."""
     active: float = 0.03
-    """Share of P2's cells made active (context 2 included) by the cascade from P4."""
+    """Share of P2's cells that the cascade from P4 makes active, context 2 included."""
     rounds: int = 5
     """Timed rounds."""
     configs: str = "configs"
     """Folder of the cards."""
-    out: str = "runs/benchmark"
-    """Folder for the json and csv."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def list_paper(arguments: Paper) -> None:
 
 
 def evaluate_command(row: paper.PaperRow) -> str:
-    """The command that gives the row, once its card has been trained."""
+    """Return the command that gives the row, once its card is trained."""
     return f"python eval.py runs/{row.card} {_flags(row)}"
 
 
@@ -102,7 +102,7 @@ def _chosen(arguments: Paper) -> list[tuple[int, paper.Table, paper.PaperRow]]:
 
 
 def _experiments(folder: Path, names: list[str]) -> tuple[dict[str, _Experiment], list[str]]:
-    """The cards that are there by name, and a line for each that is not."""
+    """Return the experiments found, by name, and a line for each that is absent."""
     found, absent = {}, []
     for name in dict.fromkeys(names):
         path = folder / f"{name}.py"
@@ -134,7 +134,7 @@ def _figures(experiments: dict[str, _Experiment]) -> list[Row]:
 
 
 def _structure(config: ModelConfig) -> ModelConfig:
-    """The configuration without what only training reads."""
+    """Return the configuration without the fields that only training reads."""
     return dataclasses.replace(config, loss=LossConfig(), query=dataclasses.replace(config.query, levels=()))
 
 
@@ -149,7 +149,7 @@ def _gflop(structure: ModelConfig, inference: InferenceConfig, size: tuple[int, 
 
 
 def _inference(experiment: _Experiment, row: paper.PaperRow) -> InferenceConfig:
-    # At a score threshold of 0 every level brings all its candidates to NMS, the worst case.
+    # The worst case of NMS: at a score threshold of 0 every level passes on all its candidates.
     return override(experiment.config.inference, {"query": row.query, **row.changes, "score_threshold": 0.0})
 
 
@@ -159,7 +159,7 @@ def _add_computed(
     experiments: dict[str, _Experiment],
     arguments: Paper,
 ) -> None:
-    """Parameters, and FLOPs and times where they are asked for, into the rows of cards that are there."""
+    """Add parameters, and FLOPs and times if asked for, to the rows whose card was found."""
     groups: dict[Any, list[tuple[Row, paper.PaperRow, _Experiment]]] = {}
     for entry, (number, _, row) in zip(rows, chosen, strict=True):
         found = experiments.get(row.card)
@@ -180,10 +180,10 @@ def _add_computed(
 def _add_times(
     members: list[tuple[Row, paper.PaperRow, _Experiment]], over: str, size: tuple[int, int], arguments: Paper
 ) -> None:
-    """Milliseconds of rows timed in turn, and speed-ups over the row ``over``, if it is among them."""
+    """Time rows in turn and add milliseconds, and speed-ups over the row ``over`` if it is among them."""
     queries = laid_out_queries(*size, arguments.active)
     models: dict[ModelConfig, DenseDetector] = {}
-    detectors: dict[Any, Detector] = {}  # rows that compute alike are timed once
+    detectors: dict[Any, Detector] = {}  # rows that compute the same are timed once
     for _, row, experiment in sorted(members, key=lambda member: member[1].name != over):
         structure, inference = _structure(experiment.config.model), _inference(experiment, row)
         if structure not in models:
@@ -222,7 +222,7 @@ def _columns(arguments: Paper) -> list[Column]:
 
 
 def _arguments(command: str) -> str:
-    """Of a command of ``evaluate_command`` what follows the run."""
+    """Return what follows the run in a command of ``evaluate_command``."""
     program, _, rest = command.partition(" runs/")
     return rest.partition(" ")[2] if program == "python eval.py" else "below"
 
@@ -244,18 +244,14 @@ def _notes(
     tables = {number: table for number, table, _ in chosen}
     lines = [
         "paper: RTX 2080Ti; speed-up over the same model's dense heads on P2..P7. "
-        "parameters: with the frozen ones, without norms",
-        *(
-            ["GFLOP: XLA's count, an addition and a multiplication being two; CQ and CSQ with padding"]
-            if arguments.flops
-            else []
-        ),
-        "evaluate: python eval.py runs/CARD EVALUATE, once the card is trained; what a benchmark gives at once:",
+        "parameters: including frozen ones, without norms",
+        *(["GFLOP: XLA's count, two per multiply-add; CQ and CSQ with padding"] if arguments.flops else []),
+        "evaluate: python eval.py runs/CARD EVALUATE, once the card is trained. A whole table or figure:",
         *(f"  Table {n}: python benchmark.py {table.at_once}" for n, table in tables.items() if table.at_once),
         *(f"  {row['table']}: {row['evaluate']}" for row in figures),
     ]
     cards = [experiment.card for experiment in experiments.values()]
     for needs in dict.fromkeys(card.needs for card in cards):
-        lines.append(f"train (needs {needs}; on a pod the same on every host with --hosts.auto):")
+        lines.append(f"train (needs {needs}; on a pod, the same on every host with --hosts.auto):")
         lines += [f"  {card.command}" for card in cards if card.needs == needs]
     return lines

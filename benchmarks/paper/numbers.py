@@ -1,7 +1,7 @@
-"""The paper's own numbers (Yang, Huang, Wang, CVPR 2022): Tables 1 to 9, and which run gives each row.
+"""The numbers of the paper (Yang, Huang, Wang, CVPR 2022): Tables 1 to 9, and the run that gives each row.
 
-COCO val2017, ResNet-50 and FPS on an RTX 2080Ti, where a title does not say otherwise. Which parts the rows of Table 3
-have is read from the paper's text.
+They are for COCO val2017, ResNet-50 and, in FPS, an RTX 2080Ti, unless a title says otherwise. The parts that each row
+of Table 3 has are taken from the paper's text.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ class PaperRow:
     """A row of a table.
 
     Attributes:
-      card: ``configs/CARD.py`` trains what the row measures.
-      query: how it infers.
+      card: ``configs/CARD.py`` trains the row's model.
+      query: ``InferenceConfig.query`` of the row.
       values: the paper's numbers, in the order of the table's columns.
-      over: the row of the same table that its speed-up is over, one with dense heads on P2..P7; "": itself.
+      over: the row of the same table, with dense heads on P2..P7, that its speed-up is over; "": itself.
       changes: fields of ``InferenceConfig`` that the row changes.
-      parts: in the tables of one backbone's ablation, those of HR, RB, QH and CSQ that the row has.
+      parts: in an ablation, which of HR, RB, QH and CSQ the row has.
     """
 
     name: str
@@ -40,7 +40,7 @@ class PaperRow:
 
 @dataclass(frozen=True)
 class Table:
-    """``at_once``: the benchmark that measures all rows, without ``python benchmark.py``; "": there is none."""
+    """A table. ``at_once``: the arguments of ``benchmark.py`` that measure all its rows; "": there are none."""
 
     title: str
     columns: tuple[str, ...]
@@ -51,7 +51,7 @@ class Table:
         return next((row for row in self.rows if row.name == name), None)
 
     def value(self, row: PaperRow, column: str) -> float | None:
-        """A number of the row; None where the table has no such column."""
+        """Return a number of the row; None where the table has no such column."""
         return row.values[self.columns.index(column)] if column in self.columns else None
 
     def speed_up(self, row: PaperRow) -> float:
@@ -245,7 +245,7 @@ TABLES: dict[int, Table] = {
     ),
 }  # fmt: skip
 
-# Figures that a benchmark draws: title, the card of the run it takes ("": random weights), and its arguments.
+# Figures that a benchmark draws: title, card of the run ("": random weights), arguments of benchmark.py.
 FIGURES: dict[int, tuple[str, str, str]] = {
     2: ("work by module", "", "figure2"),
     4: ("the query threshold", _QUERYDET, f"figure4 --run runs/{_QUERYDET} --images 0"),
@@ -261,14 +261,14 @@ def rows() -> Iterator[tuple[int, Table, PaperRow]]:
 
 
 def columns(number: int | None, name: str) -> dict[str, float | None]:
-    """``paper_AP``, ``paper_APs``, ``paper_FPS`` and ``paper_speed_up`` of a row of a table; None if there is none."""
+    """Return ``paper_AP``, ``paper_APs``, ``paper_FPS`` and ``paper_speed_up`` of a table's row; None if absent."""
     table = TABLES[number] if number is not None else None
     row = table.row(name) if table is not None else None
     return _columns(table, row)
 
 
 def ablation(detector: str, *, HR: bool, RB: bool, QH: bool, CSQ: bool) -> dict[str, float | None]:  # noqa: N803
-    """As ``columns``, of the row of Table 3 (RetinaNet), 8 (FCOS) or 9 (Faster R-CNN) that has these parts, if any."""
+    """Return ``columns`` of the row with these parts in Table 3 (RetinaNet), 8 (FCOS) or 9 (Faster R-CNN)."""
     parts = " ".join(name for name, has in {"HR": HR, "RB": RB, "QH": QH, "CSQ": CSQ}.items() if has)
     table = TABLES[_ABLATIONS[detector]] if detector in _ABLATIONS else None
     rows = table.rows if table is not None else ()

@@ -17,9 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import plots
+from benchmarks import charts
+from benchmarks.options import Run
 from benchmarks.report import Column, Report, Row, decimals, share, times
-from benchmarks.subject import open_run
+from benchmarks.subjects import open_run
 from benchmarks.timing import interleaved
 from querydet_jax.config import InferenceConfig
 from querydet_jax.data import eval_batches
@@ -38,13 +39,9 @@ _WORTH_A_RUNG = 0.01  # share of all cells that one more rung must save
 
 
 @dataclass(frozen=True)
-class Capacities:
-    """What a run's images ask of the sparse levels, and a capacity ladder for them (needs --run)."""
+class Capacities(Run):
+    """What a trained run's images ask of the sparse levels, and a capacity ladder for them."""
 
-    run: str = ""
-    """Run folder of train.py: its model on its validation images."""
-    images: int = 100
-    """Number of validation images, from the first (0: all)."""
     batch_size: int = 0
     """Images per batch; they share the buffers (0: the run's inference.batch_size)."""
     max_rungs: int = 3
@@ -53,8 +50,6 @@ class Capacities:
     """Timed rounds."""
     timed_batches: int = 20
     """Batches to time the detector on, evenly spread from the emptiest to the fullest."""
-    out: str = "runs/benchmark"
-    """Folder for the json, csv and plot."""
 
 
 @dataclass(frozen=True)
@@ -299,7 +294,7 @@ def _draw(levels: dict[str, LevelCounts], ladders: dict[str, tuple[float, ...]],
     for name, level in levels.items():
         shares = np.sort(level.shares)
         series[name] = (shares.tolist(), (np.arange(1, len(shares) + 1) / len(shares)).tolist())
-    plots.lines(
+    charts.lines(
         figure,
         series,
         x="share of the level's cells that the buffer must hold",

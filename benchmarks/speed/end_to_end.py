@@ -6,22 +6,12 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
-from benchmarks import plots
+from benchmarks import charts
+from benchmarks.measuring import accuracy_columns, evaluate, evaluation_rows, speed_columns, timed_rows
+from benchmarks.options import RunOrRandomNetwork
 from benchmarks.paper import numbers as paper
 from benchmarks.report import Column, Report, Row, times
-from benchmarks.subject import (
-    Source,
-    accuracy_columns,
-    evaluate,
-    evaluation_rows,
-    laid_out_queries,
-    open_run,
-    random_image,
-    random_model,
-    scripted_detector,
-    speed_columns,
-    timed_rows,
-)
+from benchmarks.subjects import laid_out_queries, open_run, random_image, random_model, scripted_detector
 from querydet_jax.config import InferenceConfig, load_config, override
 from querydet_jax.config.loading import config_path
 from querydet_jax.inference.detector import Detector
@@ -29,7 +19,7 @@ from querydet_jax.models import DenseDetector
 
 DENSE = "dense P2..P7"
 
-# By detector, the first word of a method to the paper's table and row.
+# The paper's table and row, by detector and by the first word of a method.
 _PUBLISHED = {
     "retinanet": {
         "dense": (5, paper.DENSE),
@@ -44,23 +34,23 @@ _PUBLISHED = {
 
 
 @dataclass(frozen=True)
-class EndToEnd(Source):
-    """Image to detections: dense P2..P7, RetinaNet P3..P7, CSQ, CQ, CCQ."""
+class EndToEnd(RunOrRandomNetwork):
+    """Image to detections: dense P2..P7, RetinaNet P3..P7, CSQ, CQ and CCQ."""
 
     plain_run: str = ""
-    """With --run: the run folder of a plain RetinaNet or FCOS (P3..P7) on the same data."""
+    """With --run: run folder of a plain RetinaNet or FCOS (P3..P7), trained on the same data."""
     sizes: tuple[tuple[int, int], ...] = ((800, 1344),)
-    """Without --run: heights and widths of the image, multiples of 32."""
+    """Without --run: heights and widths of the image in px, multiples of 32."""
     batch: int = 1
-    """Without --run: images a call, with the same queries; milliseconds are an image's share."""
+    """Without --run: images per call, all with the same queries; milliseconds are per image."""
     active: tuple[float, ...] = (0.01, 0.03, 0.10)
-    """Without --run: shares of P2's cells to make active (context included) for CSQ."""
+    """Without --run: shares of P2's cells that CSQ makes active, context included."""
     crops_at: float = 0.03
-    """Without --run: the share at which CQ and CCQ run, too; 0: leave them out."""
+    """Without --run: share at which CQ and CCQ run as well (0: leave them out)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Without --run: arithmetic of convolutions."""
     kernel: Literal["gather", "tiles"] = "gather"
-    """Without --run: the sparse convolution of CSQ."""
+    """Without --run: sparse convolution of CSQ."""
 
 
 def end_to_end(arguments: EndToEnd) -> None:
@@ -72,7 +62,7 @@ def end_to_end(arguments: EndToEnd) -> None:
     arithmetic = "" if arguments.run else f", {arguments.dtype}, {arguments.kernel}"
     Report(
         "end_to_end",
-        f"Image to detections: {arguments.about(arguments.batch)}{arithmetic}",
+        f"Image to detections: {arguments.in_words(arguments.batch)}{arithmetic}",
         [
             Column("method", "method"),
             *([Column("size", "size")] if not arguments.run else []),
@@ -81,15 +71,13 @@ def end_to_end(arguments: EndToEnd) -> None:
             Column("paper_speed_up", "paper", times),
         ],
         rows,
-        notes=[
-            "speed-up is over the dense heads on P2..P7; paper: its own, on COCO val2017 with ResNet-50 and a 2080Ti"
-        ],
+        notes=["speed-up: over the dense heads on P2..P7; paper: COCO val2017, ResNet-50, RTX 2080Ti"],
         not_run=not_run,
-        draw=lambda figure: plots.bars(
+        draw=lambda figure: charts.bars(
             figure,
             [f"{row['method']} {row.get('size', '')}".strip() for row in rows],
             {"ms": [row["ms_p50"] for row in rows]},
-            x="ms an image (median)",
+            x="ms per image (median)",
             title="Image to detections",
         ),
     ).publish(arguments.out, arguments)
@@ -104,7 +92,7 @@ def _of_run(arguments: EndToEnd) -> tuple[list[Row], list[str]]:
         plain_config, plain, _ = open_run(arguments.plain_run)
         detectors[_plain_name(plain)] = Detector(plain, override(plain_config.inference, {"query": "dense"}))
     else:
-        not_run.append(f"{_plain_name(model)}: needs --plain-run RUN, one trained on the same data")
+        not_run.append(f"{_plain_name(model)}: needs --plain-run RUN, trained on the same data")
     return evaluation_rows(evaluate(detectors, dataset, config, arguments.images)), not_run
 
 
@@ -136,7 +124,7 @@ def _of_random_weights(arguments: EndToEnd) -> tuple[list[Row], list[str]]:
 def _detectors(
     arguments: EndToEnd, model: DenseDetector, plain: DenseDetector, shape: tuple[int, int]
 ) -> dict[str, Detector]:
-    # At a score threshold of 0 every level brings all its candidates to NMS, the worst case.
+    # The worst case of NMS: at a score threshold of 0 every level passes on all its candidates.
     base = override(InferenceConfig(score_threshold=0.0), {"kernel": arguments.kernel})
     dense = dataclasses.replace(base, query="dense")
     found = {DENSE: Detector(model, dense), _plain_name(plain): Detector(plain, dense)}

@@ -1,4 +1,4 @@
-"""bfloat16 beside float32 inference: speed, and what it does to the detections."""
+"""Inference in float32 and bfloat16: speed, accuracy, and how far the detections agree."""
 
 from __future__ import annotations
 
@@ -11,39 +11,29 @@ import numpy as np
 from flax import nnx
 from pycocotools import mask as coco_mask
 
-from benchmarks import plots
+from benchmarks import charts
+from benchmarks.measuring import accuracy_columns, evaluate, evaluation_rows, speed_columns, timed_rows
+from benchmarks.options import RunOrRandomImage
 from benchmarks.report import Column, Report, Row, decimals, share
-from benchmarks.subject import (
-    Subject,
-    accuracy_columns,
-    evaluate,
-    evaluation_rows,
-    laid_out_queries,
-    open_run,
-    random_image,
-    random_model,
-    scripted_detector,
-    speed_columns,
-    timed_rows,
-)
+from benchmarks.subjects import laid_out_queries, open_run, random_image, random_model, scripted_detector
 from querydet_jax.config import InferenceConfig, override
 from querydet_jax.inference.detector import Detector
 from querydet_jax.models import DenseDetector, build_model
 
 
 @dataclass(frozen=True)
-class Precision(Subject):
-    """float32 against bfloat16 inference, dense and CSQ: speed, accuracy, agreement of detections."""
+class Precision(RunOrRandomImage):
+    """float32 and bfloat16 inference, dense and CSQ: speed, accuracy, agreement of detections."""
 
     min_score: float = 0.3
-    """With --run: detections above this score are compared."""
+    """With --run: compare detections above this score."""
 
 
 def precision(arguments: Precision) -> None:
     rows = _of_run(arguments) if arguments.run else _of_random_weights(arguments)
     Report(
         "precision",
-        f"float32 and bfloat16 convolutions: {arguments.about()}",
+        f"float32 and bfloat16 convolutions: {arguments.in_words()}",
         [
             Column("method", "method"),
             *accuracy_columns(bool(arguments.run)),
@@ -59,29 +49,29 @@ def precision(arguments: Precision) -> None:
         ],
         rows,
         notes=[
-            "speed-up is over dense float32; boxes and scores are float32 in all",
+            "speed-up: over dense float32; boxes and scores are float32 in all rows",
             *(
                 [
-                    f"found again: float32 detections above {arguments.min_score} that bfloat16 has, too (same class, "
-                    "IoU at least 0.9); score change: their mean absolute difference"
+                    f"found again: float32 detections above {arguments.min_score} that bfloat16 also finds (same "
+                    "class, IoU at least 0.9); score change: the mean absolute difference of their scores"
                 ]
                 if arguments.run
                 else []
             ),
         ],
         not_run=[] if arguments.run else ["accuracy and agreement: need --run RUN, a trained model and its data"],
-        draw=lambda figure: plots.bars(
+        draw=lambda figure: charts.bars(
             figure,
             [row["method"] for row in rows],
             {"ms": [row["ms_p50"] for row in rows]},
-            x="ms an image (median)",
+            x="ms per image (median)",
             title="float32 and bfloat16",
         ),
     ).publish(arguments.out, arguments)
 
 
 def in_bfloat16(model: DenseDetector) -> DenseDetector:
-    """The same weights with convolutions in bfloat16."""
+    """Return a model with the same weights and convolutions in bfloat16."""
     twin = build_model(dataclasses.replace(model.config, dtype="bfloat16"))
     nnx.update(twin, nnx.state(model))
     return twin
@@ -93,8 +83,8 @@ def _of_random_weights(arguments: Precision) -> list[Row]:
     queries = laid_out_queries(*shape, arguments.active)
     base = InferenceConfig(score_threshold=0.0)
     detectors = {
-        f"{query} {dtype}": scripted_detector(subject, override(base, {"query": query}), queries, shape)
-        for dtype, subject in (("float32", model), ("bfloat16", in_bfloat16(model)))
+        f"{query} {dtype}": scripted_detector(network, override(base, {"query": query}), queries, shape)
+        for dtype, network in (("float32", model), ("bfloat16", in_bfloat16(model)))
         for query in ("dense", "csq")
     }
     return timed_rows(detectors, random_image(*shape), arguments.rounds)
@@ -103,8 +93,8 @@ def _of_random_weights(arguments: Precision) -> list[Row]:
 def _of_run(arguments: Precision) -> list[Row]:
     config, model, dataset = open_run(arguments.run)
     detectors = {
-        f"{query} {dtype}": Detector(subject, override(config.inference, {"query": query}))
-        for dtype, subject in (("float32", model), ("bfloat16", in_bfloat16(model)))
+        f"{query} {dtype}": Detector(network, override(config.inference, {"query": query}))
+        for dtype, network in (("float32", model), ("bfloat16", in_bfloat16(model)))
         for query in ("dense", "csq")
     }
     runs = evaluate(detectors, dataset, config, arguments.images)
@@ -118,14 +108,14 @@ def _of_run(arguments: Precision) -> list[Row]:
 
 
 def agreement(reference: list[dict[str, Any]], other: list[dict[str, Any]], min_score: float) -> tuple[float, float]:
-    """Share of the ``reference`` detections above ``min_score`` that ``other`` has, too; how far their scores differ.
+    """Compare the ``reference`` detections above ``min_score`` with ``other`` ones.
 
     Args:
-      reference, other: COCO results. One is found again by the best-overlapping of the same image and class, if
-        their IoU is at least 0.9.
+      reference, other: COCO results. A detection is found again if the best-overlapping one of the same image and
+        class has an IoU of at least 0.9.
 
     Returns:
-      the share, and the mean absolute difference of the scores of those found again; nan where there are none.
+      the share found again, and the mean absolute difference of their scores; nan where there are none.
     """
     groups: dict[tuple[int, int], list[dict[str, Any]]] = defaultdict(list)
     for result in other:

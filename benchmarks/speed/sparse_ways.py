@@ -101,7 +101,7 @@ class StaticWays:
         table = neighbour_table(sites)
         if not self._relu_last:
             return run_stacks(rows, table, sites, stacks, chunk=self._chunk()), sites.cells
-        # With the ReLU inside the loop over chunks, not as a pass of its own over the whole buffer.
+        # The ReLU is inside the loop over chunks: no pass of its own over the buffer.
         layer = [conv for stack in stacks for conv in stack]
         return conv_rows(rows, table, layer, sites.counts[-1], relu=True, chunk=self._chunk()), sites.cells
 
@@ -160,7 +160,7 @@ class Spconv:
 
     def _layer(self, conv: Conv) -> Any:
         _, _, inputs, outputs = conv.kernel.shape
-        # Its CPU kernels refuse a bias of their own: it is added after.
+        # spconv's CPU kernels refuse a bias: it is added afterwards.
         layer = self._spconv.SubMConv2d(inputs, outputs, 3, bias=False, indice_key="sites")
         kernel = self._torch.from_numpy(np.ascontiguousarray(np.asarray(conv.kernel).transpose(3, 0, 1, 2)))
         layer.weight.data.copy_(kernel)
@@ -171,14 +171,14 @@ class Spconv:
         self._features = self._torch.from_numpy(np.array(features))
         self._active = self._torch.from_numpy(np.array(active))
         self._ready = self._sites()
-        self._run(self._ready)  # fills the index that `warm` reuses
+        self._run(self._ready)  # builds the index that `warm` reuses
 
     def cold(self) -> list[Any]:
-        """From the dense map and the mask, index building included."""
+        """Compute from the dense map and the mask, building the index."""
         return self._run(self._sites())
 
     def warm(self) -> list[Any]:
-        """From features at the sites, the index built before."""
+        """Compute from the features at the sites, with the index built before."""
         return self._run(self._ready)
 
     def _sites(self) -> Any:

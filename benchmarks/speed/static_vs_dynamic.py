@@ -16,8 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import plots
-from benchmarks.queries import clustered
+from benchmarks import charts
+from benchmarks.options import Options
+from benchmarks.query_layout import clustered
 from benchmarks.report import Column, Report, Row, decimals, ms, share, times
 from benchmarks.speed.sparse_ways import (
     COLD,
@@ -38,7 +39,7 @@ from querydet_jax.sparse import Conv, Stack, children, grow, masked_dense_stacks
 
 
 @dataclass(frozen=True)
-class StaticVsDynamic:
+class StaticVsDynamic(Options):
     """One head or layer, computed densely, by gather, tiles and crops, and by spconv."""
 
     subject: Literal["head", "layer"] = "head"
@@ -63,8 +64,6 @@ class StaticVsDynamic:
     """Largest active share at which crops run: the crop of one key costs as much as forty cells of the dense head."""
     rounds: int = 20
     """Timed rounds."""
-    out: str = "runs/benchmark"
-    """Folder for the json, csv and plot."""
 
 
 def static_vs_dynamic(arguments: StaticVsDynamic) -> None:
@@ -117,7 +116,7 @@ def static_vs_dynamic(arguments: StaticVsDynamic) -> None:
             "all ways were found to agree before anything was timed",
         ],
         not_run=[*not_run, *_without_crops(arguments, rows)],
-        draw=lambda figure: plots.lines(
+        draw=lambda figure: charts.lines(
             figure,
             {
                 way: (

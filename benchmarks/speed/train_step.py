@@ -1,4 +1,4 @@
-"""A training step taken apart: forward, backward, optimiser, and what the loop around it adds."""
+"""A training step taken apart: forward, backward, optimiser, and the overhead of the loop around it."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from benchmarks import plots
+from benchmarks import charts
 from benchmarks.flops import gflop
+from benchmarks.options import Options
 from benchmarks.report import Column, Report, Row, decimals, ms, share
 from benchmarks.timing import interleaved
 from querydet_jax.config import Config, DataConfig, load_config, override
@@ -28,25 +29,23 @@ _PICTURES = 4
 
 
 @dataclass(frozen=True)
-class TrainStep:
-    """A training step: images/s, forward, backward and optimiser apart, share of the peak, what the loop adds."""
+class TrainStep(Options):
+    """A training step: images/s; forward, backward and optimiser; share of the peak; overhead of the loop."""
 
     configs: tuple[str, ...] = ("configs/coco_querydet_r50.py", "configs/coco_retinanet_r50.py")
-    """Configuration files or run folders; their data are replaced by generated scenes."""
+    """Configuration files or run folders. Their data are replaced by generated scenes."""
     height: int = 800
-    """Height of the images, a multiple of 32."""
+    """Height of the images in px, a multiple of 32."""
     width: int = 1344
-    """Width of the images, a multiple of 32."""
+    """Width of the images in px, a multiple of 32."""
     batch: int = 1
-    """Images a step, on one device."""
+    """Images per step, on one device."""
     dtype: str = ""
-    """float32 or bfloat16, in place of the configurations' own."""
+    """float32 or bfloat16 (default: as configured)."""
     rounds: int = 5
     """Timed rounds."""
     matrix: int = 4096
-    """Side of the square matrices whose product is the peak."""
-    out: str = "runs/benchmark"
-    """Folder for the json, csv and plot."""
+    """Side of the square matrices whose product is taken as the machine's peak."""
 
 
 def train_step(arguments: TrainStep) -> None:
@@ -54,7 +53,7 @@ def train_step(arguments: TrainStep) -> None:
     peaks = ", ".join(f"{row['peak_gflops']:,.0f} GFLOP/s" for row in rows)
     Report(
         "train_step",
-        f"Training step: generated scenes of {arguments.height}x{arguments.width}, {arguments.batch} a step, one "
+        f"Training step: generated scenes of {arguments.height}x{arguments.width}, {arguments.batch} per step, one "
         f"device, medians of {arguments.rounds} interleaved rounds",
         [
             Column("config", "config"),
@@ -67,18 +66,19 @@ def train_step(arguments: TrainStep) -> None:
         ],
         rows,
         notes=[
-            "backward: loss and gradients less the loss alone; optimiser: the whole step less loss and gradients",
-            f"of peak: of a {arguments.matrix}^3 matrix product in the same type, timed in the same rounds ({peaks})",
-            "GFLOP: as XLA counts the program before a backend optimises it; of the loss (forward) and its gradients",
-            "outside the step: what next batch, transfer, watching the loss and reading the metrics add to the bare "
-            "step, waited for one after another; train.py does them while the devices compute",
-            "GiB: temporaries, state and batch, as the compiler reports them",
+            "backward: loss and gradients, minus the loss alone; optimiser: the whole step, minus loss and gradients",
+            f"of peak: share of the rate of a {arguments.matrix}^3 matrix product of the same type, in the same rounds "
+            f"({peaks})",
+            "GFLOP: XLA's count of loss and gradients before a backend optimises them",
+            "outside the step: what the next batch, its transfer and reading the metrics add to the bare step, one "
+            "after another; train.py does them while the devices compute",
+            "GiB: temporaries, state and batch, as reported by the compiler",
         ],
-        draw=lambda figure: plots.bars(
+        draw=lambda figure: charts.bars(
             figure,
             [row["config"] for row in rows],
             {part: [row[f"ms_{part}"] for row in rows] for part in ("forward", "backward", "optimiser")},
-            x="ms a step (median)",
+            x="ms per step (median)",
             title="Training step",
         ),
     ).publish(arguments.out, arguments)
@@ -97,7 +97,7 @@ def _measure(arguments: TrainStep, source: str) -> Row:
     first = next(batches)
     first.pop("image_ids")
     fixed = jax.device_put(first)
-    # Loss and gradients are given copies: the step, which runs in turn with them, donates its state.
+    # Loss and gradients get copies: the step, which runs in turn with them, donates its state.
     state = init_state(model, optimizer)
     frozen = jax.tree.map(jnp.copy, state)
     loss_of = make_loss(model, None, remat=config.train.remat)
@@ -157,14 +157,14 @@ def _measure(arguments: TrainStep, source: str) -> Row:
 
 
 def matrix_product(side: int, dtype: str) -> tuple[Callable[[], Array], float]:
-    """A product of two square matrices, and its GFLOP: what this machine can do at most."""
+    """Return a product of two square matrices, and its GFLOP: its rate is taken as the machine's peak."""
     a, b = jax.random.normal(jax.random.key(0), (2, side, side), dtype)
     product = jax.jit(lambda a, b: jnp.dot(a, b, preferred_element_type=jnp.float32))
     return lambda: product(a, b), 2 * side**3 / 1e9
 
 
 def _keyed(batch: dict[str, Array]) -> dict[str, Array]:
-    """With the keys that ``make_step`` adds."""
+    """Add the random keys that ``make_step`` adds."""
     return {**batch, "keys": jax.random.split(jax.random.key(0), len(batch["images"]))}
 
 

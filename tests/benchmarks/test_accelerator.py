@@ -20,11 +20,11 @@ from flax import nnx
 from small_detector import BASE, assert_same, counts, model, pictures
 
 from benchmarks.accelerators.chips import CHIPS, Chip, out_of_memory, roofline
+from benchmarks.accelerators.command import Accelerator, accelerator
 from benchmarks.accelerators.hlo import traffic
 from benchmarks.accelerators.programs import Program, inference_program, rooms_needed, train_program
-from benchmarks.accelerators.report import Accelerator, accelerator
 from benchmarks.flops import gflop
-from benchmarks.subject import laid_out_queries, random_model
+from benchmarks.subjects import laid_out_queries, random_model
 from querydet_jax.config import InferenceConfig, override
 from querydet_jax.inference.detector import Detector
 from querydet_jax.runtime.errors import ConfigError

@@ -13,12 +13,13 @@ import pytest
 from flax import nnx
 
 from benchmarks.main import COMMANDS, main
+from benchmarks.options import RunOrRandomNetwork
 from benchmarks.paper.ablation import parts
 from benchmarks.paper.figure4 import at_scale
-from benchmarks.queries import at_level, clustered
+from benchmarks.query_layout import at_level, clustered
 from benchmarks.report import Column, Report, share
 from benchmarks.speed.precision import agreement
-from benchmarks.subject import Source, random_model
+from benchmarks.subjects import random_model
 from querydet_jax.config import DataConfig, LossConfig, ModelConfig, QueryConfig
 from querydet_jax.runtime.errors import ConfigError
 
@@ -231,7 +232,7 @@ def test_queries_on_other_levels():
 def test_a_report_shows_what_is_missing(capsys, tmp_path):
     rows = [{"name": "a", "part": 0.5, "more": 1}, {"name": "b", "part": None}]
     report = Report("thing", "A thing", [Column("name", "name"), Column("part", "part", share)], rows, not_run=["x: y"])
-    report.publish(tmp_path / "out", Source())
+    report.publish(tmp_path / "out", RunOrRandomNetwork())
     printed = capsys.readouterr().out
     assert printed.startswith("A thing\n") and "50.0%" in printed and "not run: x: y" in printed
     assert report.table().splitlines()[-1].split() == ["b", "-"]
@@ -243,13 +244,13 @@ def test_a_report_shows_what_is_missing(capsys, tmp_path):
 
 def test_a_plot_is_drawn(tmp_path):
     pytest.importorskip("matplotlib")
-    from benchmarks import plots
+    from benchmarks import charts
 
     for name, draw in {
-        "lines": lambda figure: plots.lines(figure, {"a": ([1, 2], [3, 4])}, x="x", y="y", title="t", log_x=True),
-        "bars": lambda figure: plots.bars(figure, ["a", "b"], {"p": [1, 2], "q": [3, 4]}, x="x", title="t"),
+        "lines": lambda figure: charts.lines(figure, {"a": ([1, 2], [3, 4])}, x="x", y="y", title="t", log_x=True),
+        "bars": lambda figure: charts.bars(figure, ["a", "b"], {"p": [1, 2], "q": [3, 4]}, x="x", title="t"),
     }.items():
-        Report(name, "t", [Column("k", "k")], [{"k": 1}], draw=draw).publish(tmp_path, Source())
+        Report(name, "t", [Column("k", "k")], [{"k": 1}], draw=draw).publish(tmp_path, RunOrRandomNetwork())
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 

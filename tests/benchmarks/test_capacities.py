@@ -22,7 +22,7 @@ from benchmarks.speed.capacities import (
     count,
     propose,
 )
-from benchmarks.subject import open_run
+from benchmarks.subjects import open_run
 from querydet_jax.cli.command_line import parse
 from querydet_jax.data import eval_batches
 from querydet_jax.inference.detector import Detector, sparse_options

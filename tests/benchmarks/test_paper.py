@@ -17,7 +17,7 @@ from small_detector import BASE, MODEL, model
 from benchmarks.flops import counted, gflop, inference_gflop
 from benchmarks.main import main
 from benchmarks.paper import numbers as paper
-from benchmarks.subject import laid_out_queries
+from benchmarks.subjects import laid_out_queries
 from querydet_jax.config import InferenceConfig, load_card, load_config, override, save_config
 from querydet_jax.inference.detector import Detector
 from querydet_jax.models import build_model

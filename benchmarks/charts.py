@@ -1,4 +1,4 @@
-"""The few kinds of plots that benchmarks draw, on a matplotlib figure."""
+"""The two kinds of chart that benchmarks draw on a matplotlib figure."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 Series = dict[str, tuple[Sequence[float], Sequence[float]]]
-"""Label to x and y values."""
+"""x and y values by label."""
 
 
 def lines(figure: Any, series: Series, *, x: str, y: str, title: str, log_x: bool = False, log_y: bool = False) -> None:
-    """One marked line a series."""
+    """Draw one line with markers per series."""
     axes = figure.subplots()
     for label, (xs, ys) in series.items():
         axes.plot(xs, ys, marker="o", markersize=4, label=label)
@@ -22,7 +22,7 @@ def lines(figure: Any, series: Series, *, x: str, y: str, title: str, log_x: boo
 
 
 def bars(figure: Any, labels: Sequence[str], parts: dict[str, Sequence[float]], *, x: str, title: str) -> None:
-    """Horizontal bars, one a label, the first on top; several ``parts`` are stacked."""
+    """Draw one horizontal bar per label, the first on top, with ``parts`` stacked."""
     axes = figure.subplots()
     start = [0.0] * len(labels)
     for name, values in parts.items():

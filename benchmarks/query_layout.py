@@ -1,8 +1,8 @@
 """Queries of a chosen density, for timing with random weights.
 
-The time of CSQ depends on where queries fire, not on what the weights are. Random weights fire
-anywhere; here the start level's queries are laid out like small objects, in clusters, and every key
-fires again on the next level, so that one number, how many objects, sets the load of all levels.
+The time of CSQ depends on where queries fire, not on the weights. Random weights fire anywhere. Here the start level's
+queries are laid out in clusters, like small objects, and every key fires again on the next level, so the number of
+objects alone sets the load of all levels.
 """
 
 from __future__ import annotations
@@ -17,18 +17,19 @@ from querydet_jax.models.layers import Frozen
 from querydet_jax.models.rpn import RPNQueryHead
 from querydet_jax.sparse import Conv, Stack, children, grow
 
+LAYOUT_LEVEL = 4  # queries are laid out on P4, where the paper's cascade starts
 _FIRES, _SILENT = 20.0, -20.0  # logits
 
 
 class ScriptedQueries(QueryHead):
-    """A query head that does all of the real one's work and answers what it is told."""
+    """A query head that does all the work of the one it wraps, and returns given queries."""
 
-    def __init__(self, head: QueryHead | RPNQueryHead, fires: np.ndarray):  # wraps a head, builds none of its own
+    def __init__(self, head: QueryHead | RPNQueryHead, fires: np.ndarray):  # wraps a head and builds none
         self.head = head
         self.logits = Frozen(jnp.where(jnp.asarray(fires), _FIRES, _SILENT)[None])
 
     def __call__(self, x: Array) -> Array:
-        # Not `0 * x`: the compiler could drop the head's work. It cannot know that nothing is this large.
+        # Not `0 * x`, which lets the compiler drop the head's work. It cannot know that no output is this large.
         return self.logits[...] + jnp.maximum(self.head(x) - 1e30, 0.0)
 
     def stack(self) -> Stack:
@@ -37,17 +38,17 @@ class ScriptedQueries(QueryHead):
 
 
 def script_queries(model: DenseDetector, fires: np.ndarray) -> None:
-    """Replace the model's query head by one that fires at ``fires`` bool ``[h, w]`` on the start level."""
+    """Make the model's query head fire at ``fires`` bool ``[h, w]`` on the start level, and at every key below."""
     head = model.query_head
     assert head is not None, "only a model with a query head can be scripted"
     model.query_head = ScriptedQueries(head.head if isinstance(head, ScriptedQueries) else head, fires)
 
 
 def clustered(shape: tuple[int, int], objects: int, seed: int = 0) -> np.ndarray:
-    """Bool ``[h, w]`` of a stride-16 level: cells that small objects in clusters make queries.
+    """Return the query cells, bool ``[h, w]``, of small objects in clusters on a level of stride 16.
 
-    Objects of 8 to 48 px come in groups of one to eight within about 100 px; a cell fires if its
-    middle is nearer to an object's centre than the object's own size, as the query targets have it.
+    Objects of 8 to 48 px come in groups of one to eight within about 100 px. A cell fires if its centre is nearer to an
+    object's centre than the object's size, as in the query targets (QueryDet eq. 2).
     """
     rng = np.random.default_rng(seed)
     height, width = shape
@@ -65,7 +66,7 @@ def clustered(shape: tuple[int, int], objects: int, seed: int = 0) -> np.ndarray
 
 
 def at_level(fires: np.ndarray, level: int, other: int, shape: tuple[int, int]) -> np.ndarray:
-    """The same queries on another level: all children on a finer one, the parents on a coarser one.
+    """Carry queries to another level: all children on a finer one, the parents on a coarser one.
 
     Args:
       fires: bool ``[h, w]`` on ``level``.
@@ -80,7 +81,7 @@ def at_level(fires: np.ndarray, level: int, other: int, shape: tuple[int, int]) 
 
 
 def active_shares(fires: np.ndarray, shapes: list[tuple[int, int]], context: int) -> list[float]:
-    """Share of active cells on each finer level if every key fires again."""
+    """Return the share of active cells on each finer level if every key fires again."""
     shares, mask = [], jnp.asarray(fires)[None]
     for shape in shapes:
         mask = children(mask, shape)
@@ -91,7 +92,7 @@ def active_shares(fires: np.ndarray, shapes: list[tuple[int, int]], context: int
 def density(
     shape: tuple[int, int], shapes: list[tuple[int, int]], context: int, target: float, seed: int = 0
 ) -> np.ndarray:
-    """Queries bool ``[h, w]`` for which the finest of ``shapes`` has about ``target`` of its cells active."""
+    """Return queries bool ``[h, w]`` that make about the share ``target`` of the finest of ``shapes`` active."""
     low, high = 1, 4096
     while low < high:
         middle = (low + high) // 2

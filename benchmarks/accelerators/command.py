@@ -1,4 +1,4 @@
-"""TPUs on a machine that has none: what the training step and inference take there, by their own compiler."""
+"""Inference and the training step compiled for TPUs on a machine that has none, with the compiler's figures."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ from benchmarks.accelerators.chips import (
     roofline,
 )
 from benchmarks.accelerators.programs import inference_program, rooms_needed, train_program
+from benchmarks.options import RandomImage
 from benchmarks.report import Column, Report, Row, decimals, ms, times
-from benchmarks.subject import Untrained, laid_out_queries, random_model
+from benchmarks.subjects import laid_out_queries, random_model
 from querydet_jax.config import InferenceConfig, override
 from querydet_jax.models import DenseDetector
 from querydet_jax.runtime.errors import ConfigError
@@ -36,29 +37,31 @@ _log = logging.getLogger("querydet_jax")
 
 
 @dataclass(frozen=True)
-class Accelerator(Untrained):
-    """Compile for TPUs, without one: FLOPs, traffic, memory and the roofline's bound; dense, CSQ, the training step."""
+class Accelerator(RandomImage):
+    """Compile for TPUs without one: FLOPs, traffic, memory and roofline bound of dense, CSQ and the training step."""
 
     chips: tuple[ChipName, ...] = ("v4", "v5e", "v5p", "v6e")
     """TPUs to compile for."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Arithmetic of convolutions."""
     inference: bool = True
-    """Compile image to detections: dense, CSQ with gather, CSQ with tiles."""
+    """Compile inference: dense, CSQ with gather, CSQ with tiles."""
     batch: int = 1
-    """Images of inference."""
+    """Images per call of inference."""
     train_batches: tuple[int, ...] = (2,)
-    """Images a chip of the training step, a row each."""
+    """Images per chip of the training step, a row each."""
     train_chips: Literal[1, 4] = 4
-    """Chips that train together; of one there are no collectives."""
+    """Chips that train together; one alone needs no collectives."""
     remat: bool = False
-    """Of the training step: --train.remat. Its rows have memory only: FLOPs would be those of one image."""
+    """Compile the training step with train.remat. Its rows show memory only: XLA would count one image's FLOPs."""
 
 
 def accelerator(arguments: Accelerator) -> None:
     libtpu = require_libtpu()
     if not arguments.inference and not arguments.train_batches:
-        raise ConfigError("accelerator: --no-inference and no --train-batches leave nothing to compile; keep one")
+        raise ConfigError(
+            "accelerator: --no-inference and no --train-batches leave nothing to compile; drop one of them"
+        )
     build = partial(random_model, arguments.backbone, arguments.classes, arguments.channels, dtype=arguments.dtype)
     rows: list[Row] = []
     for name in arguments.chips:
@@ -88,12 +91,12 @@ def accelerator(arguments: Accelerator) -> None:
         rows,
         notes=[
             "nothing was run: these are the compiler's figures for one chip, not measurements",
-            "GB accessed: XLA's cost analysis, after fusion; GB of HBM: without what stays on the chip",
-            "bound: the larger of GFLOP at the chip's bfloat16 peak and GB of HBM at its bandwidth, were nothing else",
-            "schedule: the compiler's cycle estimates one after another; it has none for gathers, scatters and sorts",
+            "GB accessed: XLA's cost analysis after fusion; GB of HBM: of that, what does not stay on the chip",
+            "bound: the longer of GFLOP at the chip's bfloat16 peak and GB of HBM at its bandwidth",
+            "schedule: the sum of the compiler's cycle estimates; it has none for gathers, scatters and sorts",
             "memory: arguments, results, temporaries and program; a chip has "
             + ", ".join(f"{name} {CHIPS[name].hbm_gib:g} GB" for name in arguments.chips),
-            "CSQ: one buffer a level, as large as its sites need, in one turn, in place of the ladder",
+            "CSQ: one buffer per level, as large as its sites need, instead of the ladder",
             f"libtpu {libtpu}",
         ],
         results={"libtpu": libtpu, "chips": {name: CHIPS[name]._asdict() for name in arguments.chips}},
@@ -111,7 +114,7 @@ def _inference_rows(arguments: Accelerator, name: str, chips: Devices, build: Ca
         "CSQ, gather": {"kernel": "gather"},
         "CSQ, tiles": {"kernel": "tiles"},
     }.items():
-        # At a score threshold of 0 every level brings all its candidates to NMS, the worst case.
+        # The worst case of NMS: at a score threshold of 0 every level passes on all its candidates.
         inference = override(InferenceConfig(score_threshold=0.0), changes)
         rooms = {} if inference.query == "dense" else rooms_needed(model, inference, shape, queries)
         buffers = ", ".join(f"P{level} {room}" for level, room in rooms.items()) or None
@@ -130,7 +133,7 @@ def _train_row(
     how = (" with remat" if arguments.remat else "") + (" on one chip" if len(chips) == 1 else "")
     program = train_program(build, chips, shape, remat=arguments.remat)
     row = _row(name, f"training step{how}, {_images(images)}", None, program, chips)
-    if arguments.remat:  # its loops over images would count one turn
+    if arguments.remat:  # XLA counts one turn of its loops over images
         row = {key: value for key, value in row.items() if key in _OF_MEMORY}
     return row
 
@@ -158,7 +161,7 @@ def _row(name: str, label: str, buffers: str | None, program: Program, chips: De
             "binds": bound.binds,
             "schedule_ms": figures.cycles / (CHIPS[name].ghz * 1e6),
         }
-    # A table takes an hour: each row is seen as it comes, and not lost with the rest.
+    # A table takes an hour: log each row as it comes.
     values = ", ".join(
         f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()
     )
