@@ -8,7 +8,7 @@ DEMO ?= runs/demo
 # Tests in as many processes as there are processors; the tests of a file share what they have made.
 WORKERS ?= --numprocesses logical --maxprocesses 8 --dist loadfile
 
-.PHONY: demo test lint docs benchmark clean
+.PHONY: demo test test-all lint docs benchmark clean
 
 demo: $(VENV)/.installed  ## Train on generated scenes, evaluate densely and with CSQ, draw pictures (about 10 minutes)
 	rm -rf $(DEMO)
@@ -20,6 +20,9 @@ test: $(VENV)/.installed-test  ## Style, types and the test suite
 	$(PY) -m ruff format --check .
 	$(PY) -m basedpyright --pythonpath $(PY)
 	$(PY) -m pytest $(WORKERS)
+
+test-all: lint  ## The same with the tests marked slow
+	$(PY) -m pytest $(WORKERS) -m ""
 
 lint: $(VENV)/.installed-test  ## Style and types only
 	$(PY) -m ruff check .
