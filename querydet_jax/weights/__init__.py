@@ -1,4 +1,4 @@
-"""Weights in and out: detectron2, the published QueryDet, torchvision, MSRA (Caffe2), safetensors."""
+"""Load and export weights: the published QueryDet, detectron2, torchvision, timm, MSRA (Caffe2), safetensors."""
 
 from __future__ import annotations
 

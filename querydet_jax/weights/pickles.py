@@ -1,9 +1,8 @@
-"""Pickles read without running what they say.
+"""Read pickles without running them.
 
-A pickle is a program that may call anything Python can import. This reader knows a short list of
-names that tensors are made of, each bound to a function of its own; names that optimisers,
-schedulers and configurations leave in checkpoints become inert placeholders; any other name is an
-error. Nothing is ever imported. PyTorch is not needed.
+A pickle is a program that may call anything Python can import. This reader binds the few names that tensors are made
+of to functions of its own; names that optimisers, schedulers and configurations leave in checkpoints become inert
+placeholders; any other name is an error. Nothing is imported, and PyTorch is not needed.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ _TORCH_STORAGES = {
     "BoolStorage": "bool", "ByteStorage": "uint8", "UntypedStorage": "uint8",
 }  # fmt: skip
 
-# Packages and classes whose leftovers in a checkpoint are ignored.
+# Packages and classes whose objects in a checkpoint are ignored.
 _IGNORED_PACKAGES = {"torch", "numpy", "detectron2", "fvcore", "yacs", "omegaconf", "mmcv", "mmengine"}
 _IGNORED_NAMES = (
     {
@@ -69,7 +68,7 @@ _IGNORED_NAMES = (
 
 
 class Inert:
-    """Stands for an object of no interest. Takes whatever a pickle does to it, and does nothing."""
+    """Placeholder of an object of no interest; ignores whatever a pickle does to it."""
 
     kind = "object"
 
@@ -137,7 +136,7 @@ class _NumpyDtype:
 
 
 class NumpyArray:
-    """A NumPy array as pickled; ``read`` makes it one."""
+    """A NumPy array as pickled; ``read`` returns it as an array."""
 
     def __init__(self, raw: Any = b"", dtype: Any = None, shape: Any = (), order: str = "C") -> None:
         self.raw, self.dtype, self.shape, self.order = raw, dtype, shape, order
@@ -147,7 +146,7 @@ class NumpyArray:
         self.order = "F" if fortran else "C"
 
     def read(self) -> np.ndarray:
-        # Python 2 wrote the bytes as a string, which latin1 gives back unharmed.
+        # Python 2 wrote the bytes as a string; latin1 restores them.
         raw = self.raw.encode("latin1") if isinstance(self.raw, str) else self.raw
         if not isinstance(self.dtype, _NumpyDtype) or not isinstance(raw, (bytes, bytearray)):
             raise WeightsError("array that holds Python objects")
@@ -157,22 +156,18 @@ class NumpyArray:
 
 @dataclass(frozen=True, slots=True)
 class Storage:
-    """A run of elements kept outside the pickle.
-
-    ``offset`` and ``count`` (elements of ``dtype``) select part of it, as views of the oldest files do.
-    """
+    """A run of ``count`` elements of ``dtype``, kept outside the pickle."""
 
     key: str
     dtype: str
     count: int
-    offset: int = 0
 
     def __setstate__(self, state: Any) -> None:
         raise pickle.UnpicklingError("sets the state of a storage")
 
 
 class TorchTensor:
-    """A tensor as pickled: a strided view of a storage; ``read`` makes it an array."""
+    """A tensor as pickled, a strided view of a storage; ``read`` returns it as an array."""
 
     def __init__(self, storage: Storage, offset: int, size: Any, stride: Any, dtype: str | None = None) -> None:
         if not isinstance(storage, Storage):
@@ -181,14 +176,17 @@ class TorchTensor:
         self.dtype = dtype or storage.dtype
 
     def __setstate__(self, state: Any) -> None:
-        """Attributes that somebody hung on the tensor are of no interest."""
+        """Ignore attributes that were set on the tensor."""
 
     def read(self, load: Callable[[Storage], np.ndarray], swap: bool) -> np.ndarray:
-        """A read-only array.
+        """Return a read-only array.
 
         Args:
-          load: gives the bytes (uint8) of a storage.
+          load: returns the bytes (uint8) of a storage.
           swap: the file's byte order is not this machine's.
+
+        Raises:
+          WeightsError: its type is not supported, or it reaches outside its storage.
         """
         if self.dtype not in _TORCH_DTYPES:
             raise WeightsError(f"tensor of type {self.dtype}, which is not supported; save it as float32")
@@ -202,7 +200,7 @@ class TorchTensor:
             raise WeightsError(f"tensor with offset {self.offset}, size {self.size} and stride {self.stride}")
         if math.prod(self.size) == 0:
             return np.zeros(self.size, dtype)
-        # as_strided trusts its arguments, a file is not to be trusted: stay within the storage.
+        # as_strided does not check its arguments, and a file is not to be trusted: stay within the storage.
         last = self.offset + sum((n - 1) * step for n, step in zip(self.size, self.stride, strict=True))
         if last >= data.size:
             raise WeightsError(f"tensor that reaches element {last} of a storage of {data.size}")
@@ -211,10 +209,10 @@ class TorchTensor:
 
 
 def itemsize(dtype: str) -> int:
-    """Bytes of an element of a torch type.
+    """Return the bytes per element of a torch type.
 
     Raises:
-      WeightsError: a type that is not supported.
+      WeightsError: the type is not supported.
     """
     if dtype not in _TORCH_DTYPES:
         raise WeightsError(f"storage of type {dtype}, which is not supported; save the tensors as float32")
@@ -257,12 +255,11 @@ for _core in ("numpy.core", "numpy._core"):
 class SafeUnpickler(pickle.Unpickler):
     """Reads a pickle into dicts, lists, numbers, ``NumpyArray``, ``TorchTensor`` and ``Inert``.
 
-    Strings of Python 2 are read as latin1. Storages met on the way are kept in ``storages``.
+    Strings of Python 2 are read as latin1.
     """
 
     def __init__(self, file: IO[bytes]) -> None:
         super().__init__(file, encoding="latin1")
-        self.storages: dict[str, Storage] = {}
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("collections", "OrderedDict"):
@@ -280,33 +277,25 @@ class SafeUnpickler(pickle.Unpickler):
     def persistent_load(self, pid: Any) -> Any:
         match pid:
             case ("storage", _TorchType(name=dtype), str(key), _, int(count)):
-                storage = Storage(key, dtype, count)
-            case ("storage", _TorchType(name=dtype), str(key), _, int(count), view):
-                storage = Storage(key, dtype, count)
-                if isinstance(view, tuple) and len(view) == 3:
-                    self.storages.setdefault(key, storage)
-                    return Storage(key, dtype, view[2], offset=view[1])
+                return Storage(key, dtype, count)
+            case ("storage", _TorchType(name=dtype), str(key), _, int(count), None):
+                return Storage(key, dtype, count)
             case ("module", *_):
                 return Inert()
             case _:
                 raise pickle.UnpicklingError("refers to something outside that is not a storage")
-        return self.storages.setdefault(key, storage)
 
 
-def load_pickle(file: IO[bytes]) -> tuple[Any, dict[str, Storage]]:
-    """Read one pickle from where the file stands.
-
-    Returns:
-      The object, and the storages that its tensors refer to by key.
+def load_pickle(file: IO[bytes]) -> Any:
+    """Read the pickle at the file's position.
 
     Raises:
-      WeightsError: a name that weights do not need; damaged or no pickle at all.
+      WeightsError: it asks for a name that weights do not need, is damaged, or is no pickle at all.
     """
-    unpickler = SafeUnpickler(file)
     try:
-        return unpickler.load(), unpickler.storages
+        return SafeUnpickler(file).load()
     except WeightsError:
         raise
-    # What a damaged pickle makes the unpickler and the constructors above raise is not bounded.
+    # A damaged pickle can make the unpickler and the constructors above raise anything.
     except Exception as error:
         raise WeightsError(f"damaged, or no weight file at all ({type(error).__name__}: {error})") from None

@@ -1,8 +1,7 @@
-"""Files to ``{tensor name: array}``, whoever wrote them. No file's code is run, PyTorch is not needed."""
+"""Read weight files into ``{tensor name: array}``, without PyTorch and without running code from them."""
 
 from __future__ import annotations
 
-import struct
 import sys
 import zipfile
 import zlib
@@ -21,26 +20,30 @@ SUFFIXES = (*PICKLE_SUFFIXES, ".npz", ".safetensors")
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # the first object of a file of torch.save before 1.6
 _DAMAGE = (SafetensorError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, OverflowError)
-_WRAPPERS = ("model", "state_dict", "model_state_dict", "blobs")  # where checkpoints keep the weights
+_WRAPPERS = ("model", "state_dict", "model_state_dict", "blobs")  # keys under which checkpoints keep the weights
 
 
 def read_tensors(path: str | Path) -> dict[str, np.ndarray]:
     """Read every tensor of a weight file, under the file's own names and in its own types.
 
     Args:
-      path: ``.pth``, ``.pt``, ``.bin``, ``.ckpt`` (torch.save, zip or legacy), ``.pkl`` (detectron2's or
-        Caffe2's dictionaries of arrays), ``.npz`` or ``.safetensors``. Checkpoints that keep the weights
-        under ``model``, ``state_dict``, ``model_state_dict`` or ``blobs`` are unwrapped, and optimiser
-        state and counters left out.
+      path: ``.pth``, ``.pt``, ``.bin``, ``.ckpt`` (torch.save of PyTorch 1.6 or newer), ``.pkl`` (detectron2's or
+        Caffe2's dictionaries of arrays), ``.npz``, ``.safetensors``, or a run folder (``read_checkpoint``).
+        Checkpoints that keep the weights under ``model``, ``state_dict``, ``model_state_dict`` or ``blobs`` are
+        unwrapped; optimiser state and counters are left out.
 
     Returns:
       Arrays, possibly read-only views of one buffer; bfloat16 as ``ml_dtypes.bfloat16``.
 
     Raises:
-      WeightsError: no such file, an unknown suffix, a damaged file, a file without tensors, or a pickle
-        that asks for anything but tensors.
+      WeightsError: there is no such file; its suffix is unknown; it is damaged or holds no tensors; its pickle asks
+        for anything but tensors.
     """
     path = Path(path)
+    if path.is_dir():
+        from querydet_jax.runtime.checkpoint_store import read_checkpoint  # imports orbax, which takes a second
+
+        return read_checkpoint(path, "model")
     if path.suffix not in SUFFIXES:
         raise WeightsError(f"{path}: unknown kind of weight file; give one ending in {', '.join(SUFFIXES)}")
     if not path.is_file():
@@ -60,7 +63,7 @@ def read_tensors(path: str | Path) -> dict[str, np.ndarray]:
         if not tensors:
             raise WeightsError("no tensors in it; save the model's state dict")
     except WeightsError as error:
-        # What a damaged file has for names may hold anything, line breaks included.
+        # Names from a damaged file may hold anything, line breaks included.
         raise WeightsError(f"{path}: {' '.join(str(error).split())}") from None
     except (*_DAMAGE, OSError, KeyError, ValueError, TypeError, MemoryError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
@@ -86,7 +89,7 @@ def _read_torch_zip(file: BinaryIO) -> dict[str, np.ndarray]:
         if f"{folder}/byteorder" in archive.namelist():
             order = archive.read(f"{folder}/byteorder").strip()
         with archive.open(entries[0]) as pickled:
-            checkpoint, _ = load_pickle(pickled)
+            checkpoint = load_pickle(pickled)
 
         def load(storage: Storage) -> np.ndarray:
             data = np.frombuffer(archive.read(f"{folder}/data/{storage.key}"), np.uint8)
@@ -96,45 +99,18 @@ def _read_torch_zip(file: BinaryIO) -> dict[str, np.ndarray]:
 
 
 def _read_pickle(file: BinaryIO) -> dict[str, np.ndarray]:
-    first, _ = load_pickle(file)
-    if first != _LEGACY_MAGIC:
-        return _tensors(first, _no_storage, swap=False)
-    load_pickle(file)  # protocol version, 1001 ever since
-    info, _ = load_pickle(file)
-    checkpoint, storages = load_pickle(file)
-    keys, _ = load_pickle(file)
-    # The storages follow, each with its length in front; where they lie is noted, only those of weights are read.
-    places: dict[str, tuple[int, int]] = {}
-    size = file.seek(0, 1)
-    end = file.seek(0, 2)
-    file.seek(size)
-    for key in keys:
-        (count,) = struct.unpack("<q", _exactly(file, 8))
-        length = count * itemsize(storages[key].dtype)
-        places[key] = (file.tell(), length)
-        if count < 0 or file.tell() + length > end:
-            raise WeightsError("the file ends before its weights do; fetch or write it again")
-        file.seek(length, 1)
-
-    def load(storage: Storage) -> np.ndarray:
-        start, length = places[storage.key]
-        file.seek(start)
-        return _part(np.frombuffer(_exactly(file, length), np.uint8), storage)
-
-    little = not isinstance(info, dict) or info.get("little_endian", True)
-    return _tensors(checkpoint, load, swap=little != (sys.byteorder == "little"))
-
-
-def _exactly(file: BinaryIO, length: int) -> bytes:
-    data = file.read(length)
-    if len(data) != length:
-        raise WeightsError("the file ends before its weights do; fetch or write it again")
-    return data
+    checkpoint = load_pickle(file)
+    if checkpoint == _LEGACY_MAGIC:
+        raise WeightsError(
+            "written by torch.save before PyTorch 1.6; convert it with PyTorch: "
+            "torch.save(torch.load(OLD, map_location='cpu'), NEW)"
+        )
+    return _tensors(checkpoint, _no_storage, swap=False)
 
 
 def _part(data: np.ndarray, storage: Storage) -> np.ndarray:
     width = itemsize(storage.dtype)
-    return data[storage.offset * width : (storage.offset + storage.count) * width]
+    return data[: storage.count * width]
 
 
 def _no_storage(storage: Storage) -> np.ndarray:
@@ -142,7 +118,7 @@ def _no_storage(storage: Storage) -> np.ndarray:
 
 
 def _tensors(checkpoint: Any, load: Callable[[Storage], np.ndarray], swap: bool) -> dict[str, np.ndarray]:
-    """The weights of a checkpoint, read one storage at a time."""
+    """Return the weights of a checkpoint; read each storage once."""
     if not isinstance(checkpoint, dict):
         what = checkpoint.kind if isinstance(checkpoint, Inert) else type(checkpoint).__name__
         raise WeightsError(f"holds a {what}, not a dictionary of tensors; save the model's state dict")

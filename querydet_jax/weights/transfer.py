@@ -1,4 +1,4 @@
-"""Weights into a model and out of it, under the official PyTorch names."""
+"""Load weights into a model and export them, under the official PyTorch names."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from querydet_jax.weights.readers import read_tensors
 from querydet_jax.weights.writers import write_tensors
 
 _PIXELS = ("pixel_mean", "pixel_std")
-_BGR_MEAN = (103.530, 116.280, 123.675)  # of ImageNet, as MSRA's weights take it; reversed: torchvision's
+_BGR_MEAN = (103.530, 116.280, 123.675)  # of ImageNet in BGR, as MSRA's weights expect; reversed it is torchvision's
 
 _FLAVORS = {"caffe2": "msra", "torchvision": "torchvision", "timm": "torchvision", "efficientnet": "efficientnet_lite"}
 
@@ -61,8 +61,8 @@ def load_weights(model: nnx.Module, source: str | Path | Mapping[str, Any]) -> L
 
     Args:
       model: what ``build_model`` returned.
-      source: a weight file (see ``read_tensors``), the folder of a training run, arrays by name, or
-        ``efficientnet_lite0``: the ImageNet weights of that network's package (an extra).
+      source: a weight file or run folder (see ``read_tensors``), arrays by name, or ``efficientnet_lite0``: the
+        ImageNet weights of that network's package (an extra).
         Names of QueryDet and of detectron2's RetinaNet, FCOS and Faster R-CNN are understood, as are torchvision's,
         timm's and Caffe2's (MSRA) of a ResNet, torchvision's and timm's of MobileNetV2 and torchvision's of
         ShuffleNetV2, with or without ``module.`` or ``model.`` in front. Arrays are in torch layout (convolutions
@@ -72,13 +72,14 @@ def load_weights(model: nnx.Module, source: str | Path | Mapping[str, Any]) -> L
       Which tensors were loaded, which are missing and which were not expected.
 
     Raises:
-      WeightsError: an unreadable file; a shape that does not fit; values that are not finite numbers;
-        names of another model altogether; a backbone of another flavour or norm than the model's.
+      WeightsError: the file cannot be read; a shape does not fit; a value is not finite; no name is one of this
+        model's; the backbone has another flavour or norm than the model's.
     """
     if isinstance(source, Mapping):
         where, tensors = "weights", {str(name): value for name, value in source.items()}
     else:
-        where, tensors = str(source), _read(Path(source))
+        path = Path(source)
+        where, tensors = str(source), read_tensors(path if path.exists() else packaged_file(str(path)) or path)
     variables = _variables(model)
     named, unexpected = _match(tensors, variables, where)
     _check_style(model, tensors, unexpected, where)
@@ -104,8 +105,10 @@ def load_weights(model: nnx.Module, source: str | Path | Mapping[str, Any]) -> L
 
 
 def state_dict(model: nnx.Module) -> dict[str, np.ndarray]:
-    """Every tensor of a model, float32, in torch layout and under the official name: QueryDet's
-    names for a model with a query head, detectron2's for one without and for a Faster R-CNN."""
+    """Return every tensor of a model as float32 in torch layout, by official name.
+
+    Models with a query head take QueryDet's names, others and every Faster R-CNN detectron2's.
+    """
     return {
         name: to_torch_layout(np.asarray(variable.get_value(), np.float32), path)
         for name, (path, variable) in _variables(model).items()
@@ -113,35 +116,26 @@ def state_dict(model: nnx.Module) -> dict[str, np.ndarray]:
 
 
 def export_weights(model: nnx.Module, path: str | Path) -> None:
-    """Write ``state_dict(model)`` to a ``.pth``, ``.pt``, ``.pkl``, ``.npz`` or ``.safetensors`` file.
+    """Write ``state_dict(model)`` to a ``.safetensors``, ``.npz`` or ``.pkl`` file.
 
-    ``load_weights`` gives back every tensor bit for bit. ``.pth`` is for ``torch.load`` and, like
-    ``.pkl``, for detectron2's checkpointer.
+    ``load_weights`` gives back every tensor bit for bit. ``.safetensors`` is for PyTorch (``safetensors.torch``),
+    ``.pkl`` for detectron2's checkpointer.
 
     Raises:
-      WeightsError: an unknown suffix, a folder that is not there or cannot be written.
+      WeightsError: the suffix is another, or the folder is missing or cannot be written.
     """
     write_tensors(state_dict(model), path)
 
 
-def _read(path: Path) -> dict[str, np.ndarray]:
-    if not path.is_dir():
-        return read_tensors(path if path.exists() else packaged_file(str(path)) or path)
-    # Here, not above: exported weights must load where no training code is imported.
-    from querydet_jax.training.checkpoint import restore_model_state
-
-    return restore_model_state(path)
-
-
 def _variables(model: nnx.Module) -> dict[str, tuple[ModelPath, nnx.Variable[Any]]]:
-    """Variables of a model, and where in it they are, by official name."""
+    """Return a model's variables and their paths in it, by official name."""
     flat = [(path, v) for path, v in nnx.to_flat_state(nnx.state(model)) if not isinstance(v, nnx.RngState)]
     style = _head_style([path for path, _ in flat])
     return {torch_name(path, **style): (path, variable) for path, variable in flat}
 
 
 def _head_style(paths: Collection[ModelPath]) -> dict[str, bool]:
-    """What decides the names of a detection head; see ``torch_name``."""
+    """Return what decides the names of a detection head, as arguments of ``torch_name``."""
     return {
         "query": any(path[0] == "query_head" for path in paths),
         "normed": any(path[0] == "head" and "norm" in path for path in paths),
@@ -151,7 +145,7 @@ def _head_style(paths: Collection[ModelPath]) -> dict[str, bool]:
 def _match(
     tensors: dict[str, Any], variables: dict[str, tuple[ModelPath, nnx.Variable[Any]]], where: str
 ) -> tuple[dict[str, str], list[str]]:
-    """Official names of the model to names of the source, and the source's names left over."""
+    """Map the model's official names to the source's names; return the map and the source's names left over."""
     head = _head_style([path for path, _ in variables.values()])
     style = naming_style(tensors)
     named: dict[str, str] = {}
@@ -166,7 +160,7 @@ def _match(
             raise WeightsError(f"{where}: {named[official]} and {name} are both {official}; keep one of them")
         else:
             named[official] = name
-    # Every detectron2 model has pixel statistics: with nothing else in common it is another model.
+    # Every detectron2 model has pixel statistics: if they are all that is shared, it is another model.
     if not named or (unexpected and not set(named) - set(_PIXELS)):
         seen = f" (it has {unexpected[0]})" if unexpected else ""
         raise WeightsError(
@@ -204,7 +198,7 @@ def _check_shapes(
         if array.shape != shape and not (official in _PIXELS and array.shape == (3,)):
             wrong.append((official, array.shape, shape))
     if wrong:
-        # The first convolution tells most: its bias, norm and successors fail for the same reason.
+        # Name the convolution: its bias, norm and successors fail for the same reason.
         official, given, wanted = max(wrong, key=lambda entry: len(entry[1]))
         more = f" (and {len(wrong) - 1} more tensors)" if len(wrong) > 1 else ""
         raise WeightsError(
@@ -214,7 +208,7 @@ def _check_shapes(
 
 
 def _check_style(model: nnx.Module, tensors: dict[str, Any], unexpected: list[str], where: str) -> None:
-    """What names betray of the network: its flavour, and whether it has batch norm."""
+    """Raise WeightsError if the source's names show another flavour than the model's, or batch norm it lacks."""
     backbone = model.config.backbone  # pyright: ignore[reportAttributeAccessIssue]
     style = naming_style(tensors)
     flavor = _FLAVORS.get(style, backbone.flavor)
@@ -231,7 +225,7 @@ def _check_style(model: nnx.Module, tensors: dict[str, Any], unexpected: list[st
 
 
 def _check_pixels(model: nnx.Module, arrays: dict[str, np.ndarray], where: str) -> None:
-    """Official names do not tell the flavour, but the order of the mean does."""
+    """Raise WeightsError if the pixel mean is that of another flavour, which official names do not show."""
     flavor = model.config.backbone.flavor  # pyright: ignore[reportAttributeAccessIssue]
     means = {"msra": _BGR_MEAN, "torchvision": _BGR_MEAN[::-1], "efficientnet_lite": (127.0,) * 3}
     for other, mean in means.items():
@@ -245,7 +239,7 @@ def _check_pixels(model: nnx.Module, arrays: dict[str, np.ndarray], where: str) 
 
 
 def _add_statistics(arrays: dict[str, np.ndarray], variables: dict[str, tuple[ModelPath, nnx.Variable[Any]]]) -> None:
-    """Old Caffe2 files hold norms folded into scale and bias: mean 0, variance 1."""
+    """Add mean 0 and variance 1 to norms of old Caffe2 files, which fold them into scale and bias."""
     for name in list(arrays):
         stem, found, _ = name.rpartition(".norm.weight")
         for leaf, value in (("running_mean", 0.0), ("running_var", 1.0)) if found else ():

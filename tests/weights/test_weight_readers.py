@@ -1,11 +1,13 @@
-"""Weight files are read without PyTorch, and without running what a pickle says."""
+"""Weight files are read without PyTorch and without running a pickle's program; what is written others can read."""
 
 from __future__ import annotations
 
 import argparse
 import io
+import json
 import os
 import pickle
+import pickletools
 import struct
 import zipfile
 from collections import OrderedDict
@@ -31,10 +33,8 @@ def assert_equal(got: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -> N
         assert got[name].tobytes() == array.tobytes(), name
 
 
-@pytest.mark.parametrize("name", ["torch_zip.pth", "torch_legacy.pth"])
-def test_files_of_torch_save(name: str) -> None:
-    """Written by torch 2.13: ``{"model": tensors, "optimizer", "scheduler", "args": Namespace, "iteration"}``,
-    the first with ``torch.save(checkpoint, path)``, the second with ``_use_new_zipfile_serialization=False``.
+def test_files_of_torch_save() -> None:
+    """Written by torch 2.13: ``{"model": tensors, "optimizer", "scheduler", "args": Namespace, "iteration"}``.
     ``whole``, ``permuted`` and ``part`` share one storage."""
     whole = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
     wanted = {
@@ -49,13 +49,19 @@ def test_files_of_torch_save(name: str) -> None:
         "expanded": np.full((2, 2), 3, np.float32),
         "empty": np.zeros((0, 3), np.float32),
     }
-    assert_equal(read_tensors(FIXTURES / name), wanted)
+    assert_equal(read_tensors(FIXTURES / "torch_zip.pth"), wanted)
 
 
-@pytest.mark.parametrize("suffix", [".pth", ".pt", ".pkl", ".npz", ".safetensors"])
+def test_legacy_files_of_torch_save_name_the_conversion() -> None:
+    """Written with ``_use_new_zipfile_serialization=False``, as before PyTorch 1.6."""
+    with pytest.raises(
+        WeightsError, match=r"torch_legacy\.pth: written by torch\.save before .* torch\.save\(torch\.load"
+    ):
+        read_tensors(FIXTURES / "torch_legacy.pth")
+
+
+@pytest.mark.parametrize("suffix", [".pkl", ".npz", ".safetensors"])
 def test_written_files_read_back(tmp_path: Path, suffix: str) -> None:
-    """The .pth was checked by hand to load with ``torch.load(weights_only=True)`` of torch 2.13, with and
-    without ``mmap=True``, every tensor of a ResNet-50 QueryDet equal."""
     tensors = {**TENSORS, "scalar": np.array(2.5, np.float32), "empty": np.zeros((0, 3), np.float32)}
     path = tmp_path / f"w{suffix}"
     write_tensors(tensors, path)
@@ -63,15 +69,64 @@ def test_written_files_read_back(tmp_path: Path, suffix: str) -> None:
     assert os.listdir(tmp_path) == [path.name]
 
 
-def test_big_endian_torch_file(tmp_path: Path) -> None:
-    write_tensors(TENSORS, tmp_path / "little.pth")
-    with zipfile.ZipFile(tmp_path / "little.pth") as old, zipfile.ZipFile(tmp_path / "big.pth", "w") as new:
-        for name in old.namelist():
-            data = old.read(name)
-            if "/data/" in name:
-                data = np.frombuffer(data, "<f4").astype(">f4").tobytes()
-            new.writestr(name, b"big" if name.endswith("byteorder") else data)
-    assert_equal(read_tensors(tmp_path / "big.pth"), TENSORS)
+def test_detectron2_takes_the_pkl(tmp_path: Path) -> None:
+    """The steps of detectron2/checkpoint/detection_checkpoint.py and fvcore/common/checkpoint.py: ``pickle.load`` with
+    latin1, both keys (so no matching of names), then ``torch.from_numpy`` of every array, which needs plain, writable
+    arrays in this machine's byte order. Nothing but NumPy may be imported."""
+    write_tensors(
+        {**TENSORS, "transposed": TENSORS["a.weight"].T, "big": TENSORS["b"].astype(">f4")}, tmp_path / "w.pkl"
+    )
+    with (tmp_path / "w.pkl").open("rb") as file:
+        data = pickle.load(file, encoding="latin1")
+    assert set(data) == {"model", "__author__"} and "matching_heuristics" not in data
+    for name, array in data["model"].items():
+        assert type(name) is str and type(array) is np.ndarray
+        assert array.dtype == np.dtype("=f4") and array.dtype.isnative and array.flags.writeable
+        assert all(stride >= 0 for stride in array.strides)
+    np.testing.assert_array_equal(data["model"]["transposed"], TENSORS["a.weight"].T)
+    raw = (tmp_path / "w.pkl").read_bytes()
+    words = [argument for _, argument, _ in pickletools.genops(raw) if isinstance(argument, str)]
+    assert {word.partition(".")[0] for word in words if word.startswith(("numpy", "querydet_jax."))} == {"numpy"}
+
+
+def test_pytorch_takes_the_safetensors(tmp_path: Path) -> None:
+    """The format that ``safetensors.torch.load_file`` reads: u64 length of a JSON header padded to 8 bytes, then the
+    tensors in row-major order without gaps."""
+    tensors = {**TENSORS, "transposed": TENSORS["a.weight"].T}
+    write_tensors(tensors, tmp_path / "w.safetensors")
+    raw = (tmp_path / "w.safetensors").read_bytes()
+    (length,) = struct.unpack("<Q", raw[:8])
+    header, data = json.loads(raw[8 : 8 + length]), raw[8 + length :]
+    assert length % 8 == 0 and header.pop("__metadata__")["format"] == "pt" and set(header) == set(tensors)
+    places = sorted(entry["data_offsets"] for entry in header.values())
+    assert [start for start, _ in places] == [0, *(end for _, end in places[:-1])] and places[-1][1] == len(data)
+    for name, array in tensors.items():
+        start, end = header[name]["data_offsets"]
+        assert header[name]["dtype"] == "F32" and header[name]["shape"] == list(array.shape)
+        assert data[start:end] == array.astype("<f4").tobytes()
+
+
+def torch_zip(path: Path, storage: np.ndarray, size: tuple[int, ...], stride: tuple[int, ...], offset: int = 0) -> Path:
+    """Write a file of torch.save with one tensor ``x``, of any geometry over a storage of floats."""
+
+    def numbers(values: tuple[int, ...]) -> str:
+        return "(" + "".join(f"I{value}\n" for value in values) + "t"
+
+    program = (
+        "(dVx\nctorch._utils\n_rebuild_tensor_v2\n((Vstorage\nctorch\nFloatStorage\nV0\nVcpu\n"
+        f"I{storage.size}\ntQI{offset}\n{numbers(size)}{numbers(stride)}I00\nccollections\nOrderedDict\n(tRtRs."
+    )
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", program)
+        archive.writestr("archive/byteorder", "little" if storage.dtype.newbyteorder("<") == storage.dtype else "big")
+        archive.writestr("archive/data/0", storage.tobytes())
+    return path
+
+
+@pytest.mark.parametrize("order", "<>")
+def test_torch_file_of_either_byte_order(tmp_path: Path, order: str) -> None:
+    storage = np.arange(6, dtype=f"{order}f4")
+    assert_equal(read_tensors(torch_zip(tmp_path / "w.pth", storage, (2, 3), (3, 1))), {"x": TENSORS["a.weight"]})
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
@@ -132,7 +187,7 @@ def test_pickle_that_runs_code_is_refused(tmp_path: Path, where: str, protocol: 
 
 
 def test_placeholders_run_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A name of an ignored package is not imported, even where the package is there."""
+    """A name of an ignored package is not imported, even if the package is installed."""
     called = []
     monkeypatch.setattr(np.testing, "measure", lambda *args: called.append(args))
     data = b"\x80\x02}(X\x01\x00\x00\x00xcnumpy.testing\nmeasure\n)RX\x01\x00\x00\x00a"
@@ -141,7 +196,7 @@ def test_placeholders_run_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_pickle_cannot_alter_the_reader(tmp_path: Path) -> None:
-    """BUILD with a pair sets attributes; on a function of the reader it would change later readings."""
+    """BUILD with a pair sets attributes; on a function of the reader it would change what is read later."""
     evil = b"\x80\x02cnumpy\ndtype\n(N}X\x0c\x00\x00\x00__defaults__)stb."
     (tmp_path / "evil.pkl").write_bytes(evil)
     with pytest.raises(WeightsError, match="sets the state of a function"):
@@ -154,31 +209,13 @@ def test_configurations_in_checkpoints_are_ignored(tmp_path: Path) -> None:
     assert_equal(read_tensors(tmp_path / "w.pth"), TENSORS)
 
 
-def torch_pickle(tmp_path: Path, size: tuple[int, ...], stride: tuple[int, ...], offset: int = 0) -> Path:
-    """A .pth of one tensor over a storage of six floats, with any geometry."""
-    write_tensors({"x": np.zeros(6, np.float32)}, tmp_path / "good.pth")
-    with zipfile.ZipFile(tmp_path / "good.pth") as old:
-        parts = {name: old.read(name) for name in old.namelist()}
-
-    def integers(values: tuple[int, ...]) -> bytes:
-        return b"(" + b"".join(pickle.BININT + struct.pack("<i", v) for v in values) + b"t"
-
-    before = b"Q" + pickle.BININT + struct.pack("<i", 0) + integers((6,)) + integers((1,))
-    after = b"Q" + pickle.BININT + struct.pack("<i", offset) + integers(size) + integers(stride)
-    assert before in parts["archive/data.pkl"]
-    parts["archive/data.pkl"] = parts["archive/data.pkl"].replace(before, after)
-    with zipfile.ZipFile(tmp_path / "w.pth", "w") as new:
-        for name, data in parts.items():
-            new.writestr(name, data)
-    return tmp_path / "w.pth"
-
-
 def test_tensor_geometry(tmp_path: Path) -> None:
-    assert read_tensors(torch_pickle(tmp_path, (2, 2), (2, 1), offset=2))["x"].shape == (2, 2)
+    storage, path = np.arange(6, dtype="<f4"), tmp_path / "w.pth"
+    assert read_tensors(torch_zip(path, storage, (2, 2), (2, 1), offset=2))["x"].tolist() == [[2, 3], [4, 5]]
     outside = [((7,), (1,), 0), ((2, 3), (4, 1), 0), ((6,), (1,), 1)]
     for size, stride, offset in [*outside, ((2,), (-1,), 1), ((2,), (1, 1), 0)]:
         with pytest.raises(WeightsError, match=r"w\.pth: tensor x: tensor (that reaches|with offset)"):
-            read_tensors(torch_pickle(tmp_path, size, stride, offset))
+            read_tensors(torch_zip(path, storage, size, stride, offset))
 
 
 def damage(path: Path, tmp_path: Path, keep: float) -> Path:
@@ -189,7 +226,7 @@ def damage(path: Path, tmp_path: Path, keep: float) -> Path:
 
 
 @pytest.mark.parametrize("keep", [0.0, 0.1, 0.5, 0.9, 0.99])
-@pytest.mark.parametrize("kind", ["torch_zip.pth", "torch_legacy.pth", "w.pkl", "w.npz", "w.safetensors"])
+@pytest.mark.parametrize("kind", ["torch_zip.pth", "w.pkl", "w.npz", "w.safetensors"])
 def test_truncated_files(tmp_path: Path, kind: str, keep: float) -> None:
     path = FIXTURES / kind
     if not path.exists():
@@ -250,7 +287,9 @@ def test_failed_write_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.
         write_tensors({"c": np.zeros(3, np.float32)}, path)
     assert os.listdir(tmp_path) == ["w.npz"]
     assert_equal(read_tensors(path), TENSORS)
-    with pytest.raises(WeightsError, match="unknown kind of weight file"):
+    with pytest.raises(WeightsError, match=r"w\.h5: cannot write such .* ending in \.safetensors, \.npz, \.pkl$"):
         write_tensors(TENSORS, tmp_path / "w.h5")
+    with pytest.raises(WeightsError, match=r"w\.pth: cannot write such a file; .*; PyTorch reads \.safetensors"):
+        write_tensors(TENSORS, tmp_path / "w.pth")
     with pytest.raises(WeightsError, match="create it first"):
         write_tensors(TENSORS, tmp_path / "absent" / "w.npz")

