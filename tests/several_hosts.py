@@ -1,4 +1,4 @@
-"""Real processes of the commands over loopback, for tests of several hosts."""
+"""Processes of the commands that connect over loopback, for tests of several hosts."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SMALL = (
 def started(
     cwd: Path, data: Path, devices: int, *words: str, command: str = "train.py configs/demo.py --run run"
 ) -> subprocess.Popen[str]:
-    """A command with so many virtual devices, in a folder of its own; files of this project by their names in it."""
+    """Start a command in folder ``cwd`` with virtual devices; names of files in this checkout become paths."""
     environment = {
         **os.environ,
         **quick.environment(f"--xla_force_host_platform_device_count={devices}"),
@@ -42,7 +42,7 @@ def started(
 
 
 def finished(*processes: subprocess.Popen[str], status: int = 0) -> list[str]:
-    """What they printed. None outlives this, and one that fails tells what all said."""
+    """Return what the processes printed; kill those that take too long, and show all output if a status differs."""
     outputs, deadline = ["" for _ in processes], time.monotonic() + LIMIT
     try:
         for i, process in enumerate(processes):
@@ -60,7 +60,7 @@ def finished(*processes: subprocess.Popen[str], status: int = 0) -> list[str]:
 
 
 def hosts(count: int) -> list[list[str]]:
-    """Flags of each host, with a port that is free."""
+    """Return the flags of each host, with a free port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

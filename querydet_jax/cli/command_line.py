@@ -98,7 +98,7 @@ def run(main: Callable[[], None]) -> None:
     except Exception as error:
         if not jax.distributed.is_initialized():
             raise
-        line = host_failures.from_elsewhere(error)
+        line = host_failures.lost_host(error)
         if line is None:
             traceback.print_exc()
         _fail(line or f"{type(error).__name__} ({(str(error).splitlines() or [''])[0][:200]})", 2 if line else 1)
@@ -107,5 +107,5 @@ def run(main: Callable[[], None]) -> None:
 def _fail(line: str, status: int) -> NoReturn:
     print("interrupted" if status == 130 else f"error: {line}", file=sys.stderr, flush=True)
     if jax.distributed.is_initialized():
-        host_failures.leave(line, status)
+        host_failures.leave(status)
     sys.exit(status)

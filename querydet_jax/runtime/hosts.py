@@ -1,8 +1,8 @@
-"""Several processes, a host each, that train or evaluate together (``jax.distributed``).
+"""Several processes, one per host, that train or evaluate together (``jax.distributed``).
 
-Each runs the same command. They meet at the first one's address; from then on ``jax.devices()`` are those of all.
-Files of a run are written, and progress printed, by the first host alone; what it reads of the run's folder it
-sends to the others, which so need not see it.
+Each runs the same command. They meet at the address of host 0; from then on ``jax.devices()`` lists the devices of all.
+Host 0 alone writes the run's files and prints progress. It sends what it reads from the run's folder to the others,
+so they need no access to it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from querydet_jax.runtime import host_failures
 from querydet_jax.runtime.errors import ConfigError, QueryDetError
 
 _log = logging.getLogger("querydet_jax")
@@ -27,28 +26,28 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True)
 class Hosts:
-    """Flags that say with which other processes this one runs. By default alone."""
+    """Flags that name the processes this one runs with; the default is a single process."""
 
     coordinator: str = ""
-    """Several hosts: HOST:PORT of host 0, the same on all; the port must be free there."""
+    """HOST:PORT of host 0, the same on all hosts; the port must be free there."""
     count: int = 1
     """Number of hosts."""
     index: int = 0
-    """Which of them this is: 0 to count - 1."""
+    """This host's number, 0 to count - 1."""
     auto: bool = False
-    """Several hosts, found out from the system that started them: TPU pod, SLURM, Open MPI, Kubernetes."""
+    """Take the hosts from the system that started them: TPU pod, SLURM, Open MPI or Kubernetes."""
     timeout: int = 300
-    """Seconds to wait until all hosts have come."""
+    """Seconds to wait for all hosts to connect."""
 
 
 def join(hosts: Hosts, *, preemptible: bool = False) -> None:
-    """Wait for the other hosts. To be called before anything else asks jax for its devices.
+    """Connect to the other hosts; call this before anything asks jax for its devices.
 
     Args:
-      preemptible: SIGTERM to any of them is for ``guards.preemption`` and does not end the process.
+      preemptible: leave SIGTERM to any of them to ``guards.preemption`` instead of ending the process.
 
     Raises:
-      ConfigError: flags that contradict each other, or no system that ``auto`` knows.
+      ConfigError: the flags contradict each other, or ``auto`` knows no hosts.
     """
     check(hosts)
     if not hosts.auto and not hosts.coordinator:
@@ -56,9 +55,9 @@ def join(hosts: Hosts, *, preemptible: bool = False) -> None:
     known: dict[str, Any] = {}
     if hosts.coordinator:
         known = dict(coordinator_address=hosts.coordinator, num_processes=hosts.count, process_id=hosts.index)
-        # What was said in full is not looked up; jax would also take one device a process from SLURM.
+        # The flags are complete: without this jax would also ask SLURM, and take one device per process.
         known["cluster_detection_method"] = "deactivate"
-    # If they do not come, jax ends the process itself, with a long message about an RPC; this line explains it.
+    # If a host is missing, jax aborts the process with a long message about an RPC; this line explains it.
     _log.info(
         "waiting up to %d s for %s", hosts.timeout,
         f"{hosts.count} hosts at {hosts.coordinator}" if hosts.coordinator else "the other hosts",
@@ -68,14 +67,13 @@ def join(hosts: Hosts, *, preemptible: bool = False) -> None:
         jax.distributed.initialize(**known, initialization_timeout=hosts.timeout)
     except (RuntimeError, ValueError) as error:
         raise ConfigError(
-            f"--hosts: the hosts did not find together ({str(error).splitlines()[0][:200]}): where --hosts.auto knows "
-            "nothing of them, give --hosts.coordinator HOST:PORT, --hosts.count and --hosts.index"
+            f"--hosts: the hosts could not connect ({str(error).splitlines()[0][:200]}): where --hosts.auto "
+            "finds none, give --hosts.coordinator HOST:PORT, --hosts.count and --hosts.index"
         ) from None
-    host_failures.listen()
 
 
 def check(hosts: Hosts) -> None:
-    """Raise ConfigError where flags contradict each other."""
+    """Raise ConfigError if flags contradict each other."""
     if hosts.auto and (hosts.coordinator or hosts.count != 1 or hosts.index != 0):
         raise ConfigError("--hosts.auto finds coordinator, count and index itself: leave these out")
     if (hosts.count != 1 or hosts.index != 0) and not hosts.coordinator:
@@ -93,12 +91,12 @@ def check(hosts: Hosts) -> None:
 
 
 def is_first() -> bool:
-    """Whether this host writes and prints."""
+    """Return whether this host writes and prints."""
     return jax.process_index() == 0
 
 
 def from_first(compute: Callable[[], Value]) -> Value:
-    """What ``compute`` returns on the first host, on every host. A QueryDetError is raised on every host.
+    """Return on every host what ``compute`` returns on the first; raise its QueryDetError on every host, too.
 
     All hosts must call it. The value travels pickled, so it should hold NumPy arrays rather than jax's.
     """
@@ -120,10 +118,10 @@ def from_first(compute: Callable[[], Value]) -> Value:
 
 
 def on_every(compute: Callable[[], Value]) -> Value:
-    """``compute()`` on every host: on the first one, then on the others, which find the files that it made.
+    """Return ``compute()`` of this host; the first host computes before the others, which find the files it makes.
 
     Raises:
-      QueryDetError: on every host, where it fails on any.
+      QueryDetError: on every host if it fails on any.
     """
     if jax.process_count() == 1:
         return compute()
@@ -144,7 +142,7 @@ def on_every(compute: Callable[[], Value]) -> Value:
 
 
 def gather(value: Value) -> list[Value]:
-    """Every host's ``value``, in order of the hosts, on every host. All must call it; see ``from_first``."""
+    """Return every host's ``value``, in the hosts' order. All hosts must call it; see ``from_first``."""
     if jax.process_count() == 1:
         return [value]
     message = np.frombuffer(pickle.dumps(value), np.uint8)
