@@ -1,4 +1,4 @@
-"""A detector that is trained a few steps in a test: heads on two levels, little that must be compiled."""
+"""A detector to train for a few steps in a test: heads on two levels, so little to compile."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from querydet_jax.config import (
     override,
 )
 from querydet_jax.models import build_model
-from querydet_jax.training.parallel import AXIS, Step, carrier
+from querydet_jax.training.parallel import AXIS, Step, replication
 from querydet_jax.training.schedule import make_optimizer
 from querydet_jax.training.step import Metrics, TrainState, init_state, make_step
 
@@ -63,7 +63,7 @@ SCENES = {
 
 
 def a_batch(size: int = 4, seed: int = 0, height: int = 64) -> dict[str, np.ndarray]:
-    """Noise, square, with 1 box on the first image, 2 on the next, and so on."""
+    """Return square images of noise, with 1 box on the first, 2 on the next, and so on."""
     rng = np.random.default_rng(seed)
     most = max(size, 6)
     boxes, classes = np.zeros((size, most, 4), np.float32), np.full((size, most), -1, np.int32)
@@ -80,7 +80,7 @@ def a_batch(size: int = 4, seed: int = 0, height: int = 64) -> dict[str, np.ndar
 
 
 def start(config: Config, axis_name: str | None) -> tuple[TrainState, Step]:
-    """First state and the step of a run."""
+    """Return the first state and the step of a run."""
     model, train = build_model(config.model), config.train
     optimizer = make_optimizer(train)
     step = make_step(model, optimizer, axis_name, accumulate=train.accumulate, remat=train.remat, ema_decay=train.ema)
@@ -90,14 +90,14 @@ def start(config: Config, axis_name: str | None) -> tuple[TrainState, Step]:
 def run_steps(
     config: Config, batches: list[dict[str, np.ndarray]], devices: bool, **changes: Any
 ) -> tuple[TrainState, Metrics]:
-    """State and last metrics, on the two devices of the tests or on one."""
+    """Return the state and the last metrics, on the two devices of the tests or on one."""
     config = override(config, changes)
     state, step = start(config, AXIS if devices else None)
     metrics: Metrics = {}
     if devices:
         assert jax.local_device_count() == 2
-        over = carrier(config.train.parallel)
-        step, state = over.compiled(step), over.replicate(state)
+        over = replication(config.train.parallel)
+        step, state = over.replicate_step(step), over.replicate(state)
         for batch in batches:
             state, metrics = step(state, over.split(batch))
         return over.unreplicate(state), over.unreplicate(metrics)
@@ -113,8 +113,8 @@ def assert_same_run(
     rtol: float = 1e-6,
     rtol_metrics: float = 1e-5,
 ) -> None:
-    """Arrays (in a pytree) and metrics agree: an array to ``rtol`` of its norm. Metrics to less: the CPU adds the many
-    small terms of the class loss one after another."""
+    """Compare arrays (a pytree) to ``rtol`` of their norm, and metrics to ``rtol_metrics``, which is larger because the
+    CPU adds the many small terms of the class loss one after another."""
     for name, value in expected[1].items():
         np.testing.assert_allclose(found[1][name], value, rtol=rtol_metrics, err_msg=name)
     leaves, _ = jax.tree_util.tree_flatten_with_path(expected[0])

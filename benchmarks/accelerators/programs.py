@@ -108,4 +108,4 @@ def train_program(
         "boxes": array((total, boxes, 4), jnp.float32),
         "classes": array((total, boxes), jnp.int32),
     }
-    return Program(ShardMap(chips).compiled(step), state, (batch,), donates=True)
+    return Program(ShardMap(chips).replicate_step(step), state, (batch,), donates=True)

@@ -1,1 +1,1 @@
-"""What every layer may use: errors, files, hosts, the machine, progress."""
+"""What every layer may use: errors, files, checkpoints, hosts, the machine, progress."""

@@ -1,7 +1,7 @@
-"""Errors a user can cause and mend. Commands print them in one line and exit with status 2.
+"""Errors that a user can cause and fix. Commands print them in one line and exit with status 2.
 
-Every message names the file or field at fault and the remedy; nothing deeper than this is
-shown to a user, so code below a command raises one of these wherever input can be bad.
+Every message names the file or field at fault and the remedy. A command shows a traceback for anything else, so code
+below it raises one of these wherever input can be bad.
 """
 
 
@@ -10,7 +10,7 @@ class QueryDetError(ValueError):
 
 
 class Preempted(QueryDetError):
-    """SIGTERM ended a run that is saved: no fault of anybody's."""
+    """SIGTERM has ended a run after saving it; nothing is wrong."""
 
 
 class ConfigError(QueryDetError):

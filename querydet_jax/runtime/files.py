@@ -1,4 +1,4 @@
-"""Writing files so that they appear whole or not at all."""
+"""Write files so that they appear whole or not at all."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from querydet_jax.runtime.errors import QueryDetError
 
 _log = logging.getLogger("querydet_jax")
 
-# Errors that writing alone can have: no room, a quota, a limit on the size of a file, a medium that is read only.
+# Errors of writing alone: no room, a quota, a limit on the size of a file, a read-only medium.
 _CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 @contextlib.contextmanager
 def writing(path: str | Path) -> Iterator[None]:
-    """Around a block that writes to ``path``: where the system refuses, one line says where and why."""
+    """Turn an OSError of a block that writes to ``path`` into a QueryDetError that names it."""
     try:
         yield
     except OSError as error:
@@ -34,12 +34,12 @@ def writing(path: str | Path) -> Iterator[None]:
 
 
 def cannot_write(error: OSError) -> bool:
-    """Whether it is no error of reading."""
+    """Return whether an error can only come from writing."""
     return error.errno in _CANNOT_WRITE
 
 
 def reason(error: BaseException) -> str:
-    """A few words: the system's where there are some, also in what tensorstore makes of them."""
+    """Return an error's reason in a few words: the system's, also where tensorstore has wrapped its code."""
     code = re.search(r"os_error_code='(\d+)'", str(error))
     if code:
         return os.strerror(int(code[1]))
@@ -48,43 +48,45 @@ def reason(error: BaseException) -> str:
     return (str(error).splitlines() or [""])[0][:200] or type(error).__name__
 
 
-class Lines:
-    """A file to which lines are appended, after the last whole one that it has.
+class LineFile:
+    """A file to append lines to, after its last whole one. A line that cannot be written is dropped, with one warning.
 
-    A line that the system refuses is kept and written with those after it, once there is room: what is logged is no
-    reason to stop.
+    Raises:
+      QueryDetError: the file cannot be opened.
     """
 
     def __init__(self, path: Path):
-        self.path, self._waiting, self._warned = path, b"", False
+        self.path, self._warned = path, False
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = path.open("ab", buffering=0)
-            whole = path.read_bytes().rfind(b"\n") + 1 if path.is_file() else 0  # not os.devnull
-            if whole < self._file.tell():
-                self._file.truncate(whole)
+            self._truncate()  # a crash of the machine may have left part of a line
 
     def write(self, line: str) -> None:
-        self._waiting += line.encode() + b"\n"
+        data = line.encode() + b"\n"
         try:
-            while self._waiting:
-                self._waiting = self._waiting[self._file.write(self._waiting) :]
+            if self._file.write(data) < len(data):  # the system gives the reason at the next write only
+                self._truncate()
+                raise OSError(errno.ENOSPC, "only part of a line was written")
         except OSError as error:
             if not self._warned:
-                _log.warning("%s: cannot be written (%s); lines wait until there is room", self.path, reason(error))
+                _log.warning("%s: cannot be written (%s); lines are lost until there is room", self.path, reason(error))
             self._warned = True
 
     def close(self) -> None:
-        if self._waiting:
-            _log.warning("%s: %d lines were not written", self.path, self._waiting.count(b"\n"))
         self._file.close()
+
+    def _truncate(self) -> None:
+        whole = self.path.read_bytes().rfind(b"\n") + 1 if self.path.is_file() else 0  # os.devnull is no file
+        if whole < self._file.tell():
+            self._file.truncate(whole)
 
 
 @contextlib.contextmanager
 def written_aside(path: str | Path) -> Iterator[Path]:
-    """A path beside ``path``, with its suffix, to write to; renamed to ``path`` if the block succeeds.
+    """Yield a path beside ``path``, with its suffix, to write to; rename it to ``path`` if the block succeeds.
 
-    The folder is made. If the block fails nothing is left behind, and a former ``path`` stays.
+    The folder is created. If the block fails, nothing is left behind and a former ``path`` stays.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -98,9 +100,9 @@ def written_aside(path: str | Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def folder_written_aside(path: str | Path) -> Iterator[Path]:
-    """A new folder beside ``path`` to fill; renamed to ``path``, in place of a former one, if the block succeeds.
+    """Yield a new folder beside ``path`` to fill; rename it to ``path``, replacing a former one, if the block succeeds.
 
-    If the block fails nothing is left behind, and a former ``path`` stays.
+    If the block fails, nothing is left behind and a former ``path`` stays.
     """
     path = Path(path).resolve()
     aside, former = (path.with_name(f".{path.name}.{os.getpid()}{end}") for end in ("", ".old"))
@@ -112,7 +114,7 @@ def folder_written_aside(path: str | Path) -> Iterator[Path]:
         os.rename(aside, path)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-        if former.exists() and not path.exists():  # it ended between the two renames
+        if former.exists() and not path.exists():  # the block ended between the two renames
             os.rename(former, path)
         shutil.rmtree(former, ignore_errors=True)
 
@@ -122,7 +124,7 @@ def write_json(path: str | Path, value: Any, **options: Any) -> None:
 
     Raises:
       TypeError, ValueError: a value that JSON cannot hold.
-      QueryDetError: the system does not let it be written.
+      QueryDetError: the file cannot be written.
     """
     text = json.dumps(value, allow_nan=False, **options)
     with writing(path), written_aside(path) as aside:
@@ -130,7 +132,7 @@ def write_json(path: str | Path, value: Any, **options: Any) -> None:
 
 
 def write_csv(path: str | Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Write a table: a header of all keys of all rows, in the order in which they first appear; None is empty."""
+    """Write a table with a header of all rows' keys in the order of their first appearance; None becomes empty."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     with writing(path), written_aside(path) as aside, aside.open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=names)

@@ -1,4 +1,4 @@
-"""One way to show progress: a bar on a terminal, a line now and then in a log."""
+"""Progress of a loop: a bar on a terminal, a line every 15 seconds in a log."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Item = TypeVar("Item")
 def progress(
     items: Iterable[Item], description: str, unit: str, *, total: int | None = None, show: bool = True
 ) -> Iterable[Item]:
-    """``items`` with a progress bar on standard error; in a file or pipe one line every 15 seconds."""
+    """Yield ``items`` behind a progress bar on standard error; in a file or pipe print a line every 15 seconds."""
     terminal = sys.stderr.isatty()
     return tqdm(
         items,

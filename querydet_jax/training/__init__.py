@@ -1,4 +1,4 @@
-"""Training: state, schedule, the step, its replication over devices and hosts, checkpoints, the loop."""
+"""Training: the loop, the step and its state, schedule, replication over devices and hosts, checkpoints."""
 
 from querydet_jax.training.loop import train
 

@@ -1,7 +1,4 @@
-"""The step's programs: what they need is known before they run, and nothing else is compiled on the way.
-
-A program is compiled for every shape of a batch, that is for every canvas.
-"""
+"""The step's compiled programs, one per canvas: their memory is checked before they run, recompilations are counted."""
 
 from __future__ import annotations
 
@@ -23,7 +20,7 @@ from querydet_jax.training.step import Batch, Metrics, TrainState
 
 _log = logging.getLogger("querydet_jax")
 
-_COMPILED = "/jax/core/compile/backend_compile_duration"  # also where the persistent cache had the program
+_COMPILED = "/jax/core/compile/backend_compile_duration"  # also if the persistent cache had the program
 _GIB = 2**30
 _REMEDY = "lower train.batch_size, raise train.accumulate, or set train.remat or model.dtype bfloat16"
 
@@ -34,7 +31,7 @@ class Memory:
 
     arguments: int  # state and batch
     outputs: int
-    reused: int  # of the outputs, in place of arguments: the donated state
+    reused: int  # outputs that reuse arguments: the donated state
     temporaries: int
 
     @property
@@ -43,15 +40,15 @@ class Memory:
 
     @classmethod
     def of(cls, program: jax.stages.Compiled) -> Memory | None:
-        """None on a backend that does not say."""
-        said: Any = program.memory_analysis()
-        if said is None:
+        """Return a program's memory; None on a backend that does not report it."""
+        report: Any = program.memory_analysis()
+        if report is None:
             return None
         return cls(
-            said.argument_size_in_bytes,
-            said.output_size_in_bytes,
-            said.alias_size_in_bytes,
-            said.temp_size_in_bytes,
+            report.argument_size_in_bytes,
+            report.output_size_in_bytes,
+            report.alias_size_in_bytes,
+            report.temp_size_in_bytes,
         )
 
 
@@ -59,8 +56,9 @@ class CompileWatch:
     """Counts what is compiled in this process while it is open.
 
     Attributes:
-      programs: all of them; seconds: that they took.
-      recompilations: programs compiled by something that had run before, and so should have had its programs.
+      programs: number of programs compiled.
+      seconds: time spent compiling them.
+      recompilations: programs compiled by a task that had run before.
     """
 
     def __init__(self):
@@ -75,7 +73,7 @@ class CompileWatch:
 
     @contextlib.contextmanager
     def during(self, what: str) -> Iterator[None]:
-        """The first time that ``what`` is done it may compile; from then on that is counted and said."""
+        """Run a task; from the second time on, programs it compiles count as recompilations and are logged."""
         before = self.programs
         yield
         more = self.programs - before
@@ -85,20 +83,22 @@ class CompileWatch:
         self._known.add(what)
 
     def summary(self) -> str:
+        """Return the counts in words."""
         return f"{self.programs} programs compiled in {self.seconds:.0f} s, {self.recompilations} of them again"
 
     def close(self) -> None:
+        """Stop counting."""
         jax.monitoring.unregister_event_duration_listener(self._heard)
 
 
 class Programs:
-    """The step as ``Carrier.compiled`` gives it, compiled ahead for every shape of batch.
+    """A replicated step, compiled ahead for every shape of batch.
 
-    Before the first step of a shape the log says what it needs. While a step is started nothing may move between
-    host and device that was not put there on purpose.
+    The log reports a shape's memory before its first step. Starting a step must not move anything between host and
+    device implicitly.
 
     Attributes:
-      memory: what each shape's step needs, by what the log calls it.
+      memory: memory of each shape's step, by its name in the log.
     """
 
     def __init__(self, step: Step, watch: CompileWatch):
@@ -106,9 +106,10 @@ class Programs:
         self.memory: dict[str, Memory | None] = {}
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        """
+        """Run a step.
+
         Raises:
-          ConfigError: the device has less memory than the step needs.
+          ConfigError: the step needs more memory than the device has.
         """
         height, width = batch["images"].shape[-3:-1]
         name = f"the step on {height}x{width}"
@@ -120,29 +121,29 @@ class Programs:
 
     def _compile(self, name: str, state: TrainState, batch: Batch) -> Memory | None:
         begun = time.perf_counter()
-        # The call that follows finds this very program.
+        # The call that follows finds this program.
         lower: Any = self._step.lower  # pyright: ignore[reportFunctionMemberAccess]
         memory = Memory.of(lower(state, batch).compile())
         seconds = time.perf_counter() - begun
         limit = device_memory()
         if is_first():
-            needs = "this backend does not say what memory it needs"
+            needs = "this backend does not report its memory"
             if memory is not None:
                 of = f" of {limit / _GIB:.1f}" if limit else ""
-                temporary = f"{memory.temporaries / _GIB:.2f} of them temporary"
-                needs = f"needs {memory.total / _GIB:.2f} GiB a device{of}, {temporary}"
+                temporary = f"{memory.temporaries / _GIB:.2f} of it temporary"
+                needs = f"needs {memory.total / _GIB:.2f} GiB per device{of}, {temporary}"
             _log.info("%s: compiled in %.0f s; %s", name, seconds, needs)
         if memory is not None and limit and memory.total > limit:
             message = f"{name} needs {memory.total / _GIB:.1f} GiB on each device, which has {limit / _GIB:.1f}: "
             if _backend() != "cpu":
                 raise ConfigError(message + _REMEDY)
-            _log.warning("%sit may be slow, or killed; %s", message, _REMEDY)  # there may be swap
+            _log.warning("%sit may be slow, or killed; %s", message, _REMEDY)  # the machine may have swap
         return memory
 
 
 @contextlib.contextmanager
 def out_of_memory_explained(name: str) -> Iterator[None]:
-    """ConfigError in place of the runtime's own where a program, or its compilation, runs out of device memory."""
+    """Raise ConfigError if a program or its compilation runs out of device memory."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
@@ -152,7 +153,7 @@ def out_of_memory_explained(name: str) -> Iterator[None]:
 
 
 def device_memory() -> int | None:
-    """Bytes that programs may use on a device: what the runtime manages; on CPU a device's share of the machine's."""
+    """Return the bytes that programs may use on a device: what the runtime manages; on CPU an equal share of memory."""
     stats = jax.local_devices()[0].memory_stats()
     if stats is not None:
         return stats.get("bytes_limit")

@@ -1,4 +1,4 @@
-"""What stops a run early, so that nothing is lost: a loss that is not finite, and SIGTERM."""
+"""What ends a run early without losing anything: SIGTERM, and a loss that is not finite."""
 
 from __future__ import annotations
 
@@ -15,63 +15,71 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from querydet_jax.runtime.errors import QueryDetError
+from querydet_jax.runtime.errors import Preempted, QueryDetError
 from querydet_jax.runtime.files import writing, written_aside
 from querydet_jax.training.checkpoint import Checkpoints
-from querydet_jax.training.parallel import Carrier
+from querydet_jax.training.parallel import Replication
 from querydet_jax.training.step import Metrics
 
 
 @contextlib.contextmanager
-def preemption() -> Iterator[Callable[[], bool]]:
-    """Tells whether this is the place to save and stop at, because SIGTERM has come (what a preempted machine gets),
-    which does not end the process meanwhile.
+def preemption() -> Iterator[Callable[[], None]]:
+    """Yield a function that raises Preempted if SIGTERM has come, which ends the process in no other way meanwhile.
 
-    All hosts must ask at the same places of the run: jax, which listens to SIGTERM for several, lets them agree on one
-    that none has passed by counting. Of one host, outside the main thread, Python lets nobody listen: then the answer
-    is always no.
+    With several hosts, all must call it at the same places of the run: jax listens to SIGTERM there, and has the
+    hosts agree on a call that none of them has passed. With one host outside the main thread, where Python cannot
+    listen, the function does nothing.
     """
+    before = None
     if jax.process_count() > 1:
-        asked = itertools.count(1)
-        yield lambda: multihost_utils.reached_preemption_sync_point(next(asked))
-        return
-    came = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
-        return
-    before = signal.signal(signal.SIGTERM, lambda number, frame: came.set())
+        calls = itertools.count(1)
+
+        def stopped() -> bool:
+            return multihost_utils.reached_preemption_sync_point(next(calls))
+
+    else:
+        came = threading.Event()
+        stopped = came.is_set
+        if threading.current_thread() is threading.main_thread():
+            before = signal.signal(signal.SIGTERM, lambda number, frame: came.set())
+
+    def stop_if_told() -> None:
+        if stopped():
+            raise Preempted("stopped by SIGTERM")
+
     try:
-        yield came.is_set
+        yield stop_if_told
     finally:
-        signal.signal(signal.SIGTERM, before)
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
 
 
-class LossGuard:
-    """Stops a run at the step whose loss is not finite, with its images on disk.
+class FiniteLoss:
+    """Ends a run at the step whose loss is not finite, and writes the step's images to disk.
 
-    A step is looked at when the next one is under way, so that the devices never wait for this.
+    A step is checked when the next one has been started, so that the devices never wait for the check.
     """
 
-    def __init__(self, run: Path, devices: Carrier, checkpoints: Checkpoints):
+    def __init__(self, run: Path, devices: Replication, checkpoints: Checkpoints):
         self.run, self.devices, self.checkpoints = run, devices, checkpoints
-        self._last: tuple[int, Any, dict[str, np.ndarray], np.ndarray] | None = None
+        self._newest: tuple[int, Any, dict[str, np.ndarray], np.ndarray] | None = None
 
-    def watch(self, step: int, metrics: Metrics, batch: dict[str, np.ndarray], image_ids: np.ndarray) -> None:
-        """A step has been started: look at the one before."""
+    def started(self, step: int, metrics: Metrics, batch: dict[str, np.ndarray], image_ids: np.ndarray) -> None:
+        """Check the step before this one, which has been started."""
         self.check()
-        self._last = step, metrics["loss"], batch, image_ids
+        self._newest = step, metrics["loss"], batch, image_ids
 
     def check(self) -> None:
-        """Look at the newest step, waiting for it.
+        """Wait for the newest step and check it.
 
         Raises:
-          QueryDetError: its loss is not finite. The batch is then in ``RUN/not_finite_step_N.npz``: images, sizes,
-            boxes, classes and image_ids, as this host's devices had them.
+          QueryDetError: its loss is not finite. ``RUN/not_finite_step_N.npz`` then holds the batch: images, sizes,
+            boxes, classes and image_ids of this host.
         """
-        if self._last is None:
+        if self._newest is None:
             return
-        step, loss, batch, image_ids = self._last
-        self._last = None
+        step, loss, batch, image_ids = self._newest
+        self._newest = None
         value = float(self.devices.unreplicate({"loss": loss})["loss"])
         if math.isfinite(value):
             return

@@ -1,4 +1,4 @@
-"""What a run says of itself while it trains: the line, metrics.jsonl, TensorBoard files."""
+"""What a run reports while it trains: the progress line, metrics.jsonl, TensorBoard files."""
 
 from __future__ import annotations
 
@@ -14,45 +14,43 @@ from pathlib import Path
 import numpy as np
 
 from querydet_jax.config import Config
-from querydet_jax.runtime.files import Lines
+from querydet_jax.runtime.files import LineFile
 from querydet_jax.runtime.hosts import from_first, is_first
 from querydet_jax.training.schedule import learning_rate
-from querydet_jax.training.tensorboard import Board
+from querydet_jax.training.tensorboard import TensorBoardFile
 
-# Of the loss, as the progress line shows those there are.
+# Terms of the loss in the order of the progress line, which shows those that the detector has.
 _TERMS = ("rpn_cls", "rpn_box", "cls", "box", "centerness", "query")
 
 
-class Progress:
-    """One line a few steps: losses, images/s, time left, share of the time spent waiting for data.
+class RunLog:
+    """Prints a line every few steps: losses, images/s, time left, share of the time spent waiting for data.
 
-    The same numbers go to ``metrics.jsonl``, and to TensorBoard files where tensorboardX is installed. A host that
-    is not the first says and writes nothing.
+    The same numbers go to ``metrics.jsonl``, and to TensorBoard files where tensorboardX is installed. Only the first
+    host prints and writes.
     """
 
     def __init__(self, config: Config, path: Path, start: int):
         self.config, self.first = config, start
         self.rate = learning_rate(config.train)
-        self.file = Lines(path if is_first() else Path(os.devnull))
-        self.board = Board(path.parent / "tensorboard") if is_first() else None
+        self.file = LineFile(path if is_first() else Path(os.devnull))
+        self.board = TensorBoardFile(path.parent / "tensorboard") if is_first() else None
         self.begun = time.perf_counter()
         self.total_waited = 0.0
-        self._reset(start)
+        self._begin_interval(start)
 
-    def _reset(self, step: int) -> None:
-        self.last_step, self.last_time, self.waited = step, time.perf_counter(), 0.0
-
-    def wait(self, seconds: float) -> None:
-        self.waited += seconds
+    def waited(self, seconds: float) -> None:
+        """Count seconds spent waiting for a batch."""
+        self.interval_waited += seconds
         self.total_waited += seconds
 
-    def log(self, step: int, values: dict[str, float], waited: float) -> None:
-        self.wait(waited)
-        elapsed = time.perf_counter() - self.last_time
-        steps = step - self.last_step
+    def log_step(self, step: int, values: dict[str, float]) -> None:
+        """Print and write a step's metrics, with the speed since the last call."""
+        elapsed = time.perf_counter() - self.interval_begun
+        steps = step - self.interval_start
         speed = steps * self.config.train.batch_size / elapsed
         left = (self.config.train.steps - step) * elapsed / steps
-        share = self.waited / elapsed
+        share = self.interval_waited / elapsed
         values = {
             **values,
             "lr": float(np.asarray(self.rate(step - 1))),
@@ -60,27 +58,29 @@ class Progress:
             "data_wait_share": share,
             "seconds": time.perf_counter() - self.begun,
         }
-        self.record(step, values)
+        self.write(step, values)
         terms = " ".join(f"{name} {values[name]:.3f}" for name in _TERMS if name in values)
         self.say(
             f"step {step}/{self.config.train.steps}  loss {values['loss']:.3f} ({terms})  "
             f"fg {values['foreground']:.0f}  lr {values['lr']:.2g}  {speed:.1f} images/s  data wait {share:.1%}  "
             f"left {_duration(left) if step - self.first > 1 else '?'}"
         )
-        self._reset(step)
+        self._begin_interval(step)
 
     def say(self, line: str) -> None:
+        """Print a line, on the first host."""
         if is_first():
             print(line, flush=True)
 
-    def record(self, step: int, values: dict[str, float]) -> None:
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Write values of a step to the files; a value that is not finite becomes null."""
         finite = {k: (v if math.isfinite(v) else None) for k, v in values.items()}
         self.file.write(json.dumps({"step": step, **finite}))
         if self.board is not None:
             self.board.add(step, values)
 
-    def evaluated(self, step: int) -> bool:
-        """Whether ``metrics.jsonl`` has an evaluation of this step, by this run or the one that it goes on from."""
+    def has_evaluation(self, step: int) -> bool:
+        """Return whether ``metrics.jsonl`` holds an evaluation of this step, by this run or the one it resumes."""
 
         def found() -> bool:
             lines = map(json.loads, self.file.path.read_text().splitlines())
@@ -90,13 +90,13 @@ class Progress:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Leaves an evaluation out of the speed and the time left."""
+        """Leave the block, an evaluation, out of the speed and the time left."""
         begun = time.perf_counter()
         yield
-        self.last_time += time.perf_counter() - begun
+        self.interval_begun += time.perf_counter() - begun
 
     def summary(self, step: int) -> str:
-        """Of the whole run since it was started or resumed, compilation and evaluations included."""
+        """Summarise the run since it was started or resumed, compilation and evaluations included."""
         elapsed = time.perf_counter() - self.begun
         images = (step - self.first) * self.config.train.batch_size
         return (
@@ -105,11 +105,15 @@ class Progress:
         )
 
     def close(self, skipped: int) -> None:
+        """Close the files, and report how many images were ``skipped``."""
         if skipped:
             print(f"{skipped} images could not be read and were skipped", file=sys.stderr)
         self.file.close()
         if self.board is not None:
             self.board.close()
+
+    def _begin_interval(self, step: int) -> None:
+        self.interval_start, self.interval_begun, self.interval_waited = step, time.perf_counter(), 0.0
 
 
 def _duration(seconds: float) -> str:

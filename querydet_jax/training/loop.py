@@ -1,6 +1,6 @@
-"""The training loop, read top to bottom.
+"""The training loop, to be read top to bottom.
 
-Every host runs it on its own images; the first one alone prints and writes.
+Every host runs it on its own images; only the first one prints and writes.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from querydet_jax.runtime.errors import ConfigError, Preempted
 from querydet_jax.runtime.hosts import is_first, on_every
 from querydet_jax.training.checkpoint import Checkpoints
 from querydet_jax.training.compiled import CompileWatch, Programs
-from querydet_jax.training.guards import LossGuard, preemption
-from querydet_jax.training.log import Progress
-from querydet_jax.training.parallel import AXIS, carrier, check_batch_size
+from querydet_jax.training.guards import FiniteLoss, preemption
+from querydet_jax.training.log import RunLog
+from querydet_jax.training.parallel import AXIS, check_batch_size, replication
 from querydet_jax.training.profiler import StepTrace
 from querydet_jax.training.schedule import make_optimizer
-from querydet_jax.training.step import init_state, make_step, merge_into
+from querydet_jax.training.step import TrainState, init_state, make_step, merge_into
 from querydet_jax.weights import load_weights
 
 _log = logging.getLogger("querydet_jax")
@@ -50,143 +50,128 @@ def train(
       config: everything about the run.
       run: folder of the run; must not hold checkpoints unless ``resume``.
       resume: go on from the newest checkpoint.
-      evaluate: called, on every host, with the model and the validation set every ``train.eval_every`` steps; what it
-        returns is logged. It must call its third argument after every batch, on all hosts as often: from there it is
-        left by an exception if the run is to stop. A resumed run makes up for an evaluation that was left so.
+      evaluate: called on every host with the model and the validation set every ``train.eval_every`` steps; what it
+        returns is logged. It must call its third argument after every batch, equally often on all hosts: that call
+        raises an exception to stop the run. An evaluation stopped so is rerun on resume.
       profile: also write ``run/profile``, a trace of a few steps (``StepTrace``).
 
     Returns:
-      The trained model, in inference mode; of a run with ``train.ema`` the moving average.
+      The trained model, in inference mode; with ``train.ema`` the moving average.
 
     Raises:
       QueryDetError: bad configuration, data or checkpoint, a loss that is not finite, or no room for a checkpoint.
       Preempted: SIGTERM has come, to this host or another; the step under way was finished and saved, an evaluation
-        under way given up.
+        under way was given up.
     """
-    check_batch_size(config.train.batch_size, config.train.accumulate)
+    run, settings = Path(run), config.train
+    check_batch_size(settings.batch_size, settings.accumulate)
     with (
-        Checkpoints(run, keep=config.train.keep_checkpoints) as checkpoints,
+        Checkpoints(run, keep=settings.keep_checkpoints) as checkpoints,
         contextlib.closing(CompileWatch()) as watch,
-        preemption() as stopped,
+        preemption() as stop_if_told,
     ):
-        return _train(config, Path(run), checkpoints, watch, resume, evaluate, profile, stopped)
+        if checkpoints.latest() is not None and not resume:
+            raise ConfigError(f"{run}: already holds checkpoints; add --resume to go on, or choose another --run")
 
+        # Data.
+        dataset = on_every(lambda: open_dataset(config.data, "train"))
+        check_classes(config, dataset)
+        config = dataclasses.replace(config, classes=dataset.classes)  # the model can then be used without the data
+        validation = None
+        if evaluate is not None and settings.eval_every:
+            validation = on_every(lambda: open_dataset(config.data, "val"))
 
-def _train(
-    config: Config,
-    run: Path,
-    checkpoints: Checkpoints,
-    watch: CompileWatch,
-    resume: bool,
-    evaluate: Evaluate | None,
-    profile: bool,
-    stopped: Callable[[], bool],
-) -> DenseDetector:
-    if checkpoints.latest() is not None and not resume:
-        raise ConfigError(f"{run}: already holds checkpoints; add --resume to go on, or choose another --run")
-    dataset = on_every(lambda: open_dataset(config.data, "train"))
-    check_classes(config, dataset)
-    config = dataclasses.replace(config, classes=dataset.classes)  # for who uses the model without the data
-    validation = None
-    if evaluate is not None and config.train.eval_every:
-        validation = on_every(lambda: open_dataset(config.data, "val"))
+        # Model, optimiser and state, from scratch or from the newest checkpoint.
+        model = build_model(config.model, settings.seed)
+        if settings.init:
+            _log.info("%s: %s", settings.init, on_every(lambda: load_weights(model, settings.init)))
+        optimizer, ema = make_optimizer(settings), settings.ema > 0
+        state = checkpoints.restore(model, optimizer, ema=ema) if resume else init_state(model, optimizer, ema=ema)
+        start = int(state.step)
+        if is_first():
+            save_config(config, run / "config.json")
+        _log.info(
+            "%s: %d images, %d parameters, %d device(s) of %d host(s), steps %d to %d",
+            config.name,
+            len(dataset),
+            sum(x.size for x in jax.tree.leaves(state.params)),
+            jax.device_count(),
+            jax.process_count(),
+            start,
+            settings.steps,
+        )
 
-    model = build_model(config.model, config.train.seed)
-    if config.train.init:
-        _log.info("%s: %s", config.train.init, on_every(lambda: load_weights(model, config.train.init)))
-    optimizer = make_optimizer(config.train)
-    ema = config.train.ema > 0
-    state = checkpoints.restore(model, optimizer, ema=ema) if resume else init_state(model, optimizer, ema=ema)
-    start = int(state.step)
-    if is_first():
-        save_config(config, run / "config.json")
-
-    batches = train_batches(
-        dataset,
-        config.data,
-        batch_size=config.train.batch_size,
-        seed=config.train.seed,
-        start_step=start,
-        shard=jax.process_index(),
-        num_shards=jax.process_count(),
-    )
-    progress = Progress(config, run / "metrics.jsonl", start)
-    _log.info(
-        "%s: %d images, %d parameters, %d device(s) of %d host(s), steps %d to %d",
-        config.name,
-        len(dataset),
-        sum(x.size for x in jax.tree.leaves(state.params)),
-        jax.device_count(),
-        jax.process_count(),
-        start,
-        config.train.steps,
-    )
-    devices = carrier(config.train.parallel)
-    step_fn = devices.compiled(
-        make_step(
+        # The step, on all devices.
+        devices = replication(settings.parallel)
+        step_fn = make_step(
             model,
             optimizer,
             AXIS,
-            seed=config.train.seed,
-            accumulate=config.train.accumulate,
-            remat=config.train.remat,
-            ema_decay=config.train.ema,
+            seed=settings.seed,
+            accumulate=settings.accumulate,
+            remat=settings.remat,
+            ema_decay=settings.ema,
         )
-    )
-    programs = Programs(step_fn, watch)
-    state = devices.replicate(state)
-    guard = LossGuard(run, devices, checkpoints)
-    trace = StepTrace(run / "profile" if profile and is_first() else None, start, config.train.steps)
+        programs = Programs(devices.replicate_step(step_fn), watch)
+        state = devices.replicate(state)
 
-    def save(*, wait: bool = False) -> None:
-        guard.check()
-        with watch.during("saving"):
-            checkpoints.save(model, devices.unreplicate(state), wait=wait)
+        batches = train_batches(
+            dataset,
+            config.data,
+            batch_size=settings.batch_size,
+            seed=settings.seed,
+            start_step=start,
+            shard=jax.process_index(),
+            num_shards=jax.process_count(),
+        )
+        log = RunLog(config, run / "metrics.jsonl", start)
+        loss = FiniteLoss(run, devices, checkpoints)
+        trace = StepTrace(run / "profile" if profile and is_first() else None, start, settings.steps)
 
-    def stop_if_told() -> None:
-        if stopped():
-            save(wait=True)
-            raise Preempted(f"stopped by SIGTERM: step {done} is saved in {run}; --resume goes on from there")
+        def save(state: TrainState, *, wait: bool) -> None:
+            loss.check()
+            with watch.during("saving"):
+                checkpoints.save(model, devices.unreplicate(state), wait=wait)
 
-    def evaluate_if_due() -> None:
-        if validation is not None and evaluate is not None and done % config.train.eval_every == 0:
-            with progress.paused(), watch.during("evaluation"):
-                merge_into(model, devices.unreplicate(state))
-                progress.record(done, evaluate(model, validation, stop_if_told))
+        done = start
+        try:
+            while done < settings.steps:
+                if done > start:
+                    stop_if_told()
+                if evaluate is not None and validation is not None and done > 0 and done % settings.eval_every == 0:
+                    # On resume only if the evaluation of this step was given up.
+                    if done > start or not log.has_evaluation(done):
+                        with log.paused(), watch.during("evaluation"):
+                            merge_into(model, devices.unreplicate(state))
+                            log.write(done, evaluate(model, validation, stop_if_told))
 
-    done = start
-    try:
-        if 0 < start < config.train.steps and not progress.evaluated(start):
-            evaluate_if_due()  # it was stopped before it was through
-        for step in range(start, config.train.steps):
-            with trace.begin(step):
-                waited = time.perf_counter()
-                batch = next(batches)
-                waited = time.perf_counter() - waited
-                image_ids = batch.pop("image_ids")
-                state, metrics = programs(state, devices.split(batch))
-            done = step + 1
-            guard.watch(done, metrics, batch, image_ids)
-            checkpoints.check()
-            if trace.end(step, guard.check):
-                progress.say(f"wrote a trace of steps {trace.first + 1} to {done} to {run}/profile")
-            last = done == config.train.steps
-            if done % config.train.log_every == 0 or done == start + 1 or last:
-                guard.check()
-                values = {name: float(value) for name, value in devices.unreplicate(metrics).items()}
-                progress.log(done, {**values, "recompilations": watch.recompilations}, waited)
-            else:
-                progress.wait(waited)
-            if done % config.train.checkpoint_every == 0 or last:
-                save(wait=last)
-            if not last:
-                stop_if_told()
-                evaluate_if_due()
-        if start < config.train.steps:
-            progress.say(f"{progress.summary(config.train.steps)}; {watch.summary()}")
-    finally:
-        trace.close()
-        batches.close()
-        progress.close(batches.skipped)
-    merge_into(model, devices.unreplicate(state))
-    return model
+                with trace.begin(done):
+                    waiting = time.perf_counter()
+                    batch = next(batches)
+                    log.waited(time.perf_counter() - waiting)
+                    image_ids = batch.pop("image_ids")
+                    state, metrics = programs(state, devices.split(batch))
+                done += 1
+                loss.started(done, metrics, batch, image_ids)
+                checkpoints.check()
+                if trace.end(done - 1, loss.check):
+                    log.say(f"wrote a trace of steps {trace.first + 1} to {done} to {run}/profile")
+
+                last = done == settings.steps
+                if done % settings.log_every == 0 or done == start + 1 or last:
+                    loss.check()
+                    values = {name: float(value) for name, value in devices.unreplicate(metrics).items()}
+                    log.log_step(done, {**values, "recompilations": watch.recompilations})
+                if done % settings.checkpoint_every == 0 or last:
+                    save(state, wait=last)
+            if done > start:
+                log.say(f"{log.summary(done)}; {watch.summary()}")
+        except Preempted as told:
+            save(state, wait=True)
+            raise Preempted(f"{told}: step {done} is saved in {run}; --resume goes on from there") from None
+        finally:
+            trace.close()
+            batches.close()
+            log.close(batches.skipped)
+        merge_into(model, devices.unreplicate(state))
+        return model

@@ -1,8 +1,8 @@
 """The training step on all devices of all hosts. The only file that names pmap and shard_map.
 
-The state is replicated, the batch is split along its first axis; the step itself averages
-gradients over the axis ``AXIS``. Two carriers do the same: ``pmap`` and ``shard_map`` over a mesh.
-Every host calls them with the same state and its own rows of the batch.
+The state is replicated, the batch is split along its first axis; the step itself averages gradients over the axis
+``AXIS``. ``pmap`` and ``shard_map`` over a mesh give the same results. Every host passes the same state and its own
+rows of the batch.
 """
 
 from __future__ import annotations
@@ -22,37 +22,38 @@ PyTree = Any
 Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 
-class Carrier(Protocol):
+class Replication(Protocol):
     """Places a state and batches on the devices and runs a step there."""
 
-    def compiled(self, step: Step) -> Step:
-        """``step`` mapped over the devices; the state's buffers are donated."""
+    def replicate_step(self, step: Step) -> Step:
+        """Map ``step`` over the devices; it donates the state's buffers."""
         ...
 
     def replicate(self, tree: PyTree) -> PyTree:
-        """A copy of every array on each device."""
+        """Copy every array to each device."""
         ...
 
     def unreplicate(self, tree: PyTree) -> PyTree:
-        """The copy of this host's first device, as NumPy arrays: the step reuses the buffers of its own."""
+        """Return the copy of this host's first device as NumPy arrays, which the step cannot overwrite."""
         ...
 
     def split(self, batch: dict[str, np.ndarray]) -> Batch:
-        """This host's rows ``[B, ...]``, an equal share for each of its devices."""
+        """Place this host's rows ``[B, ...]``, an equal share on each of its devices."""
         ...
 
 
-def carrier(kind: Literal["pmap", "shard_map"]) -> Carrier:
+def replication(kind: Literal["pmap", "shard_map"]) -> Replication:
+    """Return the replication that ``train.parallel`` names."""
     return Pmap() if kind == "pmap" else ShardMap()
 
 
 class Pmap:
-    """Arrays have a leading axis of this host's devices."""
+    """Replication by ``jax.pmap``: arrays have a leading axis of this host's devices."""
 
     def __init__(self):
         self._rows = NamedSharding(Mesh(np.array(jax.local_devices()), (AXIS,)), PartitionSpec(AXIS))
 
-    def compiled(self, step: Step) -> Step:
+    def replicate_step(self, step: Step) -> Step:
         return jax.pmap(step, axis_name=AXIS, donate_argnums=0)
 
     def replicate(self, tree: PyTree) -> PyTree:
@@ -70,10 +71,10 @@ class Pmap:
 
 
 class ShardMap:
-    """Arrays are global: those of the state whole on each device, those of the batch split over all.
+    """Replication by ``jax.shard_map``: a state's arrays are whole on each device, a batch's are split over all.
 
     Args:
-      devices: all that this process has; or others, to compile for.
+      devices: those to run on or to compile for (default: all of ``jax.devices()``).
     """
 
     def __init__(self, devices: Sequence[Any] | None = None):
@@ -81,9 +82,9 @@ class ShardMap:
         self.mesh = mesh
         self._whole, self._rows = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec(AXIS))
 
-    def compiled(self, step: Step) -> Step:
+    def replicate_step(self, step: Step) -> Step:
         whole, rows = PartitionSpec(), PartitionSpec(AXIS)
-        # check_vma: the step averages by name, as under pmap, and is not written in the types that would prove it.
+        # check_vma: the step averages by axis name, as under pmap; its types do not prove the result replicated.
         mapped = jax.shard_map(step, mesh=self.mesh, in_specs=(whole, rows), out_specs=(whole, whole), check_vma=False)
         return jax.jit(mapped, donate_argnums=0)
 
@@ -98,6 +99,7 @@ class ShardMap:
 
 
 def check_batch_size(batch_size: int, accumulate: int = 1) -> None:
+    """Raise ConfigError unless the batch divides over the devices of all hosts and its ``accumulate`` parts."""
     count = jax.device_count() * accumulate
     if batch_size % count:
         parts = f" x train.accumulate {accumulate}" if accumulate > 1 else ""

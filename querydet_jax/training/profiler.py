@@ -7,14 +7,14 @@ from pathlib import Path
 
 import jax
 
-# The first steps compile, and the next ones find the loader's buffers full.
+# The first steps compile, and those after them find the loader's buffers full.
 _SKIPPED, _TRACED = 3, 4
 
 
 class StepTrace:
-    """Writes ``folder`` with a trace of steps 4 to 7 after the start, or of the last ones of a shorter run.
+    """Writes to ``folder`` a trace of steps 4 to 7 after the start, or of the last steps of a shorter run.
 
-    ``begin`` goes before a step and ``end`` after it; without a folder both do nothing.
+    Call ``begin`` before a step and ``end`` after it; without a folder both do nothing.
     """
 
     def __init__(self, folder: Path | None, start: int, steps: int):
@@ -24,14 +24,14 @@ class StepTrace:
         self._running = False
 
     def begin(self, step: int) -> jax.profiler.StepTraceAnnotation:
-        """To be entered for the time of the step: it names the step in the trace."""
+        """Return a context that names the step in the trace; enter it around the step."""
         if self.folder is not None and step == self.first:
             jax.profiler.start_trace(self.folder, create_perfetto_trace=True)
             self._running = True
         return jax.profiler.StepTraceAnnotation("train", step_num=step + 1)
 
     def end(self, step: int, wait: Callable[[], None]) -> bool:
-        """Whether the trace is now complete. ``wait`` returns when the devices have done the step."""
+        """Return whether the trace is now complete; ``wait`` must return when the devices have finished the step."""
         if not self._running or step < self.last:
             return False
         wait()
@@ -39,7 +39,7 @@ class StepTrace:
         return True
 
     def close(self) -> None:
-        """End a trace under way, if a run ends early."""
+        """End a trace under way, when a run ends early."""
         if self._running:
             self._stop()
 

@@ -11,10 +11,10 @@ from querydet_jax.config import TrainConfig
 
 
 def learning_rate(config: TrainConfig) -> optax.Schedule:
-    """Linear warm-up, then steps or a cosine to zero.
+    """Return the learning rate by step: linear warm-up, then decay in steps or by a cosine to zero.
 
-    lr(t) = base * (f + (1 - f) * t / warmup) for t < warmup, f the warm-up factor; with ``steps``
-    times ``decay_factor`` for every entry of ``decay_steps`` that t has reached.
+    lr(t) = base * (f + (1 - f) * t / warmup) for t < warmup, where f is the warm-up factor; with ``steps``, times
+    ``decay_factor`` for every entry of ``decay_steps`` that t has reached.
     """
 
     def schedule(step: ArrayLike) -> Array:
@@ -36,9 +36,9 @@ def learning_rate(config: TrainConfig) -> optax.Schedule:
 
 
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    """SGD as torch does it: g += wd * p; v = momentum * v + g; p -= lr * v. Or AdamW.
+    """Return SGD as in torch (g += wd * p; v = momentum * v + g; p -= lr * v) or AdamW.
 
-    Weight decay reaches every trainable parameter, biases included; clipping acts before it.
+    Weight decay applies to every trainable parameter, biases included, after clipping.
     """
     parts = []
     if config.clip_value > 0:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,46 +13,44 @@ from querydet_jax.runtime.files import reason
 _log = logging.getLogger("querydet_jax")
 
 
-class Board:
-    """Scalars of a run by step, in ``folder``; nothing without tensorboardX.
+class TensorBoardFile:
+    """Scalars by step, appended to a file in ``folder``; does nothing without tensorboardX.
 
-    It writes in a thread, which a full disk ends. Who went on to add scalars would soon wait for that thread, for
-    ever, and with it the training: then no more are added.
+    Once the file cannot be written, a warning says so and nothing more is written. This uses tensorboardX's file
+    rather than its SummaryWriter, whose thread dies on a full disk and then blocks the caller for ever.
     """
 
     def __init__(self, folder: Path):
-        self.folder, self._writer = folder, None
-        others = set(threading.enumerate())
+        self.folder, self._file = folder, None
         try:
-            # A queue that is never full before the thread is missed.
-            self._writer: Any = _summary_writer()(str(folder), write_to_disk=True, max_queue=10_000)
+            from tensorboardX.event_file_writer import EventsWriter  # pyright: ignore[reportMissingImports]
         except ImportError:
             return
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file: Any = EventsWriter(str(folder / "events"))
         except OSError as error:
-            self._give_up(reason(error))
-        self._threads = set(threading.enumerate()) - others
+            self._give_up(error)
 
     def add(self, step: int, values: dict[str, float]) -> None:
-        if self._writer is not None and not all(thread.is_alive() for thread in self._threads):
-            self._give_up("its thread has ended; most often the disk is full")
-        if self._writer is not None:
+        if self._file is None:
+            return
+        from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportMissingImports]
+        from tensorboardX.summary import scalar  # pyright: ignore[reportMissingImports]
+
+        try:
             for name, value in values.items():
-                self._writer.add_scalar(name, value, step)
+                self._file.write_event(Event(wall_time=time.time(), step=step, summary=scalar(name, value)))
+            self._file.flush()
+        except OSError as error:
+            self._give_up(error)
 
     def close(self) -> None:
-        self.add(0, {})  # looks whether it can be closed
-        try:
-            if self._writer is not None:
-                self._writer.close()
-        except OSError as error:
-            self._give_up(reason(error))
+        if self._file is not None:
+            with contextlib.suppress(OSError):  # `add` has flushed
+                self._file.close()
 
-    def _give_up(self, why: str) -> None:
-        _log.warning("%s: no more TensorBoard files of this run (%s)", self.folder, why)
-        self._writer = None
-
-
-def _summary_writer() -> Any:
-    from tensorboardX import SummaryWriter  # pyright: ignore[reportMissingImports]
-
-    return SummaryWriter
+    def _give_up(self, error: OSError) -> None:
+        _log.warning("%s: no more TensorBoard files of this run (%s)", self.folder, reason(error))
+        self.close()
+        self._file = None

@@ -1,4 +1,4 @@
-"""What is known of a step before it runs, and what is noticed while it does."""
+"""What a step needs is known before it runs; what compiles again is noticed."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from querydet_jax.config import Config, load_config, override
 from querydet_jax.runtime.errors import ConfigError
 from querydet_jax.training import compiled, train
 from querydet_jax.training.compiled import CompileWatch, Memory, Programs, out_of_memory_explained
-from querydet_jax.training.parallel import AXIS, carrier
+from querydet_jax.training.parallel import AXIS, replication
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory) -> Config:
-    """Pictures of two shapes, so two canvases; an evaluation and a checkpoint every second step."""
+    """Pictures of two shapes, so two canvases; an evaluation and a checkpoint every other step."""
     changes = {
         **SCENES,
         "model.min_level": 4,
@@ -44,13 +44,13 @@ def config(tmp_path_factory) -> Config:
 
 
 @pytest.mark.parametrize("parallel", ["pmap", "shard_map"])
-def test_a_step_says_what_it_needs_and_moves_nothing_by_accident(parallel, caplog):
-    devices = carrier(parallel)
+def test_a_step_reports_its_memory_and_moves_nothing_implicitly(parallel, caplog):
+    devices = replication(parallel)
     state, step = start(SMALL, AXIS)
     size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
     state, batch = devices.replicate(state), a_batch()
     with contextlib.closing(CompileWatch()) as watch, caplog.at_level(logging.INFO, "querydet_jax"):
-        programs = Programs(devices.compiled(step), watch)
+        programs = Programs(devices.replicate_step(step), watch)
         state, _ = programs(state, devices.split(batch))
         state, metrics = programs(state, devices.split(batch))
         memory = programs.memory["the step on 64x64"]
@@ -59,65 +59,50 @@ def test_a_step_says_what_it_needs_and_moves_nothing_by_accident(parallel, caplo
             split = devices.split(batch)
             programs(state, {**split, "classes": batch["classes"].reshape(split["classes"].shape)})
     assert memory is not None
-    # The donated state is where the new one goes: without that a device would need room for both.
+    # The new state takes the place of the donated one: otherwise a device would need room for both.
     assert size <= memory.reused <= memory.arguments and memory.outputs - memory.reused < 4096 < memory.temporaries
-    said = [record.getMessage() for record in caplog.records if "compiled in" in record.getMessage()]
-    assert len(said) == 1 and "the step on 64x64: compiled in" in said[0] and "GiB a device of" in said[0]
+    (line,) = [record.getMessage() for record in caplog.records if "compiled in" in record.getMessage()]
+    assert "the step on 64x64: compiled in" in line and "GiB per device of" in line
 
 
-def test_a_run_compiles_what_it_needs_once(config, tmp_path, caplog, capsys):
-    """Two canvases; the evaluation and the checkpoints, too, have all they need after the first."""
-    seen = []
-    doubled = jax.jit(lambda x: x * 2)
+def test_a_run_compiles_each_program_once(config, tmp_path, caplog, capsys):
+    """Two canvases, so two steps; evaluations and checkpoints find their programs after the first time, too. What
+    compiles again is counted and named. A profile shows steps 4 to 7 by their numbers."""
+    doubled, calls = jax.jit(lambda x: x * 2), 0
 
-    def evaluate(model, dataset, between) -> dict[str, float]:
-        seen.append(float(doubled(jnp.ones(5))[0]))
+    def evaluate(model, dataset, stop_if_told) -> dict[str, float]:
+        nonlocal calls
+        calls += 1
+        # A function made anew is a program made anew.
+        (doubled if calls < 3 else jax.jit(lambda x: x * 3))(jnp.ones(5))
         return {}
 
     with caplog.at_level(logging.INFO, "querydet_jax"):
-        train(config, tmp_path, evaluate=evaluate)
-    assert len(seen) == 3 and len([r for r in caplog.records if "compiled in" in r.getMessage()]) == 2
-    assert [line["recompilations"] for line in logged(tmp_path)] == [0] * 8
-    assert "programs compiled in" in capsys.readouterr().out.splitlines()[-1]
-
-
-def test_what_compiles_again_and_again_is_counted_and_named(config, tmp_path, caplog):
-    def evaluate(model, dataset, between) -> dict[str, float]:
-        jax.jit(lambda x: x * 3)(jnp.ones(5))  # a function made anew is a program made anew
-        return {}
-
-    train(override(config, {"data.train_canvases": ((96, 96),)}), tmp_path, evaluate=evaluate)
-    assert logged(tmp_path)[-1]["recompilations"] == 2
+        train(config, tmp_path, evaluate=evaluate, profile=True)
+    assert calls == 3 and len([r for r in caplog.records if "compiled in" in r.getMessage()]) == 2
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["recompilations"] for line in lines if "loss" in line] == [0] * 6 + [1] * 2
     assert "evaluation compiled 1 programs again" in caplog.text
+    printed = capsys.readouterr().out
+    assert "programs compiled in" in printed.splitlines()[-1]
 
-
-def logged(run: Path) -> list[dict[str, float]]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if "loss" in line]
-
-
-def test_a_profile_shows_the_steps_by_number(config, tmp_path, capsys):
-    train(override(config, {"train.eval_every": 0}), tmp_path, profile=True)
-    assert f"wrote a trace of steps 4 to 7 to {tmp_path}/profile" in capsys.readouterr().out
+    assert f"wrote a trace of steps 4 to 7 to {tmp_path}/profile" in printed
     (path,) = (tmp_path / "profile").rglob("perfetto_trace.json.gz")
     events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
-    steps = {event["args"]["step_num"] for event in events if event.get("name") == "train"}
-    assert steps == {"4", "5", "6", "7"}
+    assert {event["args"]["step_num"] for event in events if event.get("name") == "train"} == {"4", "5", "6", "7"}
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))  # what TensorBoard reads
 
 
 @pytest.mark.parametrize(("backend", "stops"), [("gpu", True), ("cpu", False)])
 def test_a_step_that_cannot_fit_does_not_start(backend, stops, monkeypatch, caplog):
-    devices = carrier("pmap")
-    state, step = start(SMALL, AXIS)
-    monkeypatch.setattr(compiled, "device_memory", lambda: 2**20)
+    monkeypatch.setattr(compiled, "device_memory", lambda: 2**10)
     monkeypatch.setattr(compiled, "_backend", lambda: backend)
     with contextlib.closing(CompileWatch()) as watch:
-        programs = Programs(devices.compiled(step), watch)
+        programs = Programs(jax.jit(lambda state, batch: (state, {"loss": batch["images"].mean()})), watch)
         with pytest.raises(ConfigError) if stops else contextlib.nullcontext() as caught:
-            programs(devices.replicate(state), devices.split(a_batch()))
-    said = str(caught.value) if caught is not None else caplog.text
-    assert "the step on 64x64 needs" in said and "lower train.batch_size, raise train.accumulate" in said
+            programs(jnp.zeros(()), {"images": jnp.zeros((1, 64, 64, 3))})  # pyright: ignore[reportArgumentType]
+    line = str(caught.value) if caught is not None else caplog.text
+    assert "the step on 64x64 needs" in line and "lower train.batch_size, raise train.accumulate" in line
 
 
 def test_the_devices_memory_running_out_is_one_line():
