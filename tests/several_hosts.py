@@ -54,8 +54,8 @@ def finished(*processes: subprocess.Popen[str], status: int = 0) -> list[str]:
     finally:
         for process in processes:
             process.kill()
-    said = "\n".join(f"--- host {i}, status {p.returncode}\n{outputs[i][-3000:]}" for i, p in enumerate(processes))
-    assert all(process.returncode == status for process in processes), said
+    shown = "\n".join(f"--- host {i}, status {p.returncode}\n{outputs[i][-3000:]}" for i, p in enumerate(processes))
+    assert all(process.returncode == status for process in processes), shown
     return outputs
 
 

@@ -1,10 +1,9 @@
-"""Names of tensors: this project's module paths, and the names other projects' files use.
+"""Names of tensors: this project's module paths, and the names in other projects' files.
 
-The *official* names are those of the published QueryDet and of detectron2's RetinaNet and FCOS, which
-differ in the detection head only (``det_head.cls_layer_1`` against ``head.cls_subnet.2``).
-``official_name`` also understands other projects' names of a backbone: torchvision's (and timm's, the same) and the
-Caffe2 (MSRA) ones of a ResNet, torchvision's and timm's of MobileNetV2, torchvision's of ShuffleNetV2, and those of the
-PyTorch port of EfficientNet-Lite0.
+The *official* names are those of the published QueryDet and of detectron2's RetinaNet and FCOS, which differ only in
+the detection head (``det_head.cls_layer_1`` against ``head.cls_subnet.2``). ``official_name`` also understands the
+backbone names of other projects: torchvision's (which timm shares) and Caffe2's (MSRA) for a ResNet, torchvision's and
+timm's for MobileNetV2, torchvision's for ShuffleNetV2, and those of the PyTorch port of EfficientNet-Lite0.
 """
 
 from __future__ import annotations
@@ -26,8 +25,8 @@ Style = Literal["detectron2", "torchvision", "caffe2", "efficientnet", "timm"]
 _BACKBONE = "backbone.bottom_up."
 _LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
 
-# Parts of other checkpoints that are no weights of a detector: anchors, counters, the classifier
-# of an ImageNet network, Caffe2's optimiser state.
+# Tensors in other checkpoints that are not a detector's weights: anchors, counters, the classifier of an ImageNet
+# network, Caffe2's optimiser state.
 _IGNORED = re.compile(
     r"(^|\.)(query_)?anchor_generator\.|(^|\.)num_batches_tracked$|^(backbone\.)?(bottom_up\.)?(stem\.)?fc\.|"
     r"^(fc1000|pred)_[wb]$|_momentum$|^(lr|model_iter)$|^(_conv_head|_bn1|_fc)\.|"
@@ -87,7 +86,7 @@ _OUTPUT = re.compile(r"^(?:det_head|head)\.((?:cls_score|bbox_pred|ctrness)\.\w+
 
 
 def torch_name(path: ModelPath, query: bool, normed: bool = False) -> str:
-    """Official name of a variable of the model.
+    """Return the official name of a model variable.
 
     Args:
       path: keys from the module's root to the variable, e.g. ``("backbone", "res3", 0, "conv1", "kernel")``.
@@ -95,7 +94,7 @@ def torch_name(path: ModelPath, query: bool, normed: bool = False) -> str:
       normed: the towers of its detection head have norms, which detectron2's names number too.
 
     Raises:
-      WeightsError: a variable that has no official name.
+      WeightsError: the variable has no official name.
     """
     match path:
         case (str(name),) if name in _PIXELS:
@@ -148,14 +147,14 @@ def _layer_places(normed: bool) -> int:
 
 
 def official_name(name: str, query: bool, style: Style, normed: bool = False) -> str | None:
-    """Official name of a tensor of somebody's file, ``None`` for what is no weight of a detector.
+    """Return the official name of a tensor in another project's file, None if it is not a detector's weight.
 
-    A name that is not understood is returned as it is, without the prefixes that wrappers add.
+    An unknown name is returned unchanged, but for the prefixes that wrappers add.
 
     Args:
       name: the tensor's name in the file.
       query: the model has a query head, so its detection head takes QueryDet's names.
-      style: whose names the file has (``naming_style``).
+      style: the naming style of the file (``naming_style``).
       normed: as in ``torch_name``.
     """
     name = _bare(name)
@@ -271,8 +270,8 @@ _CONVERTERS: dict[Style, Callable[[str], str | None]] = {
 
 
 def naming_style(names: Iterable[str]) -> Style:
-    """Whose names these are. All but detectron2's name a backbone only, and fix its flavour."""
-    # bn1 follows the stem of a ResNet and of timm's MobileNetV2: the other names tell which.
+    """Return the naming style of a file. All but detectron2's name only a backbone, and imply its flavour."""
+    # Both a ResNet and timm's MobileNetV2 have a bn1, so it comes last: another name decides.
     for name in sorted(map(_bare, names), key=lambda name: name.startswith("bn1.")):
         for style, convert in _CONVERTERS.items():
             if convert(name):
@@ -281,7 +280,7 @@ def naming_style(names: Iterable[str]) -> Style:
 
 
 def to_torch_layout(array: np.ndarray, path: ModelPath) -> np.ndarray:
-    """HWIO kernels to OIHW, of fully connected layers then to [O, C * S * S], pixel statistics [3] to [3, 1, 1]."""
+    """Convert HWIO kernels to OIHW (in fully connected layers to [O, C * S * S]), pixel statistics [3] to [3, 1, 1]."""
     if path[-1] == "kernel":
         array = np.ascontiguousarray(array.transpose(3, 2, 0, 1))
         return array.reshape(len(array), -1) if _is_linear(path) else array
@@ -289,14 +288,14 @@ def to_torch_layout(array: np.ndarray, path: ModelPath) -> np.ndarray:
 
 
 def from_torch_layout(array: np.ndarray, path: ModelPath, shape: tuple[int, ...]) -> np.ndarray:
-    """The inverse of ``to_torch_layout``, for a variable of this shape."""
+    """Invert ``to_torch_layout`` for a variable of this shape."""
     if path[-1] == "kernel":
         return np.ascontiguousarray(array.reshape(shape[3], shape[2], *shape[:2]).transpose(2, 3, 1, 0))
     return array.reshape(3) if path[-1] in _PIXELS else array
 
 
 def torch_shape(shape: tuple[int, ...], path: ModelPath) -> tuple[int, ...]:
-    """Shape in torch layout of a variable of the given shape."""
+    """Return the torch-layout shape of a variable of the given shape."""
     if path[-1] == "kernel":
         height, width, inputs, outputs = shape
         return (outputs, inputs * height * width) if _is_linear(path) else (outputs, inputs, height, width)
@@ -308,8 +307,8 @@ def _is_linear(path: ModelPath) -> bool:
 
 
 def likely_field(name: str, given: tuple[int, ...], wanted: tuple[int, ...]) -> str:
-    """The configuration field that most likely makes an official tensor's shape differ from the model's."""
-    # Output channels agree and input channels do not: what feeds the layer is to blame.
+    """Return the configuration field that most likely makes a tensor's shape differ from the model's."""
+    # If output channels agree and input channels do not, the layer before differs.
     inputs = len(given) == len(wanted) == 4 and given[0] == wanted[0] and given[1] != wanted[1]
     if name.startswith(("head.", "det_head.")):
         if len(given) != len(wanted):

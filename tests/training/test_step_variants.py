@@ -21,7 +21,7 @@ BATCHES = [a_batch(seed=seed) for seed in range(3)]  # of 4 images
 
 @pytest.fixture(scope="module")
 def reference():
-    """Run two steps of four images on one device."""
+    """Run three steps of four images on one device."""
     return run_steps(SMALL, BATCHES, devices=False)
 
 
@@ -29,9 +29,11 @@ def reference():
     ("devices", "changes"),
     [
         (True, {}),
+        pytest.param(True, {"train.parallel": "shard_map"}, marks=pytest.mark.slow),
+        pytest.param(False, {"train.accumulate": 4}, marks=pytest.mark.slow),
         (True, {"train.accumulate": 2, "train.parallel": "shard_map"}),
     ],
-    ids=["pmap", "shard_map in 2 parts"],
+    ids=["pmap", "shard_map", "in 4 parts", "in 2 parts on 2 devices"],
 )
 def test_every_way_makes_the_same_update(reference, devices, changes):
     """Parts and devices hold 1 to 7 boxes: each must divide by the foreground of the whole batch."""
