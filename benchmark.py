@@ -1,7 +1,6 @@
-"""Benchmarks; see `python benchmark.py --help`."""
+"""`querydet benchmark` in the checkout; see `python benchmark.py --help`."""
 
-from benchmarks.main import main
-from querydet_jax.cli.command_line import run
+from querydet_jax.cli.main import run_command
 
 if __name__ == "__main__":
-    run(main)
+    run_command("benchmark")

@@ -1,7 +1,6 @@
-"""Command line of querydet_jax.cli.commands.evaluate; see `python eval.py --help`."""
+"""`querydet eval` in the checkout; see `python eval.py --help`."""
 
-from querydet_jax.cli.command_line import run
-from querydet_jax.cli.commands import evaluate
+from querydet_jax.cli.main import run_command
 
 if __name__ == "__main__":
-    run(evaluate)
+    run_command("eval")

@@ -1,7 +1,6 @@
-"""Command line of querydet_jax.inference.export.command; see `python export.py --help`."""
+"""`querydet export` in the checkout; see `python export.py --help`."""
 
-from querydet_jax.cli.command_line import run
-from querydet_jax.inference.export.command import export
+from querydet_jax.cli.main import run_command
 
 if __name__ == "__main__":
-    run(export)
+    run_command("export")

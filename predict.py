@@ -1,7 +1,6 @@
-"""Command line of querydet_jax.cli.commands.predict; see `python predict.py --help`."""
+"""`querydet predict` in the checkout; see `python predict.py --help`."""
 
-from querydet_jax.cli.command_line import run
-from querydet_jax.cli.commands import predict
+from querydet_jax.cli.main import run_command
 
 if __name__ == "__main__":
-    run(predict)
+    run_command("predict")

@@ -1,7 +1,6 @@
-"""Command line of querydet_jax.cli.commands.train; see `python train.py --help`."""
+"""`querydet train` in the checkout; see `python train.py --help`."""
 
-from querydet_jax.cli.command_line import run
-from querydet_jax.cli.commands import train
+from querydet_jax.cli.main import run_command
 
 if __name__ == "__main__":
-    run(train)
+    run_command("train")

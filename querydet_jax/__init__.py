@@ -4,10 +4,15 @@ Small objects on high-resolution feature maps, computed only where a query head 
 shapes throughout: one compiled program for CPU, GPU or TPU.
 """
 
-from querydet_jax.config import Config, InferenceConfig, ModelConfig, load_config
-from querydet_jax.inference.detector import Detections, Detector
-from querydet_jax.models import Losses, Outputs, build_model
-from querydet_jax.weights import LoadReport, export_weights, load_weights
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from querydet_jax.config import Config, InferenceConfig, ModelConfig, load_config
+    from querydet_jax.inference.detector import Detections, Detector
+    from querydet_jax.models import Losses, Outputs, build_model
+    from querydet_jax.weights import LoadReport, export_weights, load_weights
 
 __version__ = "0.1.0"
 
@@ -25,3 +30,22 @@ __all__ = [
     "load_config",
     "load_weights",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import public names on first use: `querydet --help` needs neither jax nor flax."""
+    if name in {"Config", "InferenceConfig", "ModelConfig", "load_config"}:
+        from querydet_jax import config as module
+    elif name in {"Detections", "Detector"}:
+        from querydet_jax.inference import detector as module
+    elif name in {"Losses", "Outputs", "build_model"}:
+        from querydet_jax import models as module
+    elif name in {"LoadReport", "export_weights", "load_weights"}:
+        from querydet_jax import weights as module
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(module, name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

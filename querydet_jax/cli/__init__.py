@@ -1,1 +1,1 @@
-"""The command line: one file per command."""
+"""The command line, `querydet`: one file per command, `main` to choose, `process` to end."""

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from querydet_jax.config.card import Card
+from querydet_jax.config.cards import find_card
 from querydet_jax.config.fields import from_dict, replace_field
 from querydet_jax.config.rules import check
 from querydet_jax.config.schema import Config
@@ -93,13 +94,15 @@ def save_config(config: Config, path: str | Path) -> None:
 
 
 def config_path(source: str | Path) -> Path:
-    """The configuration of ``source``: a run folder's ``config.json``, or the experiment file itself."""
-    source = Path(source)
+    """Return the configuration file of ``source``: a run folder, a configuration file or a card's name.
+
+    Raises:
+      ConfigError: it is none of these.
+    """
+    name, source = str(source), Path(source)
     if source.is_dir():
         path = source / "config.json"
         if not path.is_file():
-            raise ConfigError(f"{source}: no config.json in this folder; give a folder that train.py has written")
+            raise ConfigError(f"{source}: no config.json in this folder; give a folder that `querydet train` wrote")
         return path
-    if not source.exists():
-        raise ConfigError(f"{source}: neither a run folder nor a configuration file; see configs/ for those provided")
-    return source
+    return source if source.exists() else find_card(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from querydet_jax.config import DataConfig
+from querydet_jax.config import Config, DataConfig
 from querydet_jax.data import Dataset, eval_batches
 from querydet_jax.data.transforms import rescale_to_original, resize_boxes
 from querydet_jax.evaluation.coco import ImageDetections
@@ -18,7 +19,9 @@ from querydet_jax.evaluation.metrics import DEFAULT_BINS, known
 from querydet_jax.evaluation.query import QueryRecall
 from querydet_jax.evaluation.scoring import Scores, score
 from querydet_jax.inference.detector import Detector
+from querydet_jax.models import DenseDetector
 from querydet_jax.ops.anchors import level_shape
+from querydet_jax.runtime.errors import DataError
 from querydet_jax.runtime.hosts import gather, is_first
 from querydet_jax.runtime.progress import progress
 from querydet_jax.viz.text import percent, text_table
@@ -152,6 +155,28 @@ def evaluate_detectors(
     for name, run in runs.items():
         run.scores = score(dataset, found[name], indices=indices, size_bins=size_bins)
     return runs
+
+
+def detectors_to_compare(model: DenseDetector, config: Config, methods: Sequence[str] = ()) -> dict[str, Detector]:
+    """Build one detector per query method, the dense one first, so that speed-ups are over it.
+
+    Args:
+      methods: of dense, csq, cq, ccq; none: dense and, with a query head, ``inference.query`` (csq if that is dense).
+
+    Raises:
+      DataError: another method.
+    """
+    if not methods:
+        configured = config.inference.query if config.inference.query != "dense" else "csq"
+        methods = ("dense", configured) if model.query_head is not None else ("dense",)
+    known = ("dense", "csq", "cq", "ccq")
+    for name in methods:
+        if name not in known:
+            raise DataError(f"--methods {name}: is not one of {', '.join(known)}")
+    return {
+        name: Detector(model, dataclasses.replace(config.inference, query=name))
+        for name in sorted(methods, key=known.index)
+    }
 
 
 def first_images(dataset: Dataset, count: int) -> list[int] | None:

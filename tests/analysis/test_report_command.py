@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from querydet_jax.data.__main__ import main
+
 from querydet_jax.runtime.errors import QueryDetError
 
 CONFIG = str(Path(__file__).parents[2] / "configs/demo.py")

@@ -23,7 +23,7 @@ from benchmarks.speed.capacities import (
     propose,
 )
 from benchmarks.subjects import open_run
-from querydet_jax.cli.command_line import parse
+from querydet_jax.cli.arguments import parse
 from querydet_jax.data import eval_batches
 from querydet_jax.inference.detector import Detector, sparse_options
 from querydet_jax.runtime.errors import ConfigError
@@ -97,8 +97,7 @@ def test_proposes_a_ladder_for_a_run(monkeypatch, capsys, tmp_path, run_folder):
     printed = capsys.readouterr().out
     assert f"proposed: {proposed['flags']}" in printed and "P2 room" in printed
     # Pasted behind `eval.py RUN`.
-    monkeypatch.setattr(sys, "argv", ["eval.py", str(run_folder), *proposed["flags"].split()])
-    _, config, _ = parse(Nothing, "")
+    _, config, _ = parse(Nothing, "", [str(run_folder), *proposed["flags"].split()], "eval.py")
     assert config.inference.capacities == tuple(proposed["capacities"])
     with (out / "capacities.csv").open() as file:
         assert [row["ladder"] for row in csv.DictReader(file)] == list(rows)

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from querydet_jax.data.__main__ import main
 
 from querydet_jax.config import Config, DataConfig, override
 from querydet_jax.data import open_dataset, train_batches
-from querydet_jax.data.__main__ import main
 from querydet_jax.data.prepare import coco as tfds_prepare
 from querydet_jax.data.prepare.coco import prepare_coco
 from querydet_jax.data.readers import tfds_coco

@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from querydet_jax.data.__main__ import main
 
 from querydet_jax.config import Config, DataConfig, override
 from querydet_jax.data import eval_batches, open_dataset, train_batches
 from querydet_jax.data import transforms as t
-from querydet_jax.data.__main__ import main
 from querydet_jax.data.prepare import visdrone as prepare
 from querydet_jax.data.prepare.visdrone import prepare_visdrone
 from querydet_jax.data.readers.coco import CocoDataset

@@ -9,9 +9,9 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image
+from querydet_jax.evaluation.__main__ import main
 
 from querydet_jax.evaluation import evaluate, output
-from querydet_jax.evaluation.__main__ import main
 from querydet_jax.evaluation.standalone import score_coco, score_visdrone
 from querydet_jax.evaluation.visdrone import VisDroneImage, evaluate_visdrone
 from querydet_jax.runtime.errors import DataError

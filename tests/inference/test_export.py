@@ -21,13 +21,13 @@ import numpy as np
 import pytest
 import small_detector as small
 from PIL import Image
+from querydet_jax.inference.export.command import export
 
 import querydet_jax as qd
 from querydet_jax.cli import commands
 from querydet_jax.config import Config, DataConfig, save_config
 from querydet_jax.inference.export import artifact as artifact_module
 from querydet_jax.inference.export.artifact import Artifact, ArtifactError
-from querydet_jax.inference.export.command import export
 from querydet_jax.inference.export.writer import write_artifact
 from querydet_jax.models import RetinaNet
 from querydet_jax.ops.depthwise import depthwise_conv

@@ -1,13 +1,13 @@
-"""Scoring result files: `python -m querydet_jax.evaluation --help`."""
+"""`querydet score`."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
-from querydet_jax.cli.command_line import run
 from querydet_jax.evaluation.curves import Curves
 from querydet_jax.evaluation.metrics import CocoMetrics
 from querydet_jax.evaluation.output import write_curves
@@ -18,11 +18,12 @@ from querydet_jax.runtime.files import write_json
 _Out = Annotated[str, tyro.conf.arg(metavar="FOLDER")]
 
 
-def main() -> None:
-    """Do what the command line names."""
+def score(words: Sequence[str], program: str) -> None:
+    """Score the result files of any detector."""
     tyro.extras.subcommand_cli_from_dict(
         {"visdrone": _visdrone, "coco": _coco},
-        prog="python -m querydet_jax.evaluation",
+        args=list(words),
+        prog=program,
         description="Score the result files of any detector.",
     )
 
@@ -69,7 +70,3 @@ def _publish(metrics: CocoMetrics | VisDroneMetrics, protocol: str, curves: Curv
         write_json(Path(out) / "report.json", metrics.to_dict(), indent=2)
         written = write_curves(out, {protocol: {Path(results).stem: curves}})
         print(f"\nwrote to {out}: {', '.join(['report.json', *written])}")
-
-
-if __name__ == "__main__":
-    run(main)

@@ -1,8 +1,8 @@
-"""`python -m querydet_jax.data report`."""
+"""`querydet report`."""
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any, Literal
 from querydet_jax.analysis import figure
 from querydet_jax.analysis.findings import image_rows, measure, results
 from querydet_jax.analysis.tables import text
-from querydet_jax.cli.command_line import parse
+from querydet_jax.cli.arguments import parse
 from querydet_jax.data import open_dataset
 from querydet_jax.runtime.files import write_csv, write_json, writing
 from querydet_jax.viz.plots import NEEDS, save_plot
@@ -25,15 +25,15 @@ class ReportArguments:
     """Folder for report.json, images.csv and report.png (default: data-SPLIT in the run folder, or in runs/NAME)."""
 
 
-def report() -> None:
-    """Count what a data set asks of a configuration: sizes, anchors, queries, buffers. Takes CONFIG and its fields."""
+def report(words: Sequence[str], program: str) -> None:
+    """Count what a data set asks of a configuration: sizes, anchors, queries, buffers."""
     arguments, config, source = parse(
         ReportArguments,
         "Count what a data set asks of a configuration, without reading an image.",
-        words=sys.argv[2:],
-        program="python -m querydet_jax.data report",
+        words,
+        program,
     )
-    above = Path(source) if Path(source).is_dir() else Path("runs") / config.name
+    above = source if source.is_dir() else Path("runs") / config.name
     out = Path(arguments.out) if arguments.out else above / f"data-{arguments.split}"
     found = measure(open_dataset(config.data, arguments.split), config, arguments.split)
     counted: dict[str, Any] = results(found)

@@ -1,17 +1,19 @@
-"""What `export.py` does."""
+"""`querydet export`."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from querydet_jax.cli.command_line import parse
+from querydet_jax.cli.arguments import parse
 from querydet_jax.data.plan import both_orientations
 from querydet_jax.inference.detector import Detector
 from querydet_jax.inference.export.writer import PLATFORMS, write_artifact
 from querydet_jax.inference.runs import open_model
+from querydet_jax.runtime import machine
 
 
 @dataclass(frozen=True)
@@ -19,23 +21,26 @@ class ExportArguments:
     out: str = ""
     """The file to write (default: detector.zip in the run folder, or in runs/NAME)."""
     weights: str = ""
-    """Weight file (.pth .pkl .npz .safetensors) or run folder, where the source is a configuration file."""
+    """Weight file (.pth .pkl .npz .safetensors) or run folder, if the source is a card."""
     platforms: tuple[Literal["cpu", "cuda", "tpu"], ...] = PLATFORMS
-    """Where it shall run; none of them needs to be here."""
+    """Platforms to compile for; none needs to be present."""
     batch_sizes: tuple[int, ...] = ()
-    """Numbers of images a call, a program each (default: dense inference any number, in one program; else
-    inference.batch_size, because the buffers of the cascade are pooled over the batch)."""
+    """Images per call, one program each (default: for dense inference any number, in one program; otherwise
+    inference.batch_size, because the cascade's buffers are pooled over the batch)."""
     both_orientations: bool = True
-    """Also take every canvas of data.test-canvases on its side, as predict.py does."""
+    """Also accept every canvas of data.test-canvases turned on its side, as predict does."""
 
 
-def export() -> None:
+def export(words: Sequence[str], program: str) -> None:
     """Compile a detector ahead of time into one file."""
     arguments, config, source = parse(
         ExportArguments,
         "Write a detector, weights included, as one file that runs with jax alone: uint8 pictures to detections. "
         "Canvases, resize rule and inference settings are fixed in it.",
+        words,
+        program,
     )
+    machine.keep_compiled_programs()
     model = open_model(config, source, arguments.weights or None)
     canvases = config.data.test_canvases
     if arguments.both_orientations:
@@ -43,7 +48,7 @@ def export() -> None:
     batch_sizes = arguments.batch_sizes
     if not batch_sizes and config.inference.query != "dense":
         batch_sizes = (config.inference.batch_size,)
-    folder = Path(source) if Path(source).is_dir() else Path("runs") / config.name
+    folder = source if source.is_dir() else Path("runs") / config.name
     out = Path(arguments.out) if arguments.out else folder / "detector.zip"
     begun = time.perf_counter()
     manifest = write_artifact(
@@ -60,5 +65,5 @@ def export() -> None:
     print(
         f"{out}: {out.stat().st_size / 1e6:.1f} MB, {count} program{'s' * (count > 1)} in "
         f"{time.perf_counter() - begun:.1f} s; {config.inference.query}, canvases {shapes}, batch size {numbers}, for "
-        f"{', '.join(arguments.platforms)}\nuse it with: python predict.py --artifact {out} --images PICTURE_OR_FOLDER"
+        f"{', '.join(arguments.platforms)}\nuse it with: querydet predict {out} --images PICTURE_OR_FOLDER"
     )

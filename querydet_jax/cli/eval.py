@@ -1,0 +1,110 @@
+"""`querydet eval`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from querydet_jax.cli.arguments import parse
+from querydet_jax.config import Config
+from querydet_jax.data import check_classes, open_dataset
+from querydet_jax.evaluation.output import write_scores
+from querydet_jax.evaluation.runner import (
+    Evaluation,
+    comparison_table,
+    detectors_to_compare,
+    evaluate_detectors,
+    first_images,
+)
+from querydet_jax.inference.results import run_on_images
+from querydet_jax.inference.runs import open_model
+from querydet_jax.runtime import machine
+from querydet_jax.runtime.files import write_json
+from querydet_jax.runtime.hosts import Hosts, is_first, join, on_every
+from querydet_jax.viz.draw import save_image
+from querydet_jax.viz.stages import cascade_pictures, overview
+
+
+@dataclass(frozen=True)
+class EvalArguments:
+    weights: str = ""
+    """Weight file (.pth .pkl .npz .safetensors) or run folder, if the source is a card."""
+    out: str = ""
+    """Folder for report.json, detections, curves and pictures (default: the run folder, or runs/NAME)."""
+    methods: tuple[str, ...] = ()
+    """Any of dense, csq, cq, ccq (default: dense and, if the model has a query head, inference.query or csq)."""
+    images: int = 0
+    """Use only the first N images (0: all)."""
+    pictures: int = 6
+    """Images to draw."""
+    query_recall: bool = True
+    """Also count which objects the queries reach, at several thresholds (a second, untimed pass)."""
+    hosts: Hosts = field(default_factory=Hosts)
+
+
+def evaluate(words: Sequence[str], program: str) -> None:
+    """Evaluate a trained detector, densely and with Cascade Sparse Query."""
+    arguments, config, source = parse(
+        EvalArguments, "Evaluate a detector, densely and with Cascade Sparse Query.", words, program
+    )
+    machine.keep_compiled_programs()
+    join(arguments.hosts)
+    model = open_model(config, source, arguments.weights or None)
+    dataset = on_every(lambda: open_dataset(config.data, "val"))
+    check_classes(config, dataset)
+    out = Path(arguments.out or (source if source.is_dir() else f"runs/{config.name}"))
+    detectors = detectors_to_compare(model, config, arguments.methods)
+    indices = first_images(dataset, arguments.images)
+    runs = evaluate_detectors(
+        detectors,
+        dataset,
+        config.data,
+        batch_size=config.inference.batch_size,
+        indices=indices,
+        query_recall=arguments.query_recall,
+    )
+    if not is_first():
+        return
+    for name, result in runs.items():
+        print(f"\n{name}: {result.scores.table()}")
+        for level, recall in result.recall.items():
+            print(
+                f"\nquery recall on P{level} ({name}): percent of the objects whose centre cell is a key, "
+                f"by query threshold (*: as configured)\n{recall.table()}"
+            )
+    print(f"\n{comparison_table(runs)}\n\n{machine.one_line()}")
+    write_json(out / "report.json", _report(config, runs, indices), indent=2)
+    written = write_scores(out, {name: result.scores for name, result in runs.items()})
+    names = config.classes or dataset.classes
+    drawn = _spread(len(dataset) if indices is None else len(indices), arguments.pictures)
+    if drawn:
+        for result in run_on_images(list(detectors.values())[-1], dataset, config.data, drawn):
+            truth = dataset.annotation(result.index).boxes
+            pictures = cascade_pictures(result, names, config.inference.threshold, truth=truth)
+            path = out / "pictures" / f"{Path(dataset.file_name(result.index)).stem}.jpg"
+            save_image(path, overview(result.image, pictures))
+    pictures_written = [f"pictures/ ({len(drawn)})"] if drawn else []
+    print(f"wrote to {out}: {', '.join(['report.json', *written, *pictures_written])}")
+
+
+def _report(config: Config, runs: dict[str, Evaluation], indices: list[int] | None) -> dict[str, Any]:
+    first = next(iter(runs.values())).ms_median
+    return {
+        "config": dataclasses.asdict(config),
+        "machine": machine.describe(),
+        "images": "all" if indices is None else len(indices),
+        "methods": {name: run.to_dict() for name, run in runs.items()},
+        "speed_up": {name: first / run.ms_median for name, run in runs.items() if not np.isnan(run.ms_median)},
+        "timing": f"median over batches of {config.inference.batch_size}, detectors in turn, {jax.default_backend()}",
+    }
+
+
+def _spread(total: int, count: int) -> list[int]:
+    """Return ``count`` positions spread evenly over ``total``."""
+    return sorted({int(i) for i in np.linspace(0, total - 1, min(count, total))}) if total and count else []

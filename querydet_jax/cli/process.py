@@ -1,0 +1,63 @@
+"""How a command's process ends: errors that bad input can cause become one line and an exit status."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from typing import NoReturn
+
+from querydet_jax.runtime.errors import Preempted, QueryDetError
+from querydet_jax.runtime.files import cannot_write
+
+
+def run(command: Callable[[], None]) -> None:
+    """Call a command. Exit with 2 after bad input, 130 after Ctrl-C, 141 after SIGPIPE, 143 after SIGTERM."""
+    # force: libraries imported by now have set up handlers of their own.
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr, force=True)
+    logging.getLogger("querydet_jax").setLevel(logging.INFO)
+    try:
+        command()
+    except Preempted as error:
+        print(error, file=sys.stderr)
+        sys.exit(143)  # as a shell reports SIGTERM
+    except QueryDetError as error:
+        _fail(str(error), 2)
+    except KeyboardInterrupt:
+        _fail("interrupted", 130)
+    except BrokenPipeError:
+        # The reader (| head) has gone. Python flushes once more at exit: into nothing.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)  # as a shell reports SIGPIPE
+    except OSError as error:
+        if not cannot_write(error):
+            raise
+        _fail(f"{error.filename or 'an output'} cannot be written ({error.strerror})", 2)
+    except Exception as error:
+        if not _among_several_hosts():
+            raise
+        from querydet_jax.runtime import host_failures
+
+        line = host_failures.from_elsewhere(error)
+        if line is None:
+            traceback.print_exc()
+        _fail(line or f"{type(error).__name__} ({(str(error).splitlines() or [''])[0][:200]})", 2 if line else 1)
+
+
+def _fail(line: str, status: int) -> NoReturn:
+    print("interrupted" if status == 130 else f"error: {line}", file=sys.stderr, flush=True)
+    if _among_several_hosts():
+        from querydet_jax.runtime import host_failures
+
+        host_failures.leave(line, status)
+    sys.exit(status)
+
+
+def _among_several_hosts() -> bool:
+    if "jax" not in sys.modules:  # nothing has met other hosts, and importing it takes longer than `querydet --help`
+        return False
+    import jax
+
+    return jax.distributed.is_initialized()

@@ -1,0 +1,61 @@
+"""`querydet train`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from querydet_jax.cli.arguments import parse
+from querydet_jax.data import Dataset
+from querydet_jax.evaluation.runner import comparison_table, detectors_to_compare, evaluate_detectors, first_images
+from querydet_jax.inference.detector import Detector
+from querydet_jax.models import DenseDetector
+from querydet_jax.runtime import machine
+from querydet_jax.runtime.hosts import Hosts, is_first, join
+from querydet_jax.training import train as run_training
+
+
+@dataclass(frozen=True)
+class TrainArguments:
+    run: str = ""
+    """Folder of the run: configuration, metrics, checkpoints (default: runs/NAME, or the run folder given)."""
+    resume: bool = False
+    """Continue from the run's newest checkpoint."""
+    profile: bool = False
+    """Also write a trace of a few steps to RUN/profile, for TensorBoard's profiler and ui.perfetto.dev."""
+    hosts: Hosts = field(default_factory=Hosts)
+
+
+def train(words: Sequence[str], program: str) -> None:
+    """Train a detector."""
+    arguments, config, source = parse(
+        TrainArguments, "Train a detector on all devices, of one host or several.", words, program
+    )
+    machine.keep_compiled_programs()
+    join(arguments.hosts, preemptible=True)
+    run = Path(arguments.run or (source if source.is_dir() else f"runs/{config.name}"))
+
+    detectors: dict[str, Detector] = {}
+
+    def evaluate(model: DenseDetector, dataset: Dataset, between: Callable[[], None]) -> dict[str, float]:
+        for detector in detectors.values():
+            detector.update(model)
+        if not detectors:
+            detectors.update(detectors_to_compare(model, config))
+        runs = evaluate_detectors(
+            detectors, dataset, config.data, batch_size=config.inference.batch_size,
+            indices=first_images(dataset, config.train.eval_images), size_bins=(), between=between,
+        )  # fmt: skip
+        if is_first():
+            print(comparison_table(runs), flush=True)
+        return {
+            f"{name}/{key}": value
+            for name, result in runs.items()
+            for key, value in {**result.scores.named(), "ms_per_image": result.ms_median}.items()
+        }
+
+    run_training(config, run, resume=arguments.resume, evaluate=evaluate, profile=arguments.profile)
+    if is_first():
+        evaluate_with = "python eval.py" if program == "train.py" else "querydet eval"
+        print(f"trained; evaluate with: {evaluate_with} {run}")

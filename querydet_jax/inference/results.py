@@ -1,0 +1,70 @@
+"""Run a detector over images: detections in pixels of the original, and what the query cascade did."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+
+from querydet_jax.config import DataConfig
+from querydet_jax.data import Dataset, eval_batches
+from querydet_jax.data.transforms import rescale_to_original
+from querydet_jax.inference.detector import Detector, QueryTrace
+from querydet_jax.inference.export.artifact import Artifact
+
+
+@dataclass(frozen=True)
+class ImageResult:
+    """A detector's result on one image.
+
+    Attributes:
+      index: position in the data set.
+      image: uint8 RGB ``[H, W, 3]``, as stored.
+      boxes, scores, classes: detections in px of ``image``.
+      scale: pixels of ``image`` per pixel of the network input. The vertical and horizontal scales differ by rounding;
+        this is the larger, with which the maps cover the image.
+      trace: maps ``[h, w]`` of this image alone; None for dense inference and for an artifact.
+    """
+
+    index: int
+    image: np.ndarray
+    boxes: np.ndarray
+    scores: np.ndarray
+    classes: np.ndarray
+    scale: float
+    trace: QueryTrace | None
+
+
+def run_on_images(
+    detector: Detector | Artifact,
+    dataset: Dataset,
+    data: DataConfig,
+    indices: Sequence[int] | None = None,
+    *,
+    batch_size: int = 1,
+) -> Iterator[ImageResult]:
+    """Run a detector over the images of a data set and yield a result per image.
+
+    Args:
+      indices: positions of the images; None: all.
+    """
+    position = {dataset.image_id(i): i for i in range(len(dataset))}
+    batches = eval_batches(dataset, data, batch_size=batch_size, indices=indices)
+    try:
+        for batch in batches:
+            result, full = jax.device_get(detector(batch["images"], batch["sizes"])), None
+            if isinstance(detector, Detector) and detector.config.query != "dense":
+                full = jax.device_get(detector.trace(batch["images"], batch["sizes"]))
+            for row in np.flatnonzero(batch["valid"]):
+                i = position[int(batch["image_ids"][row])]
+                net, original = (tuple(batch[key][row].tolist()) for key in ("sizes", "original_sizes"))
+                boxes, scores, classes = rescale_to_original(
+                    result.boxes[row], result.scores[row], result.classes[row], result.valid[row], net, original
+                )
+                trace = full and QueryTrace(*({level: x[row] for level, x in maps.items()} for maps in full))
+                scale = max(original[0] / net[0], original[1] / net[1])
+                yield ImageResult(i, dataset.load(i), boxes, scores, classes, scale, trace)
+    finally:
+        batches.close()

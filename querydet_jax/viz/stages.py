@@ -1,0 +1,87 @@
+"""Pictures of the cascade at work: detections, query heat maps, active cells."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from querydet_jax.viz.draw import contact_sheet, draw_detections, draw_heatmap, draw_sites
+
+
+class Trace(Protocol):
+    """Maps by level of one image: query probability ``[h, w]``, keys and active cells bool ``[h, w]``."""
+
+    @property
+    def probability(self) -> Mapping[int, Any]: ...
+    @property
+    def keys(self) -> Mapping[int, Any]: ...
+    @property
+    def active(self) -> Mapping[int, Any]: ...
+
+
+class Result(Protocol):
+    """What is drawn: `querydet_jax.inference.results.ImageResult`."""
+
+    @property
+    def image(self) -> np.ndarray: ...
+    @property
+    def boxes(self) -> np.ndarray: ...
+    @property
+    def scores(self) -> np.ndarray: ...
+    @property
+    def classes(self) -> np.ndarray: ...
+    @property
+    def scale(self) -> float: ...
+    @property
+    def trace(self) -> Trace | None: ...
+
+
+def cascade_pictures(
+    result: Result, names: Sequence[str], threshold: float, *, min_score: float = 0.3, truth: np.ndarray | None = None
+) -> dict[str, np.ndarray]:
+    """Draw a result, title to picture: ``detections`` and, for a cascade, ``query_P4``.., ``sites_P3``.. by level.
+
+    Args:
+      threshold: the query threshold, marked in the heat maps.
+      min_score: draw detections with at least this score.
+      truth: ground-truth boxes ``[n, 4]`` xyxy px to draw as well.
+    """
+    out = {
+        "detections": draw_detections(
+            result.image, result.boxes, result.classes, result.scores, names, min_score=min_score, truth=truth
+        )
+    }
+    if result.trace is None:
+        return out
+    # In the order of the cascade: where a level fires, then what the next finer level computes.
+    for level, probability in sorted(result.trace.probability.items(), reverse=True):
+        out[f"query_P{level}"] = draw_heatmap(
+            result.image,
+            probability,
+            2**level * result.scale,
+            title=f"query probability on P{level}",
+            threshold=threshold,
+        )
+        out[f"sites_P{level - 1}"] = draw_sites(
+            result.image,
+            result.trace.active[level - 1],
+            result.trace.keys[level - 1],
+            2 ** (level - 1) * result.scale,
+            title=f"computed on P{level - 1}",
+        )
+    return out
+
+
+def overview(image: np.ndarray, pictures: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Lay out one sheet: the picture and its detections on the left, each step of the cascade in a row beside them."""
+    steps = [("", picture) for title, picture in pictures.items() if title != "detections"]
+    left = [("picture", image), ("detections", pictures["detections"])]
+    if not steps:
+        return contact_sheet(left, columns=2)
+    blank = ("", np.zeros_like(image))
+    rows = [steps[i : i + 2] for i in range(0, len(steps), 2)]
+    left += [blank] * (len(rows) - len(left))
+    rows += [[blank, blank]] * (len(left) - len(rows))
+    return contact_sheet([panel for first, row in zip(left, rows, strict=True) for panel in (first, *row)], columns=3)
