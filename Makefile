@@ -5,6 +5,8 @@ PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
 DEMO ?= runs/demo
+# Large buffers in 2 MB pages where glibc knows how to ask for them; it ignores what it does not know.
+HUGE_PAGES := GLIBC_TUNABLES=glibc.malloc.hugetlb=1
 # Tests in as many processes as there are processors; the tests of a file share what they have made.
 WORKERS ?= --numprocesses logical --maxprocesses 8 --dist loadfile
 
@@ -12,29 +14,27 @@ WORKERS ?= --numprocesses logical --maxprocesses 8 --dist loadfile
 
 demo: $(VENV)/.installed  ## Train on generated scenes, evaluate densely and with CSQ, draw pictures (about 10 minutes)
 	rm -rf $(DEMO)
-	$(PY) train.py configs/demo.py --run $(DEMO)
-	$(PY) eval.py $(DEMO)
+	$(HUGE_PAGES) $(PY) train.py demo --run $(DEMO)
+	$(HUGE_PAGES) $(PY) eval.py $(DEMO)
 
-test: $(VENV)/.installed-test  ## Style, types and the test suite
-	$(PY) -m ruff check .
-	$(PY) -m ruff format --check .
-	$(PY) -m basedpyright --pythonpath $(PY)
+test: lint  ## Style, types, layers and the test suite
 	$(PY) -m pytest $(WORKERS)
 
 test-all: lint  ## The same with the tests marked slow
 	$(PY) -m pytest $(WORKERS) -m ""
 
-lint: $(VENV)/.installed-test  ## Style and types only
+lint: $(VENV)/.installed-test  ## Style, types and layers only
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m basedpyright --pythonpath $(PY)
+	PYTHONPATH=. $(VENV)/bin/lint-imports
 
 docs: $(VENV)/.installed-docs  ## The documentation, in docs/_build/html; warnings are errors
 	$(PY) -m sphinx --fail-on-warning --keep-going --quiet -b html docs docs/_build/html
 	@echo "built docs/_build/html/index.html"
 
 benchmark: $(VENV)/.installed  ## Dense against CSQ, ResNet-50, 800x1344
-	$(PY) benchmark.py end-to-end
+	$(HUGE_PAGES) $(PY) benchmark.py end-to-end
 
 # The commands run from the checkout, so only what they need is installed, not the package itself.
 $(VENV)/.installed: requirements.txt

@@ -37,13 +37,13 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
 }
 
 
-def main(words: Sequence[str], program: str) -> None:
+def main(words: Sequence[str] | None = None, program: str = "benchmark.py") -> None:
     """Run the benchmark that the command line names."""
     subcommands: Any = tyro.extras.subcommand_type_from_defaults(
         {name: kind() for name, (kind, _) in COMMANDS.items()},
         {name: (kind.__doc__ or "") for name, (kind, _) in COMMANDS.items()},
     )
     kind: Any = Annotated[subcommands, tyro.conf.ConsolidateSubcommandArgs]
-    arguments = tyro.cli(kind, args=list(words), prog=program, description=__doc__)
+    arguments = tyro.cli(kind, args=words, prog=program, description=__doc__)
     run = {kind: function for kind, function in COMMANDS.values()}[type(arguments)]
     run(arguments)

@@ -1,1 +1,1 @@
-"""What a data set asks of a detector: `python -m querydet_jax.data report`. No image is read."""
+"""What a data set asks of a detector: `querydet report`. No image is read."""

@@ -55,9 +55,7 @@ def predict(words: Sequence[str], program: str) -> None:
     """Detect objects in pictures and draw what was found and, for a run, what was computed."""
     source = source_of(words)
     if any(word.split("=")[0] == "--artifact" for word in words):
-        raise ConfigError(
-            "--artifact: name the artifact in place of a run: predict FILE.zip --images PICTURE_OR_FOLDER"
-        )
+        raise ConfigError("--artifact: name the file in place of a run: predict FILE.zip --images PICTURE_OR_FOLDER")
     machine.keep_compiled_programs()
     if source is not None and Path(source).is_file() and Path(source).suffix == ".zip":
         arguments = parse_alone(

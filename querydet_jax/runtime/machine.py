@@ -1,4 +1,4 @@
-"""What a measurement was taken on, in words; and settings of a process: huge pages, and where programs are kept."""
+"""The machine that a measurement was taken on, in words, and where compiled programs are kept."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import hashlib
 import logging
 import os
 import platform
-import sys
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
@@ -21,7 +20,7 @@ _HUGE_PAGES_SWITCH = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
 def describe() -> dict[str, str | int]:
-    """Processor, cores, devices and versions, for tables and reports."""
+    """Return processor, cores, devices and versions, for tables and reports."""
     return {
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
@@ -34,6 +33,7 @@ def describe() -> dict[str, str | int]:
 
 
 def one_line() -> str:
+    """Return ``describe`` as one line."""
     m = describe()
     return (
         f"{m['processor']}, {m['cores']} cores; {m['devices']}; huge pages {m['huge_pages']}; {m['system']}; "
@@ -42,46 +42,21 @@ def one_line() -> str:
 
 
 def huge_pages() -> str:
-    """Whether large buffers come in 2 MB pages: on, off, or unknown (not Linux)."""
+    """Tell whether large buffers come in 2 MB pages: on, off, or unknown (not Linux).
+
+    XLA's CPU backend allocates its buffers anew for every call. In 4 kB pages the system takes longer to provide
+    them than many layers take to compute. glibc asks for huge pages where ``GLIBC_TUNABLES`` says so.
+    """
     mode = _huge_page_mode()
     if mode == "madvise":
         return "on" if f"{_HUGE_PAGES}=1" in os.environ.get("GLIBC_TUNABLES", "") else "off"
     return {"always": "on", "never": "off"}.get(mode, "unknown")
 
 
-def restart_with_huge_pages() -> None:
-    """Start this process again with huge pages, where they must be asked for.
-
-    XLA's CPU backend gets the memory of its buffers anew for every call, and the system hands it over page by
-    page: in pages of 4 kB that takes longer than what many layers do with it. Does nothing elsewhere than on
-    Linux with glibc 2.35 or newer, where the system gives huge pages anyway or never, where the tunable is
-    set already, and where the environment says ``QUERYDET_HUGE_PAGES=0``.
-    """
-    environment = huge_page_environment(os.environ, _huge_page_mode(), platform.libc_ver())
-    if environment is not None:
-        sys.stdout.flush()
-        os.execve(sys.executable, sys.orig_argv, environment)
-
-
-def huge_page_environment(environment: Mapping[str, str], mode: str, libc: tuple[str, str]) -> dict[str, str] | None:
-    """The environment to start again with; None where there is nothing to gain.
-
-    Args:
-      mode: the system's switch, "always", "madvise" or "never"; "" if it has none.
-      libc: name and version, as ``platform.libc_ver`` gives them.
-    """
-    tunables = environment.get("GLIBC_TUNABLES", "")
-    if mode != "madvise" or libc[0] != "glibc" or tuple(map(int, libc[1].split(".")[:2])) < (2, 35):
-        return None
-    if _HUGE_PAGES in tunables or environment.get("QUERYDET_HUGE_PAGES") == "0":
-        return None
-    return {**environment, "GLIBC_TUNABLES": ":".join(filter(None, [tunables, f"{_HUGE_PAGES}=1"]))}
-
-
 def keep_compiled_programs() -> None:
-    """Keep what takes a second or more to compile, for later runs: in ``~/.cache/querydet_jax``.
+    """Keep programs that take a second or more to compile in ``~/.cache/querydet_jax``, for later runs.
 
-    Where jax has a folder for this already (``JAX_COMPILATION_CACHE_DIR``), that is used; the environment's
+    A folder that jax has already (``JAX_COMPILATION_CACHE_DIR``) is left as it is; the environment variable
     ``QUERYDET_COMPILE_CACHE=0`` keeps nothing.
     """
     known: Any = jax.config
@@ -97,7 +72,7 @@ def keep_compiled_programs() -> None:
 
 
 def compile_cache_folder(environment: Mapping[str, str]) -> Path:
-    """One a kind of processor: machines that share a home must not run each other's programs."""
+    """Return the folder for this kind of processor: machines that share a home must not run each other's programs."""
     root = environment.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     kind = hashlib.sha256(f"{_processor()} {_cpuinfo('flags')}".encode()).hexdigest()[:12]
     return Path(root) / "querydet_jax" / kind
@@ -114,7 +89,7 @@ def _processor() -> str:
 
 
 def _cpuinfo(field: str) -> str:
-    """Of the first processor, as Linux describes it; "" elsewhere."""
+    """Return a field of the first processor as Linux describes it; "" elsewhere."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
         for line in cpuinfo.read_text().splitlines():

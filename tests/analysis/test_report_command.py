@@ -1,4 +1,4 @@
-"""`python -m querydet_jax.data report` on a folder without a single image."""
+"""`querydet report` on a folder without a single image."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from querydet_jax.data.__main__ import main
 
+from querydet_jax.cli.report import report
 from querydet_jax.runtime.errors import QueryDetError
 
 CONFIG = str(Path(__file__).parents[2] / "configs/demo.py")
@@ -42,13 +42,8 @@ def call(monkeypatch: pytest.MonkeyPatch, folder: Path, words: str) -> dict:
     for split in ("train", "val"):
         data += f" --data.{split}-annotations all.json --data.{split}-images images"
     rule = "--data.test-short 64 --data.test-max 96 --data.test-canvases 64 96 --data.max-boxes 3"
-    monkeypatch.setattr("signal.signal", lambda *_: None)
-    monkeypatch.setattr(
-        sys,
-        "argv",
-        ["data", "report", CONFIG, *data.split(), *rule.split(), "--out", str(folder / "out"), *words.split()],
-    )
-    main()
+    line = [CONFIG, *data.split(), *rule.split(), "--out", str(folder / "out"), *words.split()]
+    report(line, "querydet report")
     return json.loads((folder / "out" / "report.json").read_text())
 
 

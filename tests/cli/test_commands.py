@@ -1,4 +1,8 @@
-"""The commands as a user runs them: a shortened demo, and bad input in one line."""
+"""The commands as a user runs them: a shortened demo, and bad input in one line.
+
+Starting a process imports jax again, so only what a process is about starts one: the scripts of the checkout,
+the time that `querydet --help` takes, a reader that leaves.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +21,11 @@ from PIL import Image
 from small_detector import BASE, MODEL
 from small_detector import model as small_model
 
-from querydet_jax.cli import commands
+from querydet_jax.cli.main import SUMMARIES, load, main, run_command
+from querydet_jax.cli.process import run as run_process
 from querydet_jax.config import Config, override
+from querydet_jax.evaluation.runner import detectors_to_compare
+from querydet_jax.runtime.errors import DataError, Preempted, QueryDetError
 
 ROOT = Path(__file__).parents[2]
 SHORT = (
@@ -28,31 +36,32 @@ SHORT = (
 )
 
 
-def command(name: str, *words: str, cwd: Path, status: int = 0) -> subprocess.CompletedProcess[str]:
-    """Run a command at the top of the checkout from another folder."""
-    line = [sys.executable, str(ROOT / name), *words]
-    environment = {**os.environ, **quick.environment(os.environ["XLA_FLAGS"])}
-    result = subprocess.run(line, cwd=cwd, env=environment, capture_output=True, text=True, timeout=400)
-    assert result.returncode == status, result.stderr[-3000:]
-    return result
-
-
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A shortened demo through the same entry points as `make demo`."""
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a shortened demo, trained by the checkout's own script from another folder."""
     folder = tmp_path_factory.mktemp("demo")
-    trained = command("train.py", str(ROOT / "configs/demo.py"), "--run", "run", *SHORT.split(), cwd=folder)
+    line = [sys.executable, str(ROOT / "train.py"), "demo", "--run", "run", *SHORT.split()]
+    environment = {**os.environ, **quick.environment(os.environ["XLA_FLAGS"])}
+    trained = subprocess.run(line, cwd=folder, env=environment, capture_output=True, text=True, timeout=400)
+    assert trained.returncode == 0, trained.stderr[-3000:]
     assert "step 4/4  loss" in trained.stdout and "data wait" in trained.stdout
     assert re.search(r"4 steps in \d+:\d\d, .* of the time waiting for data", trained.stdout)
+    assert "trained; evaluate with: python eval.py run" in trained.stdout
     # One evaluation on the way, of two images, logged with the losses.
     lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "csq/AP50" in line and "dense/ms_per_image" in line] == [2]
     return folder
 
 
-def test_train_then_eval(run):
-    result = command("eval.py", "run", "--pictures", "2", cwd=run)
-    assert "dense" in result.stdout and "csq" in result.stdout and "speed-up" in result.stdout
+def call(name: str, *words: object) -> None:
+    load(name)([str(word) for word in words], f"querydet {name}")
+
+
+def test_train_then_eval(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(run)
+    call("eval", "run", "--pictures", 2)
+    printed = capsys.readouterr().out
+    assert "dense" in printed and "csq" in printed and "speed-up" in printed
     report = json.loads((run / "run" / "report.json").read_text())
     assert set(report["methods"]) == {"dense", "csq"}
     for method in report["methods"].values():
@@ -79,20 +88,26 @@ def test_train_then_eval(run):
         ("cq", ("ccq", "dense"), ["dense", "ccq"]),
     ],
 )
-def test_what_eval_compares(configured: str, asked: tuple[str, ...], expected: list[str]):
+def test_what_eval_compares(configured: str, asked: tuple[str, ...], expected: list[str]) -> None:
     config = Config(model=MODEL, inference=override(BASE, {"query": configured}))
-    detectors = commands._detectors(small_model(), config, asked)
+    detectors = detectors_to_compare(small_model(), config, asked)
     assert [detector.config.query for detector in detectors.values()] == list(detectors) == expected
+    with pytest.raises(DataError, match="--methods sparse: is not one of dense, csq, cq, ccq"):
+        detectors_to_compare(small_model(), config, ("sparse",))
 
 
-def test_predict_on_a_folder_of_either_orientation(run, tmp_path):
+def test_predict_on_a_folder_of_either_orientation(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     rng = np.random.default_rng(0)
     (tmp_path / "pictures").mkdir()
-    # 1000x600 becomes 128x77: not quite the same scale down and across, and no padding below.
+    # 1000x600 becomes 128x77: the vertical and horizontal scales differ, and there is no padding below.
     for name, shape in (("wide.jpg", (60, 100, 3)), ("tall.png", (1000, 600, 3))):
         Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)).save(tmp_path / "pictures" / name)
-    result = command("predict.py", str(run / "run"), "--images", "pictures", "--out", "seen", cwd=tmp_path)
-    assert "wide.jpg" in result.stdout and "tall.png" in result.stdout
+    monkeypatch.chdir(tmp_path)
+    call("predict", run / "run", "--images", "pictures", "--out", "seen")
+    printed = capsys.readouterr().out
+    assert "wide.jpg" in printed and "tall.png" in printed
     written = {path.name for path in (tmp_path / "seen").iterdir()}
     for stem in ("wide", "tall"):
         kinds = ("detections", "query_P4", "query_P3", "sites_P3", "sites_P2")
@@ -106,37 +121,131 @@ def test_predict_on_a_folder_of_either_orientation(run, tmp_path):
 @pytest.mark.parametrize(
     ("name", "words", "message"),
     [
-        ("train.py", [], "name a configuration file"),
-        ("train.py", ["configs/none.py"], "neither a run folder nor a configuration file"),
-        ("train.py", ["{root}/configs/demo.py", "--train.stps", "3"], "--train.steps"),
-        ("train.py", ["{root}/configs/demo.py", "--model.max-level", "9"], "model.max_level 9"),
-        ("train.py", ["{root}/configs/coco_querydet_r50.py"], "instances_train2017.json"),
-        ("eval.py", ["{root}/configs/demo.py"], "add --weights"),
-        ("eval.py", ["{here}"], "no config.json"),
-        ("predict.py", ["{run}"], "--images"),
-        ("predict.py", ["{run}", "--images", "nowhere.jpg"], "nowhere.jpg: no such picture"),
-        ("predict.py", ["{run}", "--images", "{here}/broken.jpg"], "broken.jpg"),
-        ("predict.py", ["{run}", "--weights", "{here}/broken.jpg", "--images", "x"], "broken.jpg"),
+        ("train", [], "name a card, a configuration file or a run folder first"),
+        ("train", ["configs/none.py"], "neither a card, a configuration file nor a run folder"),
+        ("train", ["hituav_querydte"], "did you mean hituav_querydet?"),
+        ("train", ["demo", "--model.max-level", "9"], "model.max_level 9"),
+        ("train", ["coco_querydet_r50"], "instances_train2017.json"),
+        ("eval", ["demo"], "add --weights"),
+        ("eval", ["{here}"], "no config.json"),
+        ("predict", ["{run}"], "--images"),
+        ("predict", ["{run}", "--images", "nowhere.jpg"], "nowhere.jpg: no such picture"),
+        ("predict", ["{run}", "--images", "{here}/broken.jpg"], "broken.jpg"),
+        ("predict", ["{run}", "--weights", "{here}/broken.jpg", "--images", "x"], "broken.jpg"),
+        ("predict", ["--artifact", "x.zip", "--images", "x"], "--artifact: name the file in place of a run"),
+        ("cards", ["hituav"], "`querydet cards` lists the cards"),
+        ("cards", ["{run}"], "a run, not a card"),
     ],
 )
-def test_bad_input_is_one_line(run, tmp_path, name, words, message):
+def test_bad_input_is_one_line(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, words: list[str], message: str
+) -> None:
     (tmp_path / "broken.jpg").write_bytes(b"not a picture")
-    filled = [word.format(root=ROOT, here=tmp_path, run=run / "run") for word in words]
-    result = command(name, *filled, cwd=tmp_path, status=2)
-    text = result.stderr + result.stdout
-    assert message in text and "Traceback" not in text
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(QueryDetError) as error:
+        call(name, *(word.format(here=tmp_path, run=run / "run") for word in words))
+    assert message in str(error.value) and "\n" not in str(error.value)
 
 
-def test_help_lists_the_fields():
-    text = command("train.py", "--help", cwd=ROOT).stdout
+def test_an_unknown_field_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run_command("train", ["demo", "--train.stps", "3"])
+    assert ended.value.code == 2 and "--train.steps" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("raised", "status", "line"),
+    [
+        (QueryDetError("x.json: bad"), 2, "error: x.json: bad"),
+        (Preempted("stopped by SIGTERM"), 143, "stopped by SIGTERM"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (
+            OSError(28, "No space left", "run/x"),
+            2,
+            "error: run/x cannot be written (No space left)",
+        ),
+    ],
+)
+def test_how_a_command_ends(raised: BaseException, status: int, line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    def command() -> None:
+        raise raised
+
+    with pytest.raises(SystemExit) as ended:
+        run_process(command)
+    assert ended.value.code == status and capsys.readouterr().err == line + "\n"
+
+
+def test_what_bad_input_does_not_explain_keeps_its_traceback() -> None:
+    def command() -> None:
+        raise FileNotFoundError(2, "No such file or directory", "x")
+
+    with pytest.raises(FileNotFoundError):
+        run_process(command)
+
+
+@pytest.mark.parametrize("name", [name for name in SUMMARIES if name != "benchmark"])
+def test_every_command_explains_itself(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        call(name, "--help")
+    except SystemExit as ended:
+        assert not ended.code
+    assert f"querydet {name}" in capsys.readouterr().out
+
+
+def test_help_lists_the_fields(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        call("train", "--help")
+    text = capsys.readouterr().out
     assert "--train.learning-rate" in text and "--run" in text and "--resume" in text
 
 
-def test_a_reader_that_leaves_is_no_error():
-    """As in `python eval.py ... | head`: no traceback, the status of SIGPIPE."""
-    program = "from querydet_jax.cli.command_line import run; run(lambda: [print('x' * 99) for _ in range(10**5)])"
+def test_cards_are_listed_and_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    call("cards")
+    listed = capsys.readouterr().out.splitlines()
+    assert len(listed) == len(list((ROOT / "configs").glob("*.py"))) and any(x.startswith("demo ") for x in listed)
+    call("cards", "demo")
+    printed = capsys.readouterr().out
+    assert "# command: make demo" in printed
+    assert json.loads(printed[printed.index("\n{") :])["train"]["steps"] == 500
+
+
+def test_the_console_script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for words, status, text in (
+        (["querydet", "--version"], None, "querydet 0."),
+        (["querydet", "trian"], 2, "no such command; did you mean train?"),
+        (["querydet", "cards", "demo"], None, '"name": "demo"'),
+    ):
+        monkeypatch.setattr(sys, "argv", words)
+        if status is None:
+            main()
+        else:
+            with pytest.raises(SystemExit) as ended:
+                main()
+            assert ended.value.code == status
+        captured = capsys.readouterr()
+        assert text in captured.out + captured.err
+
+
+def test_help_waits_for_no_heavy_import() -> None:
+    program = (
+        "import sys; sys.argv = ['querydet', '--help']; from querydet_jax.cli.main import main; main();"
+        "assert not {'jax', 'flax', 'numpy', 'tyro'} & set(sys.modules), sorted(sys.modules)"
+    )
+    times = []
+    for _ in range(3):
+        begun = time.perf_counter()
+        helped = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+        times.append(time.perf_counter() - begun)
+        assert helped.returncode == 0 and "usage: querydet COMMAND" in helped.stdout, helped.stderr
+    assert min(times) < 1.0
+
+
+def test_a_reader_that_leaves_is_no_error() -> None:
+    """As in `querydet eval ... | head`: no traceback, the status of SIGPIPE."""
+    program = "from querydet_jax.cli.process import run; run(lambda: [print('x' * 99) for _ in range(10**5)])"
     pipe = subprocess.PIPE
     with subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=pipe, stderr=pipe) as process:
+        assert process.stdout is not None and process.stderr is not None
         process.stdout.close()
         assert process.stderr.read() == b""
     assert process.returncode == 141

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from querydet_jax.data.__main__ import main
 
+from querydet_jax.cli.prepare import prepare
 from querydet_jax.config import Config, DataConfig, override
 from querydet_jax.data import open_dataset, train_batches
 from querydet_jax.data.prepare import coco as tfds_prepare
@@ -373,8 +373,7 @@ def test_the_command_prepares_once_and_leaves_nothing_half_written(folder, tmp_p
     out = tmp_path / "out"
 
     def command(*more: str) -> None:
-        monkeypatch.setattr(sys, "argv", ["data", "prepare-coco", str(source), "--out", str(out), *more])
-        main()
+        prepare(["coco", str(source), "--out", str(out), *more], "querydet prepare")
 
     source = tmp_path / "coco"
     shutil.copytree(folder, source)

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from querydet_jax.data.__main__ import main
 
+from querydet_jax.cli.prepare import prepare as prepare_command
 from querydet_jax.config import Config, DataConfig, override
 from querydet_jax.data import eval_batches, open_dataset, train_batches
 from querydet_jax.data import transforms as t
@@ -346,9 +346,8 @@ def test_a_preparation_that_fails_leaves_what_was_there(split, tmp_path, monkeyp
 def test_command(split, tmp_path, monkeypatch, capsys):
     former = signal.getsignal(signal.SIGTERM)
     out = tmp_path / "prepared"
-    monkeypatch.setattr("sys.argv", ["x", "prepare-visdrone", str(split), "--out", str(out), "--patches"])
     try:
-        main()
+        prepare_command(["visdrone", str(split), "--out", str(out), "--patches"], "querydet prepare")
     finally:
         signal.signal(signal.SIGTERM, former)
     assert capsys.readouterr().out == f"wrote 8 images with 3 boxes to {out}\n"

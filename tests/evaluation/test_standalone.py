@@ -1,4 +1,4 @@
-"""Scoring files of results by `python -m querydet_jax.evaluation`, and the curves it writes."""
+"""Scoring files of results by `querydet score`, and the curves it writes."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image
-from querydet_jax.evaluation.__main__ import main
 
+from querydet_jax.cli.score import score
 from querydet_jax.evaluation import evaluate, output
 from querydet_jax.evaluation.standalone import score_coco, score_visdrone
 from querydet_jax.evaluation.visdrone import VisDroneImage, evaluate_visdrone
@@ -136,8 +136,7 @@ def test_commands(split, coco, monkeypatch, capsys):
         ["coco", "results.json", "truth.json", "--max-detections", "1", "500"],
     ):
         monkeypatch.chdir(split)
-        monkeypatch.setattr(sys, "argv", ["x", *words, "--out", "out"])
-        main()
+        score([*words, "--out", "out"], "querydet score")
         printed = capsys.readouterr().out
         assert f"wrote to out: report.json, curves_{words[0]}.csv, " in printed and "AR500" in printed
         report = json.loads((out / "report.json").read_text())

@@ -12,7 +12,7 @@ import small_detector
 from PIL import Image
 
 from querydet_jax import build_model, export_weights
-from querydet_jax.cli import commands
+from querydet_jax.cli.eval import evaluate as run_eval
 from querydet_jax.config import Config, DataConfig, save_config
 from querydet_jax.data.readers.visdrone import VisDroneDataset
 from querydet_jax.evaluation.visdrone import VisDroneImage, evaluate_visdrone
@@ -30,10 +30,8 @@ def write_truth(split, rows_of):
 
 def evaluate(root, *words):
     """What eval.py prints without the time-consuming extras, and its report's methods."""
-    with pytest.MonkeyPatch.context() as patch:
-        argv = ["eval.py", f"{root}/config.json", "--weights", f"{root}/weights.npz", "--out", f"{root}/out"]
-        patch.setattr("sys.argv", [*argv, "--pictures", "0", "--no-query-recall", *words])
-        commands.evaluate()
+    line = [f"{root}/config.json", "--weights", f"{root}/weights.npz", "--out", f"{root}/out"]
+    run_eval([*line, "--pictures", "0", "--no-query-recall", *words], "querydet eval")
     return json.loads((root / "out" / "report.json").read_text())["methods"]
 
 

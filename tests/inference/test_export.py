@@ -21,10 +21,10 @@ import numpy as np
 import pytest
 import small_detector as small
 from PIL import Image
-from querydet_jax.inference.export.command import export
 
 import querydet_jax as qd
-from querydet_jax.cli import commands
+from querydet_jax.cli.export import export
+from querydet_jax.cli.predict import predict
 from querydet_jax.config import Config, DataConfig, save_config
 from querydet_jax.inference.export import artifact as artifact_module
 from querydet_jax.inference.export.artifact import Artifact, ArtifactError
@@ -254,9 +254,8 @@ def test_without_flatbuffers(folder, tmp_path, monkeypatch):
         Artifact(folder / "dense.zip")
 
 
-def run_command(command, monkeypatch, *words: object) -> None:
-    monkeypatch.setattr(sys, "argv", [f"{command.__name__}.py", *map(str, words)])
-    command()
+def run_command(command, *words: object) -> None:
+    command([str(word) for word in words], f"querydet {command.__name__}")
 
 
 def test_predict_from_an_artifact_is_predict_from_the_run(tmp_path, monkeypatch, capsys):
@@ -268,12 +267,12 @@ def test_predict_from_an_artifact_is_predict_from_the_run(tmp_path, monkeypatch,
     for i, shape in enumerate([(120, 180), (110, 220)]):
         Image.fromarray(small.pictures(2, *shape, seed=i)[1]).save(tmp_path / "pictures" / f"{i}.png")
     source = (tmp_path / "config.json", "--weights", tmp_path / "model.npz")
-    run_command(export, monkeypatch, *source, "--out", tmp_path / "x.zip", "--platforms", "cpu")
+    run_command(export, *source, "--out", tmp_path / "x.zip", "--platforms", "cpu")
     assert "2 programs" in (said := capsys.readouterr().out) and "canvases 64x96, 96x64, batch size any" in said
 
     seen = ("--images", tmp_path / "pictures", "--min-score", "0.2")
-    run_command(commands.predict, monkeypatch, *source, *seen, "--out", tmp_path / "run")
-    run_command(commands.predict, monkeypatch, "--artifact", tmp_path / "x.zip", *seen, "--out", tmp_path / "artifact")
+    run_command(predict, *source, *seen, "--out", tmp_path / "run")
+    run_command(predict, tmp_path / "x.zip", *seen, "--out", tmp_path / "artifact")
     written = sorted(path.name for path in (tmp_path / "run").iterdir())
     assert written == ["0_detections.jpg", "1_detections.jpg", "detections.json"]
     for name in written:
@@ -285,19 +284,14 @@ def test_predict_from_an_artifact_is_predict_from_the_run(tmp_path, monkeypatch,
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--inference.threshold 0.3", "--inference.threshold: fixed in an artifact; give it to export.py"),
+        ("--inference.threshold 0.3", "--inference.threshold: fixed in an artifact; export again with it"),
         ("--data.no-patches", "--data.no-patches: fixed in an artifact"),
         ("--name other", "--name: fixed in an artifact"),
-        ("--weights model.npz", "--weights model.npz: an artifact has its own"),
+        ("--weights model.npz", "--weights model.npz: an artifact holds its own"),
         ("--speed 3", "--speed: unknown option"),
         ("", "--images: name at least one picture"),
     ],
 )
 def test_predict_refuses_what_an_artifact_cannot_do(folder, monkeypatch, words, message):
     with pytest.raises(QueryDetError, match=message):
-        run_command(commands.predict, monkeypatch, "--artifact", folder / "dense.zip", *words.split())
-
-
-def test_predict_takes_a_run_or_an_artifact(folder, monkeypatch):
-    with pytest.raises(ConfigError, match="runs/mine: --artifact names the model already"):
-        run_command(commands.predict, monkeypatch, "runs/mine", "--artifact", folder / "dense.zip")
+        run_command(predict, folder / "dense.zip", *words.split())

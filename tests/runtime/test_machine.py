@@ -1,4 +1,4 @@
-"""Huge pages: asked for only where that changes something. Compiled programs: kept where nobody says otherwise."""
+"""What a report says of huge pages; compiled programs are kept unless the environment says otherwise."""
 
 from __future__ import annotations
 
@@ -8,32 +8,6 @@ import jax
 import pytest
 
 from querydet_jax.runtime import machine
-
-GLIBC = ("glibc", "2.36")
-
-
-def test_the_tunable_is_added():
-    found = machine.huge_page_environment({"PATH": "x"}, "madvise", GLIBC)
-    assert found == {"PATH": "x", "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
-    found = machine.huge_page_environment({"GLIBC_TUNABLES": "glibc.malloc.check=1"}, "madvise", GLIBC)
-    assert found == {"GLIBC_TUNABLES": "glibc.malloc.check=1:glibc.malloc.hugetlb=1"}
-
-
-@pytest.mark.parametrize(
-    ("environment", "mode", "libc"),
-    [
-        ({}, "always", GLIBC),
-        ({}, "never", GLIBC),
-        ({}, "", ("", "")),
-        ({}, "madvise", ("glibc", "2.31")),
-        ({}, "madvise", ("", "")),
-        ({"QUERYDET_HUGE_PAGES": "0"}, "madvise", GLIBC),
-        ({"GLIBC_TUNABLES": "glibc.malloc.hugetlb=0"}, "madvise", GLIBC),
-        ({"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}, "madvise", GLIBC),
-    ],
-)
-def test_where_there_is_nothing_to_gain(environment, mode, libc):
-    assert machine.huge_page_environment(environment, mode, libc) is None
 
 
 @pytest.mark.parametrize(
@@ -51,26 +25,6 @@ def test_what_a_report_says(monkeypatch, mode, tunables, expected):
     monkeypatch.setenv("GLIBC_TUNABLES", tunables)
     assert machine.huge_pages() == expected
     assert f"huge pages {expected}" in machine.one_line()
-
-
-def test_a_command_that_has_them_does_not_start_again(monkeypatch):
-    monkeypatch.setenv("QUERYDET_HUGE_PAGES", "0")
-    monkeypatch.setattr(machine.os, "execve", lambda *_: pytest.fail("started again"))
-    machine.restart_with_huge_pages()
-
-
-def test_a_command_starts_again_as_it_was_called(monkeypatch):
-    called = []
-    monkeypatch.setattr(machine, "_huge_page_mode", lambda: "madvise")
-    monkeypatch.setattr(machine.platform, "libc_ver", lambda: GLIBC)
-    monkeypatch.setattr(machine.os, "execve", lambda *arguments: called.append(arguments))
-    monkeypatch.setattr(machine.sys, "orig_argv", ["python", "-W", "error", "train.py", "x"])
-    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
-    monkeypatch.delenv("QUERYDET_HUGE_PAGES", raising=False)
-    machine.restart_with_huge_pages()
-    ((program, words, environment),) = called
-    assert program == machine.sys.executable and words == ["python", "-W", "error", "train.py", "x"]
-    assert environment["GLIBC_TUNABLES"] == "glibc.malloc.hugetlb=1"
 
 
 @pytest.fixture

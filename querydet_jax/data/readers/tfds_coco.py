@@ -43,7 +43,7 @@ COCO_CLASSES = (
 IDS_KEY = "category_ids"  # key in metadata.json of copies written by prepare_coco
 SPLITS: dict[Literal["train", "val"], str] = {"train": "train", "val": "validation"}  # our name: TFDS's name
 _DECIMALS = 3  # of pixel coordinates, see pixel_boxes
-_REMEDY = "prepare the copy again: python -m querydet_jax.data prepare-coco --help"
+_REMEDY = "prepare the copy again: querydet prepare coco --help"
 
 
 class TfdsCocoDataset(Dataset):
@@ -97,7 +97,7 @@ class TfdsCocoDataset(Dataset):
         if "array_record" not in formats:
             raise DataError(
                 f"{self._folder}: stored as {', '.join(sorted(formats)) or 'nothing'}, which has no random access; "
-                "convert it: python -m querydet_jax.data prepare-coco --help"
+                "convert it: querydet prepare coco --help"
             )
         if self._split not in builder.info.splits:
             raise DataError(
@@ -295,8 +295,8 @@ def _version_folder(root: Path, name: str) -> Path:
     if not base or not found:
         raise DataError(
             f"{root / base}: no prepared copy{f' of version {wanted}' if wanted else ''} of this data set; correct "
-            "data.root (the TFDS data directory) or data.tfds_name, or prepare one: python -m querydet_jax.data "
-            "prepare-coco --help"
+            "data.root (the TFDS data directory) or data.tfds_name, or prepare one: querydet prepare coco "
+            "--help"
         )
     return found[max(found)]
 

@@ -45,7 +45,7 @@ class VisDroneDataset(Dataset):
 
     With ``patches``, entries 4 i .. 4 i + 3 are the four patches of image i, cut as in
     ``visdrone/data_prepare.py`` of the published code. Each load decodes the whole image, so an epoch
-    decodes it four times; ``python -m querydet_jax.data prepare-visdrone`` writes the patches once.
+    decodes it four times; ``querydet prepare visdrone`` writes the patches once.
 
     Args:
       folder: the split's folder, with ``images/`` and ``annotations/``.
