@@ -6,7 +6,6 @@ import csv
 import dataclasses
 import itertools
 import json
-import sys
 
 import jax
 import jax.numpy as jnp
