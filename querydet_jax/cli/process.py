@@ -40,7 +40,7 @@ def run(command: Callable[[], None]) -> None:
             raise
         from querydet_jax.runtime import host_failures
 
-        line = host_failures.from_elsewhere(error)
+        line = host_failures.lost_host(error)
         if line is None:
             traceback.print_exc()
         _fail(line or f"{type(error).__name__} ({(str(error).splitlines() or [''])[0][:200]})", 2 if line else 1)
@@ -51,7 +51,7 @@ def _fail(line: str, status: int) -> NoReturn:
     if _among_several_hosts():
         from querydet_jax.runtime import host_failures
 
-        host_failures.leave(line, status)
+        host_failures.leave(status)
     sys.exit(status)
 
 
