@@ -107,7 +107,9 @@ def _of_run(arguments: Precision) -> list[Row]:
     return rows
 
 
-def agreement(reference: list[dict[str, Any]], other: list[dict[str, Any]], min_score: float) -> tuple[float, float]:
+def agreement(
+    reference: list[dict[str, Any]], other: list[dict[str, Any]], min_score: float
+) -> tuple[float | None, float | None]:
     """Compare the ``reference`` detections above ``min_score`` with ``other`` ones.
 
     Args:
@@ -115,7 +117,7 @@ def agreement(reference: list[dict[str, Any]], other: list[dict[str, Any]], min_
         class has an IoU of at least 0.9.
 
     Returns:
-      the share found again, and the mean absolute difference of their scores; nan where there are none.
+      the share found again, and the mean absolute difference of their scores; None where there are none.
     """
     groups: dict[tuple[int, int], list[dict[str, Any]]] = defaultdict(list)
     for result in other:
@@ -135,6 +137,4 @@ def agreement(reference: list[dict[str, Any]], other: list[dict[str, Any]], min_
             best = int(np.argmax(iou[row]))
             if iou[row, best] >= 0.9:
                 changes.append(abs(candidates[best]["score"] - result["score"]))
-    if not total:
-        return float("nan"), float("nan")
-    return len(changes) / total, float(np.mean(changes)) if changes else float("nan")
+    return len(changes) / total if total else None, float(np.mean(changes)) if changes else None

@@ -8,7 +8,7 @@ from pathlib import Path
 import optax
 import pytest
 from flax import nnx
-from small_detector import BASE, MODEL, model
+from small_detector import BASE, MODEL, randomize
 
 from querydet_jax.config import Config, DataConfig, override, save_config
 from querydet_jax.models import DenseDetector, build_model
@@ -17,7 +17,7 @@ from querydet_jax.training.step import init_state
 
 CONFIG = Config(
     name="small",
-    model=MODEL,
+    model=override(MODEL, {"max_level": 5, "backbone.name": "resnet10", "loss.level_weights": (1.0, 1.4, 2.1, 2.5)}),
     data=DataConfig(
         source="scenes",
         scenes_train=1,
@@ -27,7 +27,7 @@ CONFIG = Config(
         test_max=96,
         test_canvases=((64, 96),),
     ),
-    inference=BASE,
+    inference=override(BASE, {"threshold": 0.47}),
 )
 
 
@@ -35,7 +35,7 @@ CONFIG = Config(
 def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """As train.py leaves it: config.json and a checkpoint."""
     folder = tmp_path_factory.mktemp("run")
-    return leave_run(folder, CONFIG, model(max_level=MODEL.max_level), folder / "data")
+    return leave_run(folder, CONFIG, randomize(build_model(CONFIG.model, seed=0), seed=16), folder / "data")
 
 
 @pytest.fixture(scope="package")

@@ -77,7 +77,7 @@ def test_without_libtpu_the_error_names_the_extra(monkeypatch):
         accelerator(Accelerator())
 
 
-@pytest.mark.parametrize("kernel", ["gather", "tiles"])
+@pytest.mark.parametrize("kernel", ["gather", pytest.param("tiles", marks=pytest.mark.slow)])
 def test_one_buffer_per_level_gives_the_detections_of_csq(kernel):
     inference = override(BASE, {"kernel": kernel})
     images = pictures(2, 64, 96)
@@ -122,6 +122,7 @@ def test_gflop_as_lowered_are_those_recorded():
     assert found == pytest.approx(RECORDED["lowered_gflop"], rel=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: requirements-tpu.txt")
 @pytest.mark.parametrize("chip", sorted(RECORDED["chips"]))
 def test_figures_of_the_compiler_are_those_recorded(tmp_path, chip):

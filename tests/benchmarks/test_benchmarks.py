@@ -1,4 +1,4 @@
-"""Every benchmark runs, from random weights and from a run, and writes what it printed."""
+"""Every benchmark runs and writes what it prints: one small run per command, the others marked slow."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ONE_SIZE = "--height 64 --width 96".split()
 
 
 def assert_numbers(rows: list[dict], *keys: str) -> None:
-    """Every row has a positive finite number under every key."""
+    """Assert that every row has a positive finite number under every key."""
     for row in rows:
         for key in keys:
             value = row[key]
@@ -36,7 +36,7 @@ def assert_numbers(rows: list[dict], *keys: str) -> None:
 
 
 def call(monkeypatch: pytest.MonkeyPatch, out: Path, *words: str) -> dict:
-    """Run `benchmark.py WORDS` and read its json file back."""
+    """Run `benchmark.py WORDS` and return its json file."""
     monkeypatch.setattr(sys, "argv", ["benchmark.py", *words, "--out", str(out)])
     main()
     (written,) = out.glob("*.json")
@@ -46,8 +46,8 @@ def call(monkeypatch: pytest.MonkeyPatch, out: Path, *words: str) -> dict:
 @pytest.mark.parametrize(
     ("name", "words", "methods"),
     [
-        ("table4", "--start-levels 6 4", ["dense", "P6", "P4"]),
-        ("table5", "", ["dense", "CQ", "CCQ", "CSQ"]),
+        pytest.param("table4", "--start-levels 6 4", ["dense", "P6", "P4"], marks=pytest.mark.slow),
+        pytest.param("table5", "", ["dense", "CQ", "CCQ", "CSQ"], marks=pytest.mark.slow),
         ("table6", "--contexts 0 5", ["dense", "1x1", "11x11"]),
     ],
 )
@@ -82,6 +82,7 @@ def test_random_weights_have_their_networks_flavor(backbone, flavor):
     assert (config.backbone.name, config.backbone.flavor) == (backbone, flavor)
 
 
+@pytest.mark.slow
 def test_table_from_a_run(monkeypatch, tmp_path, run_folder):
     found = call(monkeypatch, tmp_path, "table6", "--run", str(run_folder), "--contexts", "0", "2")
     assert [row["method"] for row in found["rows"]] == ["dense", "1x1", "5x5"]
@@ -101,6 +102,7 @@ def test_ablation_of_runs(monkeypatch, tmp_path, run_folder, retinanet_folder):
     assert alone["rows"][0]["AP"] == found["rows"][0]["AP"]
 
 
+@pytest.mark.slow
 def test_the_papers_numbers_beside_fcos_are_those_of_its_table(monkeypatch, tmp_path, run_folder, fcos_folder):
     found = call(monkeypatch, tmp_path / "3", "table3", "--runs", str(fcos_folder), str(run_folder))
     published = {row["method"]: row["paper_AP"] for row in found["rows"]}
@@ -139,13 +141,14 @@ def test_parts_of_a_model():
 
 
 def test_end_to_end_from_random_weights(monkeypatch, tmp_path):
-    found = call(monkeypatch, tmp_path, "end-to-end", *SMALL, *"--sizes 64 96 --active 0.3 --batch 2".split())
+    found = call(monkeypatch, tmp_path, "end-to-end", *SMALL, *"--sizes 64 64 --active 0.3 --batch 2".split())
     names = ["dense P2..P7", "RetinaNet P3..P7", "CSQ 30%", "CQ 3%", "CCQ 3%"]
     assert [row["method"] for row in found["rows"]] == names
-    assert {row["size"] for row in found["rows"]} == {"64x96"}
+    assert {row["size"] for row in found["rows"]} == {"64x64"}
     assert_numbers(found["rows"], "ms_p50", "speed_up")
 
 
+@pytest.mark.slow
 def test_end_to_end_from_a_run(monkeypatch, tmp_path, run_folder):
     found = call(monkeypatch, tmp_path, "end-to-end", "--run", str(run_folder))
     assert [row["method"] for row in found["rows"]] == ["dense P2..P7", "CSQ", "CQ", "CCQ"]
@@ -170,8 +173,10 @@ def test_figure2_counts_what_the_arithmetic_says(monkeypatch, tmp_path):
 
 
 def test_figure4(monkeypatch, tmp_path, run_folder):
-    found = call(monkeypatch, tmp_path, "figure4", "--run", str(run_folder), *"--thresholds 0.5 0.7 --scales 1".split())
-    assert [row["threshold"] for row in found["rows"]] == ["dense", "0.50", "0.70"]
+    found = call(
+        monkeypatch, tmp_path, "figure4", "--run", str(run_folder), *"--thresholds 0.42 0.48 --scales 1".split()
+    )
+    assert [row["threshold"] for row in found["rows"]] == ["dense", "0.42", "0.48"]
     assert found["rows"][1]["active_P3"] >= found["rows"][2]["active_P3"] > 0
     assert {row["short side"] for row in found["rows"]} == {64}
 
@@ -197,6 +202,7 @@ def test_precision_from_a_run(monkeypatch, tmp_path, run_folder):
     assert 0.5 < half["found_again"] <= 1 and 0 <= half["score_change"] < 0.05
 
 
+@pytest.mark.slow
 def test_precision_from_random_weights(monkeypatch, tmp_path):
     found = call(monkeypatch, tmp_path, "precision", *SMALL, *ONE_SIZE)
     assert_numbers(found["rows"], "ms_p50", "speed_up")
@@ -214,7 +220,7 @@ def test_agreement_by_hand():
     other = [result(1, 1, [0, 0, 10, 10.5], 0.8), result(1, 1, [0, 0, 10, 5], 0.9), result(1, 1, [50, 50, 10, 10], 0.5)]
     found, change = agreement(reference, other, 0.3)
     assert found == 0.5 and change == pytest.approx(0.1)
-    assert np.isnan(agreement(reference, other, 0.95)).all()
+    assert agreement(reference, other, 0.95) == (None, None)
 
 
 def test_queries_on_other_levels():

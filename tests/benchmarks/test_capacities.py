@@ -66,13 +66,12 @@ def test_proposals_by_hand():
 
 def test_batches_run_on_the_rungs_that_run_ladder_takes():
     one = level(np.random.default_rng(0).uniform(0, 1, 40))
-    for ladder in ((0.05,), (0.001, 0.002, 0.3), (0.1, 0.55, 1.0)):
-        rung, slots = one.run(SparseOptions(0.5, 2, ladder, 10))
-        sizes = [1000 * f for f in ladder]
-        for room, i, size in zip(one.counts["room"], rung, slots, strict=True):
-            sizes = [10 * -(-round(one.cells * f) // 10) for f in ladder]
-            _, used, over = run_ladder(jnp.int32(room), sizes, lambda size: lambda: size, lambda: 0)
-            assert size == (one.cells if over else used) and (i == len(ladder)) == over
+    ladder = (0.05, 0.3, 0.55)
+    sizes = [10 * -(-round(one.cells * f) // 10) for f in ladder]
+    run = jax.jit(lambda room: run_ladder(room, sizes, lambda size: jnp.int32(size), lambda: jnp.int32(0)))
+    for room, rung, cells in zip(one.counts["room"], *one.run(SparseOptions(0.5, 2, ladder, 10)), strict=True):
+        _, used, over = run(jnp.int32(room))
+        assert cells == (one.cells if over else used) and (rung == len(ladder)) == over
 
 
 SMALL = Capacities(images=0, rounds=1, timed_batches=1)
@@ -107,7 +106,7 @@ class Nothing:
     pass
 
 
-@pytest.mark.parametrize("kernel", ["gather", "tiles"])
+@pytest.mark.parametrize("kernel", ["gather", pytest.param("tiles", marks=pytest.mark.slow)])
 def test_counts_what_the_detector_counts(run_folder, kernel):
     config, model, dataset = open_run(str(run_folder))
     inference = dataclasses.replace(config.inference, kernel=kernel, capacities=(0.3, 0.6, 1.0))

@@ -152,10 +152,9 @@ def test_flops_of_the_methods() -> None:
             "wider": {"context": 3},
             "cq": {"query": "cq"},
             "ccq": {"query": "ccq"},
-            "p3": {"start_level": 3},
         }.items()
     }
-    assert found["csq"] < found["wider"] < found["p3"] < found["dense"] < found["ccq"]
+    assert found["csq"] < found["wider"] < found["dense"] < found["ccq"]
     assert found["csq"] < found["cq"]
     # CCQ is dense inference and the query head, two layers and the prediction, on P4 and P3.
     cells = sum(FULL_SIZE[0] * FULL_SIZE[1] // 4**level for level in (3, 4))
