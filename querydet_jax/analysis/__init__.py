@@ -1,1 +1,1 @@
-"""What a data set asks of a detector: `querydet report`. No image is read."""
+"""Report what a data set demands of a detector, from its annotations alone (``querydet report``)."""

@@ -1,4 +1,4 @@
-"""How well anchors fit boxes: the IoU of each box with its best anchor. Letters: N boxes, A anchors per cell."""
+"""IoU of each box with its best anchor. Letters: N boxes, A anchors per cell."""
 
 from __future__ import annotations
 
@@ -15,20 +15,21 @@ from querydet_jax.models.anchored import level_anchors
 from querydet_jax.ops.anchors import anchors_at
 from querydet_jax.ops.boxes import pairwise_iou
 
-_ROWS = 2**15  # boxes a call
+_ROWS = 2**15  # boxes per call
 
 
 def best_anchor_iou(boxes: np.ndarray, inputs: np.ndarray, anchors: AnchorConfig, levels: Sequence[int]) -> np.ndarray:
-    """The largest IoU of each box with any anchor of a level, to float32 rounding.
+    """Return the largest IoU of each box with any anchor of a level, up to float32 rounding.
 
-    Of the anchors of one shape, those centred nearest to the box's centre, in x and in y, overlap it most:
-    the overlap is a product of one factor an axis, neither of which grows with the distance on its axis, and at
-    given areas IoU grows with the overlap. So one cell a box and level is looked at, not all.
+    Only the cell nearest to the box's centre is evaluated per level. Among anchors of one shape, it has the largest
+    overlap: the overlap is a product of one factor per axis, which never grows with the distance along that axis, and
+    for given areas IoU grows with the overlap.
 
     Args:
       boxes: float32 [N,4] xyxy px of the network input, inside it.
       inputs: int [N,2], (height, width) of the network input, multiples of 32.
-      levels: l of P_l, L of them.
+      anchors: the anchors per cell.
+      levels: the L levels l of P_l.
 
     Returns:
       float32 [N,L].
@@ -36,7 +37,7 @@ def best_anchor_iou(boxes: np.ndarray, inputs: np.ndarray, anchors: AnchorConfig
     found = np.zeros((len(boxes), len(levels)), np.float32)
     for first in range(0, len(boxes), _ROWS):
         part = slice(first, first + _ROWS)
-        missing = ((0, _ROWS - len(boxes[part])), (0, 0))  # always the same shapes: one program a level
+        missing = ((0, _ROWS - len(boxes[part])), (0, 0))  # fixed shapes: compile once per level
         rows, sizes = np.pad(boxes[part], missing), np.pad(inputs[part].astype(np.int32), missing, constant_values=32)
         for column, level in enumerate(levels):
             best = _at_nearest_cell(rows, sizes, level_anchors(anchors, level), level=level)

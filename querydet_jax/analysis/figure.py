@@ -1,4 +1,4 @@
-"""The report as one picture of six plots, on a matplotlib figure."""
+"""Draw the report as six plots on a matplotlib figure."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _LEVELS = ("#3366aa", "#cc6633", "#559944", "#884499", "#777777")
 
 
 def draw(figure: Any, found: Findings, results: dict[str, Any]) -> None:
-    """Classes, boxes an image, sizes; best anchors, active cells, buffers."""
+    """Draw classes, boxes per image and sizes, then best anchors, active cells and buffers."""
     images = results["images"]
     figure.suptitle(
         f"{results['config']}, {results['split']}: {images['number']:,} images, {images['objects']:,} objects; "
@@ -60,7 +60,7 @@ def _boxes(axes: Any, found: Findings) -> None:
     if limit <= 1.5 * most:
         axes.axvline(limit, color="black", linestyle="--", linewidth=1, label=f"data.max_boxes {limit}")
         axes.legend(fontsize=8)
-    axes.set(title="boxes an image", xlabel="boxes" + (f", {step} a bar" if step > 1 else ""), ylabel="images")
+    axes.set(title="boxes per image", xlabel="boxes" + (f", {step} per bar" if step > 1 else ""), ylabel="images")
     axes.grid(alpha=0.3)
 
 
@@ -81,7 +81,7 @@ def _sizes(axes: Any, found: Findings) -> None:
 
 
 def _anchors(axes: Any, found: Findings, rows: list[dict[str, Any]] | None) -> None:
-    """Two stacked bars a size bin: the share of its objects by the IoU of their best anchor."""
+    """Draw two stacked bars per size bin: the share of its objects by the IoU of their best anchor."""
     if rows is None:
         _nothing(axes, "IoU with the best anchor", f"{found.config.model.detector} has no anchors")
         return
@@ -90,7 +90,7 @@ def _anchors(axes: Any, found: Findings, rows: list[dict[str, Any]] | None) -> N
     labels = dict(
         below=f"below {loss.iou_background:g}",
         between=f"{loss.iou_background:g} to {loss.iou_foreground:g}",
-        above=f"{loss.iou_foreground:g} and more",
+        above=f"{loss.iou_foreground:g} or more",
     )
     rows = [row for row in rows if row["objects"]]
     for number, name in enumerate(names):

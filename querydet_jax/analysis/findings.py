@@ -1,4 +1,4 @@
-"""Everything the report counts, as plain values that tables, files and plots show.
+"""Measure a data set, and collect the results as plain values for tables, files and plots.
 
 Letters: I images, N boxes.
 """
@@ -26,27 +26,27 @@ from querydet_jax.data import Dataset
 from querydet_jax.evaluation.metrics import DEFAULT_BINS, SizeBin
 from querydet_jax.models.loss_terms import query_scale_range
 
-# Without the one that overlaps others: shares then add up.
+# Leave out the bin that overlaps others, so that shares add up.
 BINS = tuple(entry for entry in DEFAULT_BINS if entry != SizeBin(0, 16))
-HELD = (0.5, 0.99)  # shares of the images that suggested capacities hold
-FINEST = (3, 2)  # finest levels that anchors are compared for: RetinaNet's and QueryDet's
+HELD = (0.5, 0.99)  # shares of the images that the suggested capacities hold
+FINEST = (3, 2)  # finest levels for which anchors are compared: RetinaNet's and QueryDet's
 
 
 @dataclass(frozen=True)
 class Findings:
-    """What was measured, by image and by box.
+    """Measurements by image and by box.
 
     Attributes:
-      config, split: of what.
-      names: of the images, I of them.
-      classes: names.
+      config, split: the configuration and the split measured.
+      names: names of the images, [I].
+      classes: class names.
       truth: the boxes.
-      view: images as the split is used, training or inference.
-      best: finest level to the IoU of each box with its best anchor on the levels from there up, float32 [N];
-        empty for a detector without anchors.
-      shares: level to the share of its cells that are query targets in ``view``, [I]; empty without a query head.
-      fits: positions of the images that an inference canvas holds.
-      demands: sparse level to what those ask of it at inference; empty without a query head or such images.
+      view: the images as resized for training or inference, depending on the split.
+      best: {finest level: IoU of each box with its best anchor on that level or a coarser one, float32 [N]}; empty
+        for a detector without anchors.
+      shares: {level: share of its cells that are query targets in ``view``, [I]}; empty without a query head.
+      fits: positions of the images that fit an inference canvas.
+      demands: {sparse level: its cost for these images at inference}; empty without a query head or such images.
     """
 
     config: Config
@@ -62,6 +62,7 @@ class Findings:
 
 
 def measure(dataset: Dataset, config: Config, split: Literal["train", "val"]) -> Findings:
+    """Measure one split of a data set as ``config`` would use it. Reads annotations, no images."""
     truth = read_truth(dataset)
     inference = inference_view(truth, config.data)
     view = training_view(truth, config.data, config.train.seed) if split == "train" else inference
@@ -88,19 +89,19 @@ def _best(truth: Truth, view: View, model: ModelConfig) -> dict[int, np.ndarray]
 
 
 def sides(boxes: np.ndarray) -> np.ndarray:
-    """sqrt(area) of boxes [N,4], in px."""
+    """Return sqrt(area) in px of boxes [N,4]."""
     extent = boxes[:, 2:] - boxes[:, :2]
     return np.sqrt(extent[:, 0] * extent[:, 1])
 
 
 def results(found: Findings) -> dict[str, Any]:
-    """Counts and shares (0..1) for tables and the json file; None where there is nothing to count."""
+    """Return counts and shares (0..1) for tables and the JSON file; None where there is nothing to count."""
     return {
         "config": found.config.name,
         "split": found.split,
         "rule": found.view.rule,
         "images": _images(found),
-        "boxes_an_image": _boxes_an_image(found),
+        "boxes_an_image": _boxes_per_image(found),
         "classes": _classes(found),
         "sizes": _sizes(found),
         "anchors": _anchors(found) if found.best else None,
@@ -110,7 +111,7 @@ def results(found: Findings) -> dict[str, Any]:
 
 
 def image_rows(found: Findings) -> list[dict[str, Any]]:
-    """One row an image, for the csv file."""
+    """Return one row per image, for the CSV file."""
     truth, context = found.truth, found.config.inference.context
     place = dict(zip(found.fits.tolist(), range(len(found.fits)), strict=True))
     rows = []
@@ -155,12 +156,12 @@ def _images(found: Findings) -> dict[str, Any]:
         ],
         "canvases": canvases,
         "on_no_canvas": on_none,
-        # At some size that may be drawn.
+        # Training may draw a size that fits no canvas.
         "may_fit_no_canvas": unfit_for_training(truth, found.config.data) if found.split == "train" else on_none,
     }
 
 
-def _boxes_an_image(found: Findings) -> dict[str, Any]:
+def _boxes_per_image(found: Findings) -> dict[str, Any]:
     counts, limit = found.truth.counts, found.config.data.max_boxes
     return {
         "mean": float(counts.mean()),
@@ -198,7 +199,10 @@ def _sizes(found: Findings) -> list[dict[str, Any]]:
 
 
 def _anchors(found: Findings) -> list[dict[str, Any]]:
-    """By size in the network input: objects whose best anchor is background, ignored, foreground to the matcher."""
+    """Count objects by size in the network input and by the matcher's label of their best anchor.
+
+    ``below`` is background, ``between`` ignored, ``above`` foreground.
+    """
     loss, size = found.config.model.loss, sides(found.view.boxes)
     rows = []
     for key, mine in [*((entry.key, _in(entry, size)) for entry in BINS), ("all", np.ones(len(size), bool))]:

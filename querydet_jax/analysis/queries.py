@@ -1,6 +1,6 @@
-"""Which cells a data set makes queries, and which a perfect query head would have computed.
+"""Count the query targets of a data set, and the cells that the cascade would compute with perfect queries.
 
-Letters: I images, B images of a group, h w map, n boxes, c context radius, S size bins.
+Letters: I images, B images of a group, h w map, n boxes, S size bins.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ CONTEXTS = tuple(range(6))
 
 
 def sparse_levels(config: Config) -> tuple[int, ...]:
-    """Levels that the cascade computes sparsely, coarse to fine; none without a query head."""
+    """Return the levels that the cascade computes sparsely, coarse to fine; none without a query head."""
     start, model = config.inference.start_level, config.model
     if not model.query.enabled or not model.min_level < start <= model.max_level:
         return ()
@@ -47,16 +47,17 @@ def query_maps(
     radius: Literal["object", "level"] = "object",
     factor: float = 1.0,
 ) -> np.ndarray:
-    """``ops.matching.query_targets`` of many images at once, looking only at cells near small objects.
+    """Compute ``ops.matching.query_targets`` of many images at once, evaluating only cells near small objects.
 
-    A cell further from an object than any radius is no query because of it, nor can the object keep the cell
-    from being one: the cells within the largest radius of each object are all there is to look at.
+    An object beyond the largest radius from a cell neither makes the cell a query nor prevents it from being one, so
+    only cells within the largest radius of an object are evaluated.
 
     Args:
       boxes: float32 [n,4] px.
-      owner: int [n], the image 0..B-1 that a box is of.
+      owner: int [n], each box's image, 0..B-1.
       shape: (B, h, w).
-      scale_range, radius, factor: see there.
+      stride: px per cell.
+      scale_range, radius, factor: see ``query_targets``.
 
     Returns:
       bool [B,h,w].
@@ -74,21 +75,21 @@ def query_maps(
     around = int(reach.max() / stride) + 1
     cells = np.floor(centers / stride).astype(np.int64)[..., None] + np.arange(-around, around + 1)  # [n, 2, steps]
     x, y = cells[:, 0], cells[:, 1]
-    # The same float32 operations as there, or distances near a radius would fall on the other side.
+    # Use the same float32 operations as query_targets, so that distances near a radius compare equally.
     offsets = ((cells + 0.5) * stride).astype(np.float32) - centers[..., None]
     squares = offsets * offsets
     distance = np.sqrt(squares[:, 0, None, :] + squares[:, 1, :, None])
     inside = ((x >= 0) & (x < width))[:, None, :] & ((y >= 0) & (y < height))[:, :, None]
     cell = ((owner[:, None, None] * height + y[:, :, None]) * width + x[:, None, :])[inside]
     distance, reached = distance[inside], np.broadcast_to(reach[:, None, None], inside.shape)[inside]
-    order = np.lexsort((distance, cell))  # stable: of equally near objects the first stays first
+    order = np.lexsort((distance, cell))  # stable: the first of equally near objects stays first
     nearest = order[np.flatnonzero(np.diff(cell[order], prepend=-1))]
     found.reshape(-1)[cell[nearest]] = distance[nearest] < reached[nearest]
     return found
 
 
 def query_shares(truth: Truth, view: View, model: ModelConfig, levels: Sequence[int]) -> dict[int, np.ndarray]:
-    """Level to the share of its cells that are query targets, float [I]."""
+    """Return {level: share of its cells that are query targets, float [I]}."""
     shares = {level: np.zeros(len(truth.sizes)) for level in levels}
     everything = list(groups(truth, view, np.arange(len(truth.sizes)), 2 ** min(levels)))
     for group in progress(everything, "query targets", "group"):
@@ -99,13 +100,13 @@ def query_shares(truth: Truth, view: View, model: ModelConfig, levels: Sequence[
 
 @dataclass(frozen=True)
 class Demand:
-    """What the cascade would compute on one sparse level if queries were exactly the query targets.
+    """The cascade's cost on one sparse level if queries were exactly the query targets.
 
     Attributes:
       active: float [I,6], share of the level's cells that are active at contexts 0..5.
-      room: float [I], share of them that a buffer must have room for at the configured context.
-      hits: int64 [S], objects with their centre in a key cell.
-      totals: int64 [S], objects.
+      room: float [I], buffer size needed at the configured context, as a share of the level's cells.
+      hits: int64 [S], number of objects whose centre is in a key cell.
+      totals: int64 [S], number of objects.
     """
 
     active: np.ndarray
@@ -115,9 +116,9 @@ class Demand:
 
 
 def demand(truth: Truth, view: View, images: np.ndarray, config: Config, bins: Sequence[SizeBin]) -> dict[int, Demand]:
-    """Sparse level to what ``images`` (positions [I]) ask of it, by the functions that inference runs.
+    """Return {sparse level: its cost for ``images`` (positions [I])}, computed with inference's own functions.
 
-    A level's queries are its targets at its keys: no others are computed, as in the cascade.
+    As in the cascade, a level's queries are limited to its keys.
     """
     levels, inference = sparse_levels(config), config.inference
     margins = tuple(_margin(config.model, level) for level in levels)
@@ -128,7 +129,7 @@ def demand(truth: Truth, view: View, images: np.ndarray, config: Config, bins: S
     found = {level: Demand(np.zeros(shape), np.zeros(len(images)), counts.copy(), counts.copy()) for level in levels}
     everything = list(groups(truth, view, images, 2 ** levels[-1]))
     for group in progress(everything, "cascade", "group"):
-        missing = ((0, group.room - len(group.images)), (0, 0), (0, 0))  # one program a size
+        missing = ((0, group.room - len(group.images)), (0, 0), (0, 0))  # compile once per size
         fired = tuple(np.pad(_targets(group, config.model, level + 1), missing) for level in levels)
         shapes = tuple(level_shape(*group.input, level) for level in levels)
         for level, asked in zip(levels, jax.device_get(_cascade(fired, shapes, margins, options)), strict=True):
@@ -148,7 +149,7 @@ def demand(truth: Truth, view: View, images: np.ndarray, config: Config, bins: S
 def _cascade(
     fired: tuple[Array, ...], shapes: tuple[tuple[int, int], ...], margins: tuple[int, ...], options: SparseOptions
 ) -> list[tuple[Array, Array, Array]]:
-    """A sparse level each: keys bool [B,h,w], active cells [B,6] by context, and room needed [B]."""
+    """Return, per sparse level, keys bool [B,h,w], active cells [B,6] by context, and the buffer size needed [B]."""
     out, keys = [], None
     for targets, shape, margin in zip(fired, shapes, margins, strict=True):
         keys = children(targets if keys is None else targets & keys, shape)
@@ -160,7 +161,7 @@ def _cascade(
 
 
 def _targets(group: Group, model: ModelConfig, level: int) -> np.ndarray:
-    """Query targets bool [B,h,w] of a group on a level."""
+    """Return the query targets bool [B,h,w] of a group on a level."""
     return query_maps(
         group.boxes,
         group.owner,
@@ -173,18 +174,20 @@ def _targets(group: Group, model: ModelConfig, level: int) -> np.ndarray:
 
 
 def _margin(model: ModelConfig, level: int) -> int:
-    """``CascadeLevel.margin``: the finest level makes its part of the top-down path at its sites."""
+    """Return ``CascadeLevel.margin``: the finest level computes its part of the top-down path at its sites."""
     return int(level == model.min_level < 5)
 
 
 def suggested_capacities(demands: dict[int, Demand], shares: Sequence[float] = (0.5, 0.99)) -> tuple[float, ...]:
-    """The least ``inference.capacities``, to a thousandth, whose k-th buffer holds ``shares[k]`` of the images on
-    every sparse level. Ascending, without repetition."""
+    """Return the smallest ``inference.capacities`` whose k-th buffer holds ``shares[k]`` of the images.
+
+    A buffer must hold an image on every sparse level. Values are rounded up to a thousandth, ascending and distinct.
+    """
     needed = np.max([of_level.room for of_level in demands.values()], axis=0)
     least = [float(np.quantile(needed, share, method="inverted_cdf")) for share in shares]
     return tuple(sorted({min(max(np.ceil(1000 * x - 1e-9) / 1000, 0.001), 1.0) for x in least}))
 
 
 def held(demands: dict[int, Demand], capacity: float) -> float:
-    """Share of the images that a buffer of ``capacity`` holds on every sparse level."""
+    """Return the share of the images that a buffer of ``capacity`` holds on every sparse level."""
     return float(np.mean(np.max([of_level.room for of_level in demands.values()], axis=0) <= capacity))

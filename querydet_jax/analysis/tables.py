@@ -1,4 +1,4 @@
-"""The report in words and tables, from ``findings.results``."""
+"""Format ``findings.results`` as text and tables."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from querydet_jax.analysis.findings import BINS, FINEST, HELD, levels_name
 from querydet_jax.config import Config
 from querydet_jax.viz.text import shorten, text_table
 
-_CLASSES, _SIZES = 20, 8  # rows shown; the json file has all
+_CLASSES, _SIZES = 20, 8  # rows shown; the JSON file has all
 _SUMMARY = {"mean": "mean", "median": "median", "p90": "90 %", "p99": "99 %", "max": "max"}
 _LABELS = {entry.key: entry.label for entry in BINS} | {"all": "all"}
 
@@ -27,7 +27,7 @@ def _lines(found: dict[str, Any], config: Config) -> Iterator[str]:
     )
     yield f"resized as at {found['rule']}"
     yield from ("", _classes(found["classes"], images["objects"]))
-    yield from ("", _boxes_an_image(found["boxes_an_image"], training=found["split"] == "train"))
+    yield from ("", _boxes_per_image(found["boxes_an_image"], training=found["split"] == "train"))
     yield from (
         "",
         _sizes_of_images(images["sizes"], images["number"]),
@@ -39,9 +39,9 @@ def _lines(found: dict[str, Any], config: Config) -> Iterator[str]:
     if found["anchors"] is not None:
         yield from ("", *_anchors(found["anchors"], config))
     if found["queries"] is None:
-        yield from ("", "no queries: model.query.enabled is off, or inference.start_level is no level above the finest")
+        yield from ("", "no queries: model.query.enabled is off, or inference.start_level is the finest level or none")
         return
-    yield from ("", "query targets: share of the cells that the query head is to fire at", _queries(found, config))
+    yield from ("", "query targets: share of the cells at which the query head should fire", _queries(found, config))
     yield from ("", *_inference(found["inference"], config))
 
 
@@ -62,12 +62,12 @@ def _classes(rows: list[dict[str, Any]], objects: int) -> str:
     return text_table(["class", "objects", "share", "images", "median px"], lines)
 
 
-def _boxes_an_image(found: dict[str, Any], *, training: bool) -> str:
+def _boxes_per_image(found: dict[str, Any], *, training: bool) -> str:
     over = f"{found['images_over']:,} images over data.max_boxes {found['max_boxes']}"
-    if training and found["images_over"]:  # evaluation knows no limit
+    if training and found["images_over"]:  # evaluation has no limit
         over += f", which drops {found['boxes_over']:,} boxes"
     return (
-        f"boxes an image: mean {found['mean']:.1f}, median {found['median']:.1f}, 95 % {found['p95']:.1f}, "
+        f"boxes per image: mean {found['mean']:.1f}, median {found['median']:.1f}, 95 % {found['p95']:.1f}, "
         f"max {found['max']:,}; {over}"
     )
 
@@ -103,7 +103,7 @@ def _misfits(found: dict[str, Any], config: Config) -> Iterator[str]:
     if found["split"] == "val":
         yield f"{number:,} images fit no canvas and evaluation refuses them: add one to data.test_canvases"
     elif config.data.crop:
-        yield f"{number:,} images may fit no canvas and are cropped to one (data.crop); what follows is of whole images"
+        yield f"{number:,} images may fit no canvas and are cropped (data.crop); the following counts whole images"
     else:
         yield f"{number:,} images may fit no canvas and training refuses them: add one to data.train_canvases"
 
@@ -125,7 +125,7 @@ def _anchors(rows: list[dict[str, Any]], config: Config) -> Iterator[str]:
         "above": f">={loss.iou_foreground:g}",
     }
     yield (
-        "IoU of objects with their best anchor, by sqrt(area) in network px: share of the objects of a row\n"
+        "IoU of objects with their best anchor, by sqrt(area) in network px: share of the objects in the row\n"
         f"(below {loss.iou_foreground:g} an object has at most a low-quality match)"
     )
     lines = [
@@ -160,10 +160,10 @@ def _inference(found: dict[str, Any] | None, config: Config) -> Iterator[str]:
         return
     yield (
         f"inference (short side {data.test_short}, long side at most {data.test_max}) with perfect queries, "
-        "the targets themselves: share of the cells that are active"
+        "which are the targets themselves: share of active cells"
     )
     if found["left_out"]:
-        yield f"({found['left_out']:,} images are left out, which fit no canvas of data.test_canvases)"
+        yield f"({found['left_out']:,} images are left out because they fit no canvas of data.test_canvases)"
     lines = [
         [
             f"{row['level']} context {row['context']}" + ("*" if row["context"] == inference.context else ""),
@@ -173,9 +173,9 @@ def _inference(found: dict[str, Any] | None, config: Config) -> Iterator[str]:
     ]
     lines += [[f"{row['level']} buffer*", *_summary(row)] for row in found["room"]]
     yield text_table(["level", *_SUMMARY.values()], lines)
-    yield "*: as configured; a buffer has room for what the active cells are made from, too"
+    yield "*: as configured; a buffer also holds the cells from which the active ones are computed"
     yield ""
-    yield "objects whose centre cell perfect queries make a key: what query recall can reach"
+    yield "objects whose centre cell is a key with perfect queries: the upper limit of query recall"
     levels = [row["level"] for row in found["room"]]
     reached = [
         [_LABELS[row["bin"]], f"{row['objects']:,}", *(_share(row[level], row["objects"]) for level in levels)]
@@ -189,16 +189,16 @@ def _inference(found: dict[str, Any] | None, config: Config) -> Iterator[str]:
 def _capacities(found: dict[str, Any], levels: Sequence[str]) -> Iterator[str]:
     suggested = found["suggested"]
     values = ", ".join(f"{row['capacity']:g}" for row in suggested)
-    if len(suggested) == 1:  # it serves all shares
+    if len(suggested) == 1:  # one capacity serves all shares
         values += ","
     asked = " / ".join(f"{100 * share:g} %" for share in HELD[-len(suggested) :])
     yield f"inference.capacities ({values}) would hold {asked} of the images on {' and '.join(levels)}"
     if found["configured"]:
         configured = ", ".join(f"{row['capacity']:g} ({row['held']:.1%})" for row in found["configured"])
-        yield f"those configured, and what they would hold: {configured}"
+        yield f"configured capacities, and the share of images they would hold: {configured}"
     yield (
-        "A trained query head fires at other cells, and at a low threshold at more: "
-        "benchmark.py capacities --run RUN counts those"
+        "A trained query head fires at other cells, and at more of them if the threshold is low: "
+        "benchmark.py capacities --run RUN counts them"
     )
 
 

@@ -1,4 +1,4 @@
-"""The boxes of a data set, flat, and as the network gets them. Letters: I images, N boxes, B images of a batch."""
+"""All boxes of a data set in flat arrays, before and after resizing. Letters: I images, N boxes, B images per group."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from querydet_jax.data.plan import choose_canvas
 from querydet_jax.data.readers.visdrone import training_rows
 from querydet_jax.data.transforms import resize_boxes, resize_shape
 
-_MULTIPLE = 32  # of a canvas's sides
-_BATCH_CELLS = 2**21  # of the finest map: bounds memory, and makes the calls few
+_MULTIPLE = 32  # canvas sides are multiples of this
+_BATCH_CELLS = 2**21  # cells of the finest map per group; bounds memory and keeps the number of calls small
 
 
 @dataclass(frozen=True)
@@ -25,11 +25,11 @@ class Truth:
 
     Attributes:
       sizes: int32 [I,2], (height, width) of the images.
-      boxes: float32 [N,4] xyxy px of the image, crowd boxes apart.
+      boxes: float32 [N,4] xyxy px of the image, without crowd boxes.
       classes: int32 [N], 0..K-1.
-      image: int64 [N], ascending.
-      crowd: int64 [I], crowd boxes.
-      ignored: ignored regions, and objects of no class; 0 in a data set that has no such.
+      image: int64 [N], image of each box, ascending.
+      crowd: int64 [I], number of crowd boxes.
+      ignored: number of ignored regions and objects of no class; 0 for data sets without them.
     """
 
     sizes: np.ndarray
@@ -41,16 +41,17 @@ class Truth:
 
     @cached_property
     def counts(self) -> np.ndarray:
-        """Boxes an image, int64 [I]."""
+        """Boxes per image, int64 [I]."""
         return np.bincount(self.image, minlength=len(self.sizes))
 
     @cached_property
     def starts(self) -> np.ndarray:
-        """int64 [I+1]: the boxes of image i are starts[i] to starts[i + 1]."""
+        """Offsets int64 [I+1]: image i has the boxes starts[i] to starts[i + 1]."""
         return np.concatenate([[0], np.cumsum(self.counts)])
 
 
 def read_truth(dataset: Dataset) -> Truth:
+    """Read all annotations of a data set."""
     boxes, classes, image, crowd, ignored = [np.zeros((0, 4), np.float32)], [np.zeros(0, np.int32)], [], [], 0
     for i in range(len(dataset)):
         annotation = dataset.annotation(i)
@@ -75,10 +76,10 @@ class View:
     """A data set after resizing.
 
     Attributes:
-      rule: in words.
-      shapes: int32 [I,2], (height, width) after it.
+      rule: the resize rule in words.
+      shapes: int32 [I,2], (height, width) after resizing.
       canvases: (height, width) each.
-      canvas: int64 [I], which canvas holds the image, -1 for none.
+      canvas: int64 [I], index of the canvas that holds the image, -1 for none.
       boxes: float32 [N,4] xyxy px of the resized image.
     """
 
@@ -90,21 +91,22 @@ class View:
 
     @cached_property
     def inputs(self) -> np.ndarray:
-        """int32 [I,2], (height, width) of the network's input: the canvas, or the whole image where none holds it."""
+        """(height, width) int32 [I,2] of the network's input: the canvas, or the whole image if it fits none."""
         padded = -(-self.shapes // _MULTIPLE) * _MULTIPLE
         return np.where(self.canvas[:, None] < 0, padded, np.array(self.canvases, np.int32)[self.canvas])
 
 
 def training_view(truth: Truth, data: DataConfig, seed: int) -> View:
-    """Every image at one of ``data.train_short``, as an epoch draws them; whole, for crops differ every time."""
+    """Resize every image to one of ``data.train_short``, drawn at random as in an epoch, without cropping."""
     shorts = np.random.default_rng(seed).choice(np.array(data.train_short), len(truth.sizes))
     drawn = "/".join(map(str, data.train_short))
-    several = ", one drawn for every image" if len(data.train_short) > 1 else ""
+    several = ", one drawn per image" if len(data.train_short) > 1 else ""
     rule = f"training: short side {drawn}{several}, long side at most {data.train_max}"
     return _view(truth, shorts, data.train_max, data.train_canvases, rule)
 
 
 def inference_view(truth: Truth, data: DataConfig) -> View:
+    """Resize every image as inference does."""
     shorts = np.full(len(truth.sizes), data.test_short)
     rule = f"inference: short side {data.test_short}, long side at most {data.test_max}"
     return _view(truth, shorts, data.test_max, data.test_canvases, rule)
@@ -127,7 +129,7 @@ def _view(truth: Truth, shorts: np.ndarray, maximum: int, canvases: tuple[tuple[
 
 
 def unfit_for_training(truth: Truth, data: DataConfig) -> int:
-    """How many images fit no training canvas at some short side that may be drawn."""
+    """Return how many images fit no training canvas at some value of ``data.train_short``."""
     sizes, counts = np.unique(truth.sizes, axis=0, return_counts=True)
     return sum(
         int(count)
@@ -137,10 +139,14 @@ def unfit_for_training(truth: Truth, data: DataConfig) -> int:
 
 
 class Group(NamedTuple):
-    """Images whose network input has one size.
+    """Images whose network inputs have the same size.
 
-    input: (height, width) of it; images: int64 [B], positions; boxes: float32 [n,4]; owner: int64 [n], which of
-    ``images`` a box is of, ascending; room: images a group of this size may have, at least B.
+    Attributes:
+      input: (height, width) of the network input.
+      images: int64 [B], positions.
+      boxes: float32 [n,4].
+      owner: int64 [n], index into ``images`` of each box, ascending.
+      room: largest number of images in a group of this size, at least B.
     """
 
     input: tuple[int, int]
@@ -151,7 +157,7 @@ class Group(NamedTuple):
 
 
 def groups(truth: Truth, view: View, images: np.ndarray, stride: int) -> Iterator[Group]:
-    """``images`` (positions [m]) in groups small enough for dense maps of ``stride`` px a cell."""
+    """Split ``images`` (positions [m]) into groups small enough for dense maps of ``stride`` px per cell."""
     inputs, kind = np.unique(view.inputs[images], axis=0, return_inverse=True)
     for number, (height, width) in enumerate(inputs.tolist()):
         members = images[kind.reshape(-1) == number]

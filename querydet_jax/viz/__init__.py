@@ -1,1 +1,1 @@
-"""Pictures, plots and text tables from plain arrays. Nothing here runs a detector."""
+"""Pictures, plots and text tables from plain arrays."""

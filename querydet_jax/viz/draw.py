@@ -1,8 +1,8 @@
-"""Pictures of what the detector sees: boxes, query heat maps, active sites, contact sheets.
+"""Draw detections, query heat maps, active sites and contact sheets.
 
 Every function takes a uint8 RGB picture [H,W,3] and returns a new one. Pictures below about 900 px are
-enlarged by a whole number first (``display_scale``), so that lines and text stay crisp around objects of
-a few pixels, and a title or legend is added above or below, never over the picture.
+first enlarged by an integer factor (``display_scale``), so that lines and text are crisp around objects
+of a few pixels. Titles and legends are added above or below the picture, never over it.
 """
 
 from __future__ import annotations
@@ -52,32 +52,32 @@ def draw_detections(
     min_score: float = 0.3,
     truth: ArrayLike | None = None,
 ) -> np.ndarray:
-    """Frames around detections, labels where there is room, and a legend with the count of each class.
+    """Draw frames around detections, labels where there is room, and a legend with the count of each class.
 
-    The line runs outside its box, so that even a 6 px object stays visible. Labels go to the highest
-    scores first; one that would cover a small object or another label is left out.
+    Lines run outside the boxes, so that even a 6 px object stays visible. The highest scores get their
+    labels first; a label that would cover a small object or another label is omitted.
 
     Args:
       image: uint8 RGB [H,W,3].
       boxes: [n,4] xyxy px of ``image``.
-      classes: [n], 0..K-1; sets the colour, the same in every picture.
-      scores: [n]; without them nothing is filtered and labels hold the name alone.
-      names: of the classes, [K]; ``class 3`` where there is none.
-      min_score: detections below are not drawn.
-      truth: ground-truth boxes [m,4], drawn dashed in white.
+      classes: [n], 0..K-1; determines the colour, the same in every picture.
+      scores: [n]; None draws all detections, with labels that hold only the name.
+      names: class names [K]; a class without one is labelled ``class 3``.
+      min_score: detections with lower scores are not drawn.
+      truth: ground-truth boxes [m,4], drawn as white dashes.
 
     Returns:
       uint8 [H*s + legend, W*s, 3] with ``s = display_scale(H, W)``.
 
     Raises:
-      DataError: picture, boxes, classes or scores of another shape, or boxes not finite.
+      DataError: picture, boxes, classes or scores have another shape, or boxes are not finite.
     """
     canvas, scale = _enlarged(image)
     boxes = _boxes(boxes, "boxes")
     classes = _vector(classes, "classes", len(boxes)).astype(np.int64)
     values = None if scores is None else _vector(scores, "scores", len(boxes)).astype(np.float64)
     if values is not None:
-        # Lowest first, so that the surest frame lies on top.
+        # Lowest first, so that the frame of the highest score is on top.
         order = np.argsort(values, kind="stable")
         order = order[values[order] >= min_score]
         boxes, classes, values = boxes[order], classes[order], values[order]
@@ -100,7 +100,7 @@ def draw_detections(
     if truth is not None:
         truth = _boxes(truth, "truth") * scale
         for box in truth:
-            # Outside a detection's line, so that both show where they agree.
+            # Outside a detection's line, so that both are visible if they agree.
             frame(canvas, box, 2 + line, max(1.0, 0.7 * line), WHITE, dashed=True)
         legend.append(("dashed", WHITE, f"ground truth: {len(truth):,}"))
     if values is not None:
@@ -115,20 +115,20 @@ def draw_detections(
 def draw_heatmap(
     image: ArrayLike, probability: ArrayLike, stride: float, *, title: str = "", threshold: float | None = None
 ) -> np.ndarray:
-    """Query probability of one level over the darkened picture, with a colour bar.
+    """Draw the query probability of one level over the darkened picture, with a colour bar.
 
     Args:
       image: uint8 RGB [H,W,3].
-      probability: [h,w] in 0..1; cell (y, x) covers ``stride`` px squares from the top left corner. It may
-        reach past the picture (padding), not fall short of it.
-      stride: px of ``image`` a cell; a fraction where the picture is not at the network's scale.
-      threshold: cells above it are queries: outlined, counted and marked on the colour bar.
+      probability: [h,w] in 0..1. Cells are squares of ``stride`` px from the top left corner. The map must cover the
+        picture and may extend beyond it (padding).
+      stride: px of ``image`` per cell; a fraction if the picture is not at the network's scale.
+      threshold: cells above it are queries; they are outlined and counted, and the colour bar marks the threshold.
 
     Returns:
       uint8 [title + H*s + bar, W*s, 3] with ``s = display_scale(H, W)``.
 
     Raises:
-      DataError: picture or map of another shape or range, or a map that does not cover the picture.
+      DataError: picture or map have another shape or range, or the map does not cover the picture.
     """
     canvas, scale = _enlarged(image)
     heat = _map(probability, "probability", canvas, scale, stride).astype(np.float32)
@@ -143,7 +143,7 @@ def draw_heatmap(
         box=(0, 0, min(width / step, heat.shape[1]), min(height / step, heat.shape[0])),
     )
     level = np.clip(np.asarray(smooth), 0, 1)[..., None]
-    # Cold places keep the darkened picture; where it is hot, enough of the object shines through.
+    # Low probabilities show the darkened picture; high ones keep the object visible through the colour.
     alpha = 0.75 * np.clip(level / 0.4, 0, 1) ** 0.7
     out = _darkened(canvas, 0.55) * (1 - alpha) + heat_colours(level[..., 0]) * alpha
     rows, columns = _cell_index(height, step, heat.shape[0]), _cell_index(width, step, heat.shape[1])
@@ -155,19 +155,19 @@ def draw_heatmap(
 
 
 def draw_sites(image: ArrayLike, active: ArrayLike, keys: ArrayLike, stride: float, *, title: str = "") -> np.ndarray:
-    """Cells that the sparse head answers at (keys) and computes (active); the rest of the picture dark.
+    """Draw the cells at which the sparse head gives outputs (keys) and all that it computes (active), the rest dark.
 
     Args:
       image: uint8 RGB [H,W,3].
-      active: bool [h,w], the cells computed: keys and their context.
+      active: bool [h,w], the computed cells: keys and their context.
       keys: bool [h,w].
-      stride: px of ``image`` a cell, as of ``draw_heatmap``.
+      stride: px of ``image`` per cell, as in ``draw_heatmap``.
 
     Returns:
       uint8 [title + H*s + caption, W*s, 3] with ``s = display_scale(H, W)``.
 
     Raises:
-      DataError: shapes or types other than these, or maps that do not cover the picture.
+      DataError: shapes or types differ from these, or the maps do not cover the picture.
     """
     canvas, scale = _enlarged(image)
     active, keys = (_map(m, n, canvas, scale, stride) for m, n in ((active, "active"), (keys, "keys")))
@@ -181,7 +181,7 @@ def draw_sites(image: ArrayLike, active: ArrayLike, keys: ArrayLike, stride: flo
     for cells, colour, tint in ((active & ~keys, _ACTIVE, 0.42), (keys, _KEY, 0.25)):
         where = cells[rows][:, columns]
         out[where] = bright[where] * (1 - tint) + np.asarray(colour, np.float32) * tint
-    if step >= 8:  # a grid finer than this would be a grey veil
+    if step >= 8:  # a finer grid would only darken the cells
         lines = np.zeros((height, width), bool)
         lines[1:] |= (np.diff(rows) > 0)[:, None]
         lines[:, 1:] |= np.diff(columns) > 0
@@ -197,7 +197,7 @@ def draw_sites(image: ArrayLike, active: ArrayLike, keys: ArrayLike, stride: flo
 
 
 def sites_caption(active: ArrayLike, keys: ArrayLike) -> tuple[str, str, str]:
-    """Counts of ``draw_sites`` in words: keys, active cells (keys included), all cells. Both bool [h,w]."""
+    """Return the legend texts of ``draw_sites`` for bool maps [h,w]: keys, active cells (with keys), all cells."""
     active, keys = np.asarray(active), np.asarray(keys)
     if active.dtype != np.bool_ or keys.dtype != np.bool_ or active.shape != keys.shape:
         raise DataError(
@@ -208,15 +208,15 @@ def sites_caption(active: ArrayLike, keys: ArrayLike) -> tuple[str, str, str]:
 
 
 def contact_sheet(panels: Sequence[tuple[str, ArrayLike]], columns: int = 2, *, max_width: int = 2400) -> np.ndarray:
-    """Pictures side by side in rows, each under its title, all at one width.
+    """Arrange pictures in rows, each under its title, all at the same width.
 
     Args:
-      panels: (title, uint8 RGB picture); the titles may be empty.
-      columns: panels a row.
-      max_width: px; the sheet is made smaller rather than wider.
+      panels: (title, uint8 RGB picture) pairs; titles may be empty.
+      columns: panels per row.
+      max_width: largest width of the sheet, px; panels shrink to fit.
 
     Raises:
-      DataError: no panels, columns below 1, or a panel that is no picture.
+      DataError: there are no panels, columns is below 1, or a panel is not a picture.
     """
     if not panels or columns < 1:
         raise DataError(f"contact_sheet: {len(panels)} panels in {columns} columns, expected at least one of each")
@@ -243,10 +243,10 @@ def contact_sheet(panels: Sequence[tuple[str, ArrayLike]], columns: int = 2, *, 
 
 
 def save_image(path: str | Path, image: ArrayLike) -> None:
-    """Write a picture as PNG or JPEG by its suffix; the file appears whole or not at all, its folder is made.
+    """Write a picture as PNG or JPEG by its suffix, atomically; create the folder if it is missing.
 
     Raises:
-      DataError: another suffix, or no uint8 RGB picture.
+      DataError: the suffix is another, or the picture is not uint8 RGB.
     """
     path = Path(path)
     formats = {
@@ -263,7 +263,7 @@ def save_image(path: str | Path, image: ArrayLike) -> None:
 
 
 def display_scale(height: int, width: int) -> int:
-    """The whole number by which a picture is enlarged before drawing: 1 from 900 px on, at most 8."""
+    """Return the integer factor by which a picture is enlarged before drawing: 1 from 900 px on, at most 8."""
     return max(1, min(8, math.ceil(900 / max(height, width))))
 
 
@@ -277,12 +277,12 @@ def _picture(image: ArrayLike, name: str = "image") -> np.ndarray:
         return image
     remedy = "give uint8 RGB [H,W,3]"
     if image.ndim == 2 or (image.ndim == 3 and image.shape[2] == 1):
-        remedy += "; of a grey picture, three equal channels"
-    raise DataError(f"{name}: {image.dtype} {list(image.shape)} is no RGB picture; {remedy}")
+        remedy += "; repeat a grey picture to three channels"
+    raise DataError(f"{name}: {image.dtype} {list(image.shape)} is not an RGB picture; {remedy}")
 
 
 def _enlarged(image: ArrayLike) -> tuple[np.ndarray, int]:
-    """A copy at display scale, and that scale."""
+    """Return a copy at display scale, and that scale."""
     image = _picture(image)
     height, width = image.shape[:2]
     scale = display_scale(height, width)
@@ -309,12 +309,12 @@ def _vector(values: ArrayLike, name: str, length: int) -> np.ndarray:
 
 
 def _map(cells: ArrayLike, name: str, canvas: np.ndarray, scale: int, stride: float) -> np.ndarray:
-    """The map [h,w], checked to cover the picture."""
+    """Check that the map [h,w] covers the picture, and return it."""
     out = np.asarray(cells)
     if out.ndim != 2:
         raise DataError(f"{name}: shape {list(out.shape)}, expected [h,w] of one image and level")
     height, width = canvas.shape[0] // scale, canvas.shape[1] // scale
-    # Half a px of leave, for strides that are fractions.
+    # Tolerate half a px, for fractional strides.
     if not stride > 0 or out.shape[0] * stride < height - 0.5 or out.shape[1] * stride < width - 0.5:
         raise DataError(
             f"{name}: {out.shape[0]}x{out.shape[1]} cells of stride {stride:g} do not cover the picture of "
@@ -324,12 +324,12 @@ def _map(cells: ArrayLike, name: str, canvas: np.ndarray, scale: int, stride: fl
 
 
 def _cell_index(length: int, step: float, cells: int) -> np.ndarray:
-    """The cell, 0..cells-1, that each pixel of a row or column lies in: int [length]."""
+    """Return the cell index, 0..cells-1, of each pixel of a row or column, int [length]."""
     return np.minimum(((np.arange(length) + 0.5) / step).astype(np.int64), cells - 1)
 
 
 def _darkened(canvas: np.ndarray, brightness: float) -> np.ndarray:
-    """float32 picture with half of its colour taken out, so that tints stand out."""
+    """Return a darker float32 picture with half of its saturation, so that tints stand out."""
     bright = canvas.astype(np.float32)
     return (0.5 * bright + 0.5 * bright.mean(axis=2, keepdims=True)) * brightness
 

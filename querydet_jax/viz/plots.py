@@ -1,4 +1,4 @@
-"""Plots, with matplotlib, which is an extra."""
+"""Write plots with matplotlib, an optional dependency."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from querydet_jax.runtime.files import written_aside
 
 NEEDS = "needs matplotlib (pip install -r requirements-plots.txt)"
 Draw = Callable[[Any], None]
-"""Draws on a matplotlib ``Figure``."""
+"""A function that draws on a matplotlib ``Figure``."""
 
 
 def save_plot(draw: Draw, path: str | Path, size: tuple[float, float] = (8.0, 4.8)) -> bool:
-    """Draw on a figure of ``size`` (width, height) in inches and write it; False, and no file, without matplotlib."""
+    """Draw on a figure of ``size`` (width, height) in inches and write it; without matplotlib, return False."""
     try:
         from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
     except ImportError:

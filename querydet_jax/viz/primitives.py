@@ -1,4 +1,4 @@
-"""The pen and paper of ``visualize``: anti-aliased frames, labels, legend strips, colours.
+"""Drawing primitives: anti-aliased frames, labels, legend strips, colours.
 
 Canvases are uint8 RGB [H,W,3] arrays; boxes are xyxy in canvas px.
 """
@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike
 from PIL import Image, ImageDraw, ImageFont
 
 Colour = tuple[int, int, int]
-Entry = tuple[Literal["solid", "dashed", "text"], Colour, str]  # of a legend: mark, its colour, text
+Entry = tuple[Literal["solid", "dashed", "text"], Colour, str]  # legend entry: mark, colour of the mark, text
 
 PAPER: Colour = (20, 22, 28)
 INK: Colour = (232, 234, 238)
@@ -23,7 +23,7 @@ FAINT: Colour = (150, 154, 164)
 WHITE: Colour = (255, 255, 255)
 BLACK: Colour = (0, 0, 0)
 
-# Okabe and Ito's colours, told apart with every common colour blindness, brightest on photographs first.
+# Okabe and Ito's palette, safe for all common kinds of colour blindness; the most visible on photographs come first.
 _OKABE_ITO: tuple[Colour, ...] = (
     (86, 180, 233),
     (230, 159, 0),
@@ -33,7 +33,7 @@ _OKABE_ITO: tuple[Colour, ...] = (
     (204, 121, 167),
     (0, 114, 178),
 )
-# The first classes are mostly the commonest: their hues come back last.
+# Order of the paler second round: the first classes are usually the most frequent, so their hues return last.
 _PALE_ORDER = (4, 2, 5, 3, 1, 0, 6)
 # Dark violet to pale yellow with steadily rising lightness.
 _HEAT = np.array(
@@ -51,7 +51,7 @@ _HEAT = np.array(
 
 
 def class_colour(label: int) -> Colour:
-    """RGB of a class, from a colour-blind-safe palette; a paler second round, then repeated."""
+    """Return the RGB colour of a class from a colour-blind-safe palette of 7 colours, then 7 paler ones, repeated."""
     turn, index = divmod(int(label), len(_OKABE_ITO))
     if turn % 2 == 0:
         return _OKABE_ITO[index]
@@ -60,7 +60,7 @@ def class_colour(label: int) -> Colour:
 
 
 def heat_colours(values: ArrayLike) -> np.ndarray:
-    """Values in 0..1 as RGB: float32 [..., 3] in 0..255, lightness rising with the value."""
+    """Return values in 0..1 as RGB, float32 [..., 3] in 0..255; lightness rises with the value."""
     values = np.asarray(values)
     anchors = np.linspace(0, 1, len(_HEAT))
     return np.stack([np.interp(values, anchors, _HEAT[:, c]) for c in range(3)], axis=-1).astype(np.float32)
@@ -71,18 +71,18 @@ def line_width(canvas: np.ndarray) -> float:
 
 
 def text_size(width: int) -> int:
-    """Font size in px for a canvas of this width."""
+    """Return the font size in px for a canvas of this width."""
     return round(8 + min(width, 6000) / 130)
 
 
 def ascii_text(text: str) -> str:
-    """``text`` in the letters that Pillow's built-in font has: accents dropped, other scripts as ``?``."""
+    """Reduce ``text`` to ASCII for Pillow's built-in font: drop accents, replace other scripts by ``?``."""
     plain = unicodedata.normalize("NFKD", text)
     return "".join(c for c in plain if not unicodedata.combining(c)).encode("ascii", "replace").decode()
 
 
 def fill(canvas: np.ndarray, box: Sequence[float], colour: Colour, alpha: float = 1.0) -> None:
-    """Paint a rectangle in place; pixels at its rim are covered by the exact part that lies inside."""
+    """Fill a rectangle in place, anti-aliased: pixels at its edges are blended by the fraction that lies inside."""
     x0, y0, x1, y1 = box
     columns, across = _coverage(x0, x1, canvas.shape[1])
     rows, down = _coverage(y0, y1, canvas.shape[0])
@@ -109,7 +109,7 @@ def frame(
     alpha: float = 1.0,
     dashed: bool = False,
 ) -> None:
-    """Paint a line around the box in place, ``gap`` px outside it; at the picture's rim it moves inward to show."""
+    """Paint a line around the box in place, ``gap`` px outside it; at the picture's edge, shift it inward."""
     height, width = canvas.shape[:2]
     x0, y0, x1, y1 = np.clip(box, 0, [width, height, width, height]).tolist()
     if x1 <= x0 or y1 <= y0:
@@ -118,7 +118,7 @@ def frame(
     ox0, oy0 = max(x0 - gap - line, 0.0), max(y0 - gap - line, 0.0)
     ox1, oy1 = min(x1 + gap + line, float(width)), min(y1 + gap + line, float(height))
     ix0, iy0, ix1, iy1 = ox0 + line, oy0 + line, ox1 - line, oy1 - line
-    # The gaps between dashes are dark, for white dashes on white things.
+    # Fill the gaps between dashes with black, so that white dashes show on white objects.
     solid = (BLACK, 0.45) if dashed else (colour, alpha)
     for bar in ((ox0, oy0, ox1, iy0), (ox0, iy1, ox1, oy1), (ox0, iy0, ix0, iy1), (ix1, iy0, ox1, iy1)):
         fill(canvas, bar, *solid)
@@ -133,7 +133,7 @@ def frame(
 
 
 def _dashes(low: float, high: float, line: float) -> list[tuple[float, float]]:
-    """Dashes and gaps of one length, the first and last dash at the corners; three parts on the shortest side."""
+    """Return dashes as long as the gaps, with the first and last at the corners and at least three parts per side."""
     parts = max(3, 2 * round((high - low) / (8 * line)) + 1)
     step = (high - low) / parts
     return [(low + i * step, low + (i + 1) * step) for i in range(0, parts, 2)]
@@ -147,16 +147,19 @@ def labels(
     margin: float,
     size: int,
 ) -> int:
-    """Write a label beside each box, the last box first, where it hides neither a small box nor a label.
+    """Write a label beside each box, the last box first, unless it would hide a small box or another label.
 
-    A box smaller than its label among three or more neighbours gets none: its colour must do.
+    A box smaller than its label, with three or more neighbours, gets no label.
 
     Args:
-      picture: written into.
-      boxes: [n,4]; margin: px of line and gap around them.
+      picture: modified in place.
+      boxes: [n,4].
+      colours, texts: of the boxes' labels.
+      margin: width of line and gap around the boxes, px.
+      size: font size, px.
 
     Returns:
-      the number of labels written.
+      The number of labels written.
     """
     font = ImageFont.load_default(size=size)
     draw = ImageDraw.Draw(picture)
@@ -170,7 +173,7 @@ def labels(
         neighbours = (np.abs(centres - centres[i]).max(axis=1) < 4 * height).sum() - 1
         if areas[i] < width * height and neighbours >= 3:
             continue
-        # A label may lie on a box many times its size, such as a bus that fills the view.
+        # A label may overlap a box many times its size, such as a bus that fills the picture.
         taken = np.concatenate([frames[areas < 12 * width * height], placed])
         x0, y0, x1, y1 = frames[i]
         spots = [(x0, y0 - height), (x0, y1), (x1 - width, y0 - height), (x1, y0), (x0 - width, y0)]
@@ -180,7 +183,7 @@ def labels(
             x, y = round(x), round(y)
             if x < 0 or y < 0 or x + width > picture.width or y + height > picture.height:
                 continue
-            # One px of leave, for the rounding.
+            # Tolerate one px, for rounding.
             hidden = np.minimum(taken[:, 2:], (x + width, y + height)) - np.maximum(taken[:, :2], (x, y)) > 1
             if hidden.all(axis=1).any():
                 continue
@@ -196,12 +199,12 @@ def _contrast(colour: Colour) -> Colour:
 
 
 def title_strip(width: int, text: str) -> np.ndarray:
-    """A line of text, uint8 [t,width,3]; t is 0 without text."""
+    """Return a line of text, uint8 [t,width,3]; t is 0 if the text is empty."""
     return legend_strip(width, [("text", INK, text)]) if text else np.zeros((0, width, 3), np.uint8)
 
 
 def legend_strip(width: int, entries: Sequence[Entry]) -> np.ndarray:
-    """Entries one after the other, wrapped to the width: uint8 [t,width,3]."""
+    """Return legend entries in a row, wrapped to the width, uint8 [t,width,3]."""
     size = text_size(width)
     font = ImageFont.load_default(size=size)
     row, mark, pad = round(1.7 * size), round(0.8 * size), round(0.6 * size)
@@ -230,7 +233,7 @@ def legend_strip(width: int, entries: Sequence[Entry]) -> np.ndarray:
 
 
 def colour_bar_strip(width: int, threshold: float | None, note: str) -> np.ndarray:
-    """``heat_colours`` from 0 to 1 with the threshold marked and a note beside: uint8 [t,width,3]."""
+    """Return a colour bar from 0 to 1 with the threshold marked and a note beside it, uint8 [t,width,3]."""
     size = text_size(width)
     font = ImageFont.load_default(size=size)
     pad, mark = round(0.6 * size), round(0.8 * size)
@@ -255,7 +258,7 @@ def colour_bar_strip(width: int, threshold: float | None, note: str) -> np.ndarr
 
 
 def inner_edge(mask: np.ndarray, width: int) -> np.ndarray:
-    """The pixels of a bool mask [H,W] within ``width`` px of its outside; the picture's rim is no edge."""
+    """Return the pixels of a bool mask [H,W] within ``width`` px of its outside; the picture's border is no edge."""
     kept = np.pad(mask, width, mode="edge")
     height, across = mask.shape
     core = mask.copy()

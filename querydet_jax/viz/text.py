@@ -1,4 +1,4 @@
-"""Plain-text tables and numbers."""
+"""Text tables and numbers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """Aligned columns two blanks apart under a rule; the first ``left`` columns flush left, the rest right."""
+    """Align columns two spaces apart, with a rule under the header; left-align the first ``left`` columns."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
 
     def line(cells: Sequence[str]) -> str:
@@ -21,10 +21,10 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int =
 
 
 def percent(value: float, decimals: int = 2) -> str:
-    """``-`` for nan."""
+    """Format a number with the given decimals, nan as ``-``."""
     return "-" if math.isnan(value) else f"{value:.{decimals}f}"
 
 
 def shorten(text: str, width: int) -> str:
-    """``text``, or where it is longer than ``width`` its beginning and two dots."""
+    """Cut ``text`` to ``width`` characters; two dots mark the cut."""
     return text if len(text) <= width else text[: width - 2] + ".."

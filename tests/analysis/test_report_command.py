@@ -106,7 +106,7 @@ def test_fcos_has_no_anchors_and_the_same_queries(monkeypatch, capsys, folder):
 def test_training_rule_and_images_that_fit_nothing(monkeypatch, capsys, folder):
     words = "--data.train-short 32 64 --data.train-max 96 --data.train-canvases 64 64 --data.no-crop"
     found = call(monkeypatch, folder, words + " --data.test-canvases 64 64")
-    assert found["rule"] == "training: short side 32/64, one drawn for every image, long side at most 96"
+    assert found["rule"] == "training: short side 32/64, one drawn per image, long side at most 96"
     assert found["images"]["may_fit_no_canvas"] == 1  # b at 64x96, whether or not this was drawn
     assert found["inference"]["images"] == 2 and found["inference"]["left_out"] == 1
     printed = capsys.readouterr().out
