@@ -1,6 +1,6 @@
-"""What detectors with anchors share: their anchors, who learns what, boxes from deltas.
+"""Functions shared by anchor-based detectors: anchors, matching, decoding.
 
-Shape letters: A anchors a cell, R anchors of all levels, M chosen anchors, G padded boxes.
+Shape letters: A anchors per cell, R anchors of all levels, M chosen anchors, N sites, G padded boxes.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from querydet_jax.sparse import Cells
 
 
 def level_anchors(config: AnchorConfig, level: int) -> np.ndarray:
-    """Anchors ``[A, 4]`` of a cell of P_level around the cell's anchor centre, in px."""
+    """Return the anchors ``[A, 4]`` of a cell of P_level in px, relative to the cell's anchor centre."""
     return cell_anchors(config.scale * 2**level, config.sizes_per_octave, config.ratios)
 
 
 def pyramid_anchors(config: AnchorConfig, shapes: dict[int, tuple[int, int]]) -> Array:
-    """Anchors ``[R, 4]`` px of levels of these (h, w), the finest first, then y, x, anchor."""
+    """Return the anchors ``[R, 4]`` px of levels of the given (h, w), ordered by level, y, x, anchor."""
     return jnp.concatenate(
         [grid_anchors(level_anchors(config, level), *shape, 2**level).reshape(-1, 4) for level, shape in shapes.items()]
     )
 
 
 def match(config: LossConfig, anchors: Array, boxes: Array, classes: Array) -> tuple[Array, Array]:
-    """``match_anchors`` of one image as the configuration has it."""
+    """Run ``match_anchors`` on one image with the configured thresholds and matcher."""
     return match_anchors(
         anchors,
         boxes,

@@ -1,4 +1,4 @@
-"""Feature pyramid network (Lin et al. 2017a) with P6, P7 as RetinaNet, FCOS or Faster R-CNN add them."""
+"""Feature pyramid network (FPN, Lin et al. 2017) with P6 and P7 as in RetinaNet, FCOS or Faster R-CNN."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from querydet_jax.sparse import CascadeLevel
 
 
 class FPN(nnx.Module):
-    """C_l to P_min..P_max, ``channels`` each; no norm, no activation.
+    """Map C_l to P_min..P_max with ``channels`` channels each; no norms, no activations.
 
     merged_5 = lateral_5(C5); merged_l = lateral_l(C_l) + upsample(merged_{l+1}); P_l = output_l(merged_l).
     P6 = conv stride 2 of C5 (or P5), P7 = conv stride 2 of relu(P6); or P6 = P5 at every other cell.
 
-    The steps are separate methods since sparse inference needs the outputs of the fine levels only at a few cells.
+    The steps are separate methods, because sparse inference computes the outputs of fine levels only at a few cells.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class FPN(nnx.Module):
             self.p7 = Conv(channels, channels, 3, stride=2, **common)
 
     def merge(self, features: dict[int, Array], down_to: int) -> dict[int, Array]:
-        """Top-down path: ``{l: merged_l [B, h, w, C]}`` for l = down_to..5."""
+        """Run the top-down path; return ``{l: merged_l [B, h, w, C]}`` for l = down_to..5."""
         merged = {5: self.lateral(5)(features[5])}
         for level in range(4, down_to - 1, -1):
             above = jnp.repeat(jnp.repeat(merged[level + 1], 2, axis=1), 2, axis=2)
@@ -55,15 +55,18 @@ class FPN(nnx.Module):
         return merged
 
     def sparse_level(self, level: int, features: dict[int, Array], merged: dict[int, Array]) -> CascadeLevel:
-        """P_l for computation at a few cells: its output convolution, and on a level that ``merged``
-        does not hold (the finest, which nothing else reads) the lateral one too, left to be done there."""
+        """Return the inputs and convolutions of P_l, for computation at a few cells.
+
+        If ``merged`` does not hold the level (the finest, which no other level reads), they include its lateral
+        convolution; otherwise only the output convolution.
+        """
         output = self.output(level).weights()
         if level in merged:
             return CascadeLevel(level, merged[level], output)
         return CascadeLevel(level, features[level], output, self.lateral(level).weights(), merged[level + 1])
 
     def outputs(self, features: dict[int, Array], merged: dict[int, Array], min_level: int) -> dict[int, Array]:
-        """``{l: P_l}`` for l = min_level..max_level, finest first."""
+        """Return ``{l: P_l}`` for l = min_level..max_level, finest first."""
         out = {level: self.output(level)(merged[level]) for level in range(min_level, 6)}
         if self.max_level >= 6:
             if self.config.top_source == "c5":

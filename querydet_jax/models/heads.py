@@ -1,4 +1,4 @@
-"""Detection and query heads. Without norms what runs densely runs on sites with the same weights."""
+"""Detection and query heads. Without norms, they run densely or on sites with the same weights."""
 
 from __future__ import annotations
 
@@ -24,9 +24,10 @@ from querydet_jax.sparse import Stack
 
 
 class DetectionHead(nnx.Module):
-    """Class and box towers shared over levels (RetinaNet, Lin et al. 2017b, section 4).
+    """Class and box towers shared over levels (RetinaNet, Lin et al. 2017, section 4).
 
-    Output channel ``a * K + k`` of the class logits, ``a * 4 + c`` of the box deltas.
+    Anchor a and class k have channel ``a * K + k`` of the class logits; coordinate c has channel ``a * 4 + c`` of the
+    box deltas. Shape letters: B batch, h w map, C channels, A anchors per cell, K classes.
     """
 
     def __init__(
@@ -48,8 +49,8 @@ class DetectionHead(nnx.Module):
             )
 
         last = config.channels if config.num_convs else in_channels
-        # At the start every anchor is foreground with probability `prior`, else the background's
-        # loss swamps the first steps (section 4.1 there).
+        # Every anchor starts as foreground with probability `prior`, so that the loss of the background
+        # does not dominate the first steps (RetinaNet, section 4.1).
         prior = -math.log((1.0 - config.prior) / config.prior)
         self.cls_tower, self.box_tower = tower(), tower()
         self.cls_score = Conv(last, num_anchors * num_classes, 3, bias=constant_bias(prior), **common)
@@ -57,13 +58,13 @@ class DetectionHead(nnx.Module):
         self.bbox_pred = Conv(last, num_anchors * 4, 3, bias=box_bias, **common)
 
     def __call__(self, x: Array) -> tuple[Array, Array]:
-        """``[B, h, w, C]`` to float32 class logits ``[B, h, w, A * K]`` and deltas ``[B, h, w, A * 4]``."""
+        """Map ``[B, h, w, C]`` to float32 class logits ``[B, h, w, A * K]`` and deltas ``[B, h, w, A * 4]``."""
         cls = self.cls_score(run_tower(self.cls_tower, x))
         box = self.bbox_pred(run_tower(self.box_tower, x))
         return cls.astype(jnp.float32), box.astype(jnp.float32)
 
     def stacks(self) -> tuple[Stack, Stack]:
-        """The two branches as convolution stacks for computation on sites."""
+        """Return the class and box branches as convolution stacks, for computation on sites."""
         return (
             [conv.weights() for conv in [*self.cls_tower, self.cls_score]],
             [conv.weights() for conv in [*self.box_tower, self.bbox_pred]],
@@ -71,7 +72,7 @@ class DetectionHead(nnx.Module):
 
 
 class QueryHead(nnx.Module):
-    """Predicts where the next finer level holds small objects (paper section 3.2)."""
+    """Predict where the next finer level has small objects (QueryDet section 3.2)."""
 
     def __init__(self, config: QueryConfig, in_channels: int, dtype: jnp.dtype, rng: np.random.Generator):
         common: dict[str, Any] = dict(init=xavier_normal_init, bias=zeros_bias, dtype=dtype, rng=rng)
@@ -80,8 +81,9 @@ class QueryHead(nnx.Module):
         self.pred = Conv(sizes[-1], 1, 3, **common)
 
     def __call__(self, x: Array) -> Array:
-        """``[B, h, w, C]`` to float32 query logits ``[B, h, w]``."""
+        """Map ``[B, h, w, C]`` to float32 query logits ``[B, h, w]``."""
         return self.pred(run_tower(self.tower, x))[..., 0].astype(jnp.float32)
 
     def stack(self) -> Stack:
+        """Return the convolution stack, for computation on sites."""
         return [conv.weights() for conv in [*self.tower, self.pred]]

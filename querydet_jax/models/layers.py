@@ -1,6 +1,6 @@
-"""Convolution with optional norm, and the norms. One kernel serves dense and sparse computation.
+"""Convolutions with optional norms. Dense and sparse computation share the kernels.
 
-Kernels are HWIO. Padding is always explicit: "SAME" pads a strided convolution unlike torch.
+Kernels are HWIO. Padding is always explicit, because "SAME" pads strided convolutions differently from torch.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from querydet_jax.sparse import Conv as ConvWeights
 from querydet_jax.sparse import pointwise
 
 Initializer = Callable[[np.random.Generator, tuple[int, ...]], np.ndarray]
-"""``init(rng, kernel_shape)``. NumPy draws: compiling a random number generator for each of a
-ResNet-50's shapes takes 12 s, drawing the numbers half a second."""
+"""``init(rng, kernel_shape)``, drawn with NumPy in 0.5 s for a ResNet-50. With jax, compiling a random number
+generator for each of its shapes would take 12 s."""
 
 
 class Frozen(nnx.Variable):
-    """A value that belongs to the network and that no optimiser sees (frozen norms, pixel mean)."""
+    """A variable that is not trained (frozen norms, pixel mean)."""
 
 
 class FrozenNorm(nnx.Module):
-    """Batch norm with fixed statistics and affine: (x - mean) * scale / sqrt(var + epsilon) + bias."""
+    """Batch norm with fixed statistics and affine transform: (x - mean) * scale / sqrt(var + epsilon) + bias."""
 
     def __init__(self, channels: int, epsilon: float = 1e-5):
         self.epsilon = epsilon
@@ -46,10 +46,10 @@ class FrozenNorm(nnx.Module):
 
 
 def make_norm(kind: str, channels: int, dtype: jnp.dtype, epsilon: float = 1e-5) -> nnx.Module:
-    """A norm of ``channels``: frozen, batch (live; synchronised when given an axis name) or group."""
+    """Return a norm over ``channels``: frozen, batch (synchronised over devices if it has an axis name) or group."""
     if kind == "frozen":
         return FrozenNorm(channels, epsilon)
-    rngs = nnx.Rngs(0)  # scale starts at one and bias at zero: nothing random is drawn
+    rngs = nnx.Rngs(0)  # required but unused: scale starts at one and bias at zero
     if kind == "batch":
         return nnx.BatchNorm(channels, momentum=0.9, epsilon=epsilon, dtype=dtype, use_running_average=True, rngs=rngs)
     if kind == "group":
@@ -60,8 +60,8 @@ def make_norm(kind: str, channels: int, dtype: jnp.dtype, epsilon: float = 1e-5)
 class Conv(nnx.Module):
     """2-D convolution ``[B, H, W, C]`` to ``[B, H', W', O]``.
 
-    Zero padding is symmetric (torch), or "same": TensorFlow's, which a strided convolution has more of at the
-    bottom and right. A depthwise one has a kernel ``[k, k, 1, C]`` and as many outputs as inputs.
+    Zero padding is "symmetric" (torch) or "same" (TensorFlow: strided convolutions have more padding at the bottom and
+    right). A depthwise convolution has a kernel ``[k, k, 1, C]`` and O = C.
     """
 
     def __init__(
@@ -95,8 +95,8 @@ class Conv(nnx.Module):
         if self.size == 1:
             x = x[:, :: self.stride, :: self.stride]
             if self.bias is not None and self.norm is None:
-                return pointwise(x, self.weights())  # as on sites
-            # A matrix product, see `pointwise`. Accumulated in float32, which XLA's CPU backend does at twice the rate.
+                return pointwise(x, self.weights())  # the same product as on sites
+            # A matrix product as in `pointwise`. Accumulating in float32 is twice as fast on XLA's CPU backend.
             x = jnp.dot(x, kernel[0, 0], preferred_element_type=jnp.float32).astype(self.dtype)
         elif self.depthwise:
             x = depthwise_conv(x, kernel, self.stride, self._padding(x))
@@ -116,14 +116,18 @@ class Conv(nnx.Module):
         return found
 
     def weights(self) -> ConvWeights:
-        """Kernel and bias for the convolution on sites."""
+        """Return kernel and bias for the convolution on sites.
+
+        Raises:
+          ValueError: the convolution has no bias, has a norm or is depthwise.
+        """
         if self.bias is None or self.norm is not None or self.depthwise:
             raise ValueError("only a convolution with a bias and without a norm can run on sites")
         return ConvWeights(self.kernel[...], self.bias[...])
 
 
 def run_tower(tower: nnx.List, x: Array) -> Array:
-    """Convolutions with a ReLU after each."""
+    """Apply the convolutions in turn, with a ReLU after each."""
     for conv in tower:
         x = jax.nn.relu(conv(x))
     return x
@@ -138,7 +142,7 @@ def constant_bias(value: float) -> Initializer:
 
 
 def torch_bias(rng: np.random.Generator, kernel_shape: tuple[int, ...]) -> np.ndarray:
-    """PyTorch's default for a convolution: U(-b, b), b = 1 / sqrt(fan_in)."""
+    """Draw PyTorch's default bias of a convolution: U(-b, b), b = 1 / sqrt(fan_in)."""
     bound = 1.0 / math.sqrt(math.prod(kernel_shape[:3]))
     return rng.uniform(-bound, bound, (kernel_shape[-1],)).astype(np.float32)
 
@@ -148,16 +152,16 @@ def normal_init(std: float) -> Initializer:
 
 
 def msra_init(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
-    """Kaiming normal, fan_out, gain sqrt(2) (He et al. 2015): backbones."""
+    """Draw Kaiming normal weights, fan_out, gain sqrt(2) (He et al. 2015), for backbones."""
     return normal_init(math.sqrt(2.0 / (shape[0] * shape[1] * shape[3])))(rng, shape)
 
 
 def fpn_init(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
-    """Kaiming uniform with a = 1, fan_in: U(-b, b), b = sqrt(3 / fan_in)."""
+    """Draw Kaiming uniform weights with a = 1, fan_in: U(-b, b), b = sqrt(3 / fan_in)."""
     bound = math.sqrt(3.0 / math.prod(shape[:3]))
     return rng.uniform(-bound, bound, shape).astype(np.float32)
 
 
 def xavier_normal_init(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
-    """std = sqrt(2 / (fan_in + fan_out)) (Glorot and Bengio 2010): the query head."""
+    """Draw normal weights, std = sqrt(2 / (fan_in + fan_out)) (Glorot and Bengio 2010), for the query head."""
     return normal_init(math.sqrt(2.0 / (shape[0] * shape[1] * (shape[2] + shape[3]))))(rng, shape)

@@ -1,4 +1,4 @@
-"""The region proposal network's head (Ren et al. 2015) and, on the same trunk, its query branch (paper Table 9)."""
+"""Head of the region proposal network (Ren et al. 2015) and the query branch on its trunk (QueryDet Table 9)."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from querydet_jax.sparse import Stack
 
 
 class RPNHead(nnx.Module):
-    """3x3 convolutions with ReLU, then two 1x1 branches: objectness and box deltas; shared over levels.
+    """3x3 convolutions with ReLU, then two 1x1 branches for objectness and box deltas; shared over levels.
 
-    Output channel ``a`` of the objectness, ``a * 4 + c`` of the deltas.
+    Anchor a has channel ``a`` of the objectness and channel ``a * 4 + c`` of the deltas.
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class RPNHead(nnx.Module):
         self.deltas = Conv(config.channels, num_anchors * 4, 1, **common)
 
     def before_branches(self, x: Array) -> Array:
-        """``[B, h, w, C]`` to ``[B, h, w, C']``, before the last ReLU, as on sites."""
+        """Map ``[B, h, w, C]`` to the trunk's ``[B, h, w, C']`` before its last ReLU, as ``stacks`` does on sites."""
         *first, last = self.trunk
         for conv in first:
             x = jax.nn.relu(conv(x))
@@ -42,12 +42,15 @@ class RPNHead(nnx.Module):
         return jax.nn.relu(self.before_branches(x))
 
     def branches(self, trunk: Array) -> tuple[Array, Array]:
-        """``[..., C']`` to float32 objectness logits ``[..., A]`` and deltas ``[..., A * 4]``."""
+        """Map ``[..., C']`` to float32 objectness logits ``[..., A]`` and deltas ``[..., A * 4]``."""
         return _branch(self.objectness, trunk), _branch(self.deltas, trunk)
 
     def stacks(self) -> tuple[Stack]:
-        """The trunk for computation on sites. It ends before a ReLU, as stacks do; the 1x1 branches see no other cell
-        and are done where its output is read."""
+        """Return the trunk as a convolution stack, for computation on sites.
+
+        Like every stack, it ends before a ReLU. The 1x1 branches need no neighbours, so they run where its output is
+        read.
+        """
         return ([conv.weights() for conv in self.trunk],)
 
 
@@ -60,17 +63,17 @@ class RPNQueryHead(nnx.Module):
         self.pred = Conv(channels, 1, 1, init=xavier_normal_init, bias=zeros_bias, dtype=dtype, rng=rng)
 
     def __call__(self, x: Array) -> Array:
-        """``[B, h, w, C]`` to float32 query logits ``[B, h, w]``."""
+        """Map ``[B, h, w, C]`` to float32 query logits ``[B, h, w]``."""
         for conv in self.trunk:
             x = jax.nn.relu(conv(x))
         return self.branch(x)
 
     def branch(self, trunk: Array) -> Array:
-        """The same of the trunk's output ``[B, h, w, C']``."""
+        """Map the trunk's output ``[B, h, w, C']`` to float32 query logits ``[B, h, w]``."""
         return _branch(self.pred, trunk)[..., 0]
 
     def stack(self) -> Stack:
-        """Trunk and branch for computation on sites, the 1x1 one as a 3x3 that is zero but in the middle."""
+        """Return trunk and branch as a stack for computation on sites; the 1x1 kernel is padded to 3x3 with zeros."""
         kernel, bias = self.pred.weights()
         return [
             *(conv.weights() for conv in self.trunk),

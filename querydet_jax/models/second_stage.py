@@ -1,7 +1,7 @@
-"""Faster R-CNN's second stage: its head on pooled proposals, and what it learns from.
+"""Second stage of Faster R-CNN: the head on pooled proposals, and the sampling of its training proposals.
 
-Ren et al. 2015; for pyramids Lin et al. 2017a, section 4.2.
-Shape letters: B batch, P proposals an image, M sampled ones, G padded boxes, S bins a side, C channels, K classes.
+Ren et al. 2015; for pyramids, FPN (Lin et al. 2017), section 4.2.
+Shape letters: B batch, P proposals per image, M sampled ones, G padded boxes, S bins per side, C channels, K classes.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from querydet_jax.ops.matching import BACKGROUND, match_proposals, matched_delta
 from querydet_jax.ops.sampling import sample_balanced
 
 DELTA_WEIGHTS = (10.0, 10.0, 5.0, 5.0)
-"""Box deltas are learnt times these, which brings their spread near one."""
+"""Factors of the box-delta targets, which bring their standard deviation near one."""
 
 
 class Linear(nnx.Module):
-    """Fully connected over a small map: ``[..., S, S, C]`` to ``[..., O]``; the kernel is ``[S, S, C, O]``."""
+    """Fully connected layer over a small map, ``[..., S, S, C]`` to ``[..., O]``, with kernel ``[S, S, C, O]``."""
 
     def __init__(
         self,
@@ -42,7 +42,7 @@ class Linear(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, x: Array) -> Array:
-        """In float32, of a product in the network's type."""
+        """Multiply in the network's dtype and return float32."""
         kernel = self.kernel[...].astype(self.dtype)
         inputs = math.prod(kernel.shape[:3])
         rows = x.astype(self.dtype).reshape(*x.shape[: x.ndim - 3], inputs)
@@ -63,8 +63,10 @@ class BoxHead(nnx.Module):
         self.bbox_pred = Linear(1, channels, num_classes * 4, init=normal_init(0.001), dtype=dtype, rng=rng)
 
     def __call__(self, pooled: Array) -> tuple[Array, Array]:
-        """``[B, P, S, S, C]`` to float32 class logits ``[B, P, K + 1]``, the background last, and deltas
-        ``[B, P, K, 4]``."""
+        """Map ``[B, P, S, S, C]`` to float32 class logits ``[B, P, K + 1]`` and deltas ``[B, P, K, 4]``.
+
+        The background is the last class.
+        """
         x = jax.nn.relu(self.fc1(pooled))[..., None, None, :]
         x = jax.nn.relu(self.fc2(x))[..., None, None, :]
         deltas = self.bbox_pred(x)
@@ -72,8 +74,14 @@ class BoxHead(nnx.Module):
 
 
 class SampledProposals(NamedTuple):
-    """Of one image: boxes ``[M, 4]``; labels int32 ``[M]``, 0..K-1, K for background; deltas ``[M, 4]`` to the matched
-    object, 0 for background; valid bool ``[M]``."""
+    """The training proposals of one image.
+
+    Attributes:
+      boxes: ``[M, 4]``.
+      labels: int32 ``[M]``, class 0..K-1, K for background.
+      deltas: ``[M, 4]`` to the matched object, 0 for background.
+      valid: bool ``[M]``.
+    """
 
     boxes: Array
     labels: Array
@@ -91,11 +99,14 @@ def sample_proposals(
     config: FasterRCNNConfig,
     num_classes: int,
 ) -> SampledProposals:
-    """What the second stage learns from in one image: a sample of its proposals and of the objects themselves.
+    """Sample the training proposals of one image, from its proposals and the ground-truth boxes.
 
     Args:
-      proposals: ``[P, 4]``; valid: bool ``[P]``.
-      boxes: ``[G, 4]``; classes: ``[G]``, -1 for padding.
+      proposals: ``[P, 4]``.
+      valid: bool ``[P]``, false for padding.
+      boxes: ``[G, 4]``, ground truth.
+      classes: ``[G]``, -1 for padding.
+      key: PRNG key.
     """
     proposals = jnp.concatenate([proposals, boxes])
     valid = jnp.concatenate([valid, (classes >= 0) & jnp.all(jnp.isfinite(boxes), axis=1)])

@@ -1,4 +1,4 @@
-"""Backbones: images to C2..C5 at strides 4, 8, 16, 32."""
+"""Backbones, which map images to C2..C5 at strides 4, 8, 16, 32."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""EfficientNet-Lite0 (Tan and Le 2019; the Lite variant: no squeeze and excitation, ReLU6)."""
+"""EfficientNet-Lite0 (Tan and Le 2019; the Lite variant has no squeeze-and-excitation, and ReLU6)."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from querydet_jax.models.backbones.inverted_bottleneck import InvertedBottleneck
 
 
 class EfficientNetLite(InvertedBottleneckNet):
-    """Normalised pixels ``[B, H, W, 3]`` to ``{2: C2, .., 5: C5}`` of 24, 40, 112 and 320 channels.
+    """Map normalised pixels ``[B, H, W, 3]`` to ``{2: C2, .., 5: C5}`` with 24, 40, 112 and 320 channels.
 
-    Strided convolutions pad as TensorFlow does ("SAME": the odd cell at the bottom and right), and
-    pixels are RGB, (x - 127) / 128: so the ImageNet weights were trained.
+    As the ImageNet weights require, strided convolutions use TensorFlow's padding ("SAME": the odd
+    cell at the bottom and right), and pixels are RGB, (x - 127) / 128.
     """
 
     STAGES = {

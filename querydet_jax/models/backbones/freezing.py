@@ -1,4 +1,4 @@
-"""What ``BackboneConfig.freeze_at`` does to the frozen children of a backbone, the same for all of them."""
+"""Effect of ``BackboneConfig.freeze_at`` on the frozen parts of any backbone."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from querydet_jax.config import BackboneConfig
 
 
 def norm_kind(config: BackboneConfig, part: str, frozen: tuple[str, ...]) -> str:
-    """The norm of a child: live statistics would go on changing what a frozen one computes."""
+    """Return the norm of a part; frozen parts replace batch norm, whose statistics would still change their outputs."""
     return "frozen" if config.norm == "batch" and part in frozen else config.norm
 
 
 def stop_if_frozen(x: Array, part: str, frozen: tuple[str, ...]) -> Array:
-    """Output of a child: whoever differentiates with respect to every parameter finds a frozen one's at zero."""
+    """Return the output of a part; frozen parts stop the gradient, so that of their parameters is zero."""
     return lax.stop_gradient(x) if part in frozen else x

@@ -1,4 +1,4 @@
-"""Networks of inverted bottlenecks (Sandler et al. 2018), what MobileNetV2 and EfficientNet-Lite share."""
+"""Networks of inverted bottlenecks (Sandler et al. 2018), the base of MobileNetV2 and EfficientNet-Lite."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from querydet_jax.models.layers import Conv, msra_init
 
 
 class Stage(NamedTuple):
-    """``blocks`` inverted bottlenecks of one shape, the first with the stride."""
+    """``blocks`` inverted bottlenecks of the same shape; the first applies the stride."""
 
     size: int
     """Kernel size of the depthwise convolution."""
     stride: int
     expansion: int
-    """Channels inside a block over those that enter it."""
+    """Ratio of a block's inner channels to its input channels."""
     channels: int
-    """What leaves a block."""
+    """Output channels of a block."""
     blocks: int
 
 
 class InvertedBottleneck(nnx.Module):
-    """1x1 expansion, depthwise convolution, 1x1 projection without activation; adds its input where it can."""
+    """1x1 expansion, depthwise convolution, 1x1 projection without activation, and a shortcut if shapes agree."""
 
     def __init__(self, in_channels: int, stage: Stage, stride: int, **common: Any):
         width = in_channels * stage.expansion
@@ -45,13 +45,13 @@ class InvertedBottleneck(nnx.Module):
 
 
 class InvertedBottleneckNet(nnx.Module):
-    """Normalised pixels ``[B, H, W, 3]`` to ``{2: C2, .., 5: C5}``, C_l ``[B, H/2^l, W/2^l, C]``.
+    """Map normalised pixels ``[B, H, W, 3]`` to ``{2: C2, .., 5: C5}``, C_l ``[B, H/2^l, W/2^l, C]``.
 
-    C_l is what leaves the last block at stride 2^l: no activation follows it.
+    C_l is the output of the last block at stride 2^l, without a final activation.
     """
 
     STAGES: ClassVar[dict[int, tuple[Stage, ...]]]
-    """By the pyramid level whose stride they work at, from 1."""
+    """{level l, from 1: stages with output stride 2^l}."""
     EPSILON: ClassVar[float]
     PADDING: ClassVar[Literal["symmetric", "same"]]
 
@@ -87,14 +87,14 @@ class InvertedBottleneckNet(nnx.Module):
         return {level: outputs[level] for level in self.out_channels}
 
     def frozen_parts(self) -> tuple[str, ...]:
-        """Names of the children that ``freeze_at`` keeps from training: 1 the stem, 2 all up to stride 4, ..."""
+        """Return the names of the parts that ``freeze_at`` freezes: 1 the stem, 2 all up to stride 4, ..."""
         at = self.config.freeze_at
         levels = tuple(f"level{level}" for level in self.STAGES if level <= at) if at > 1 else ()
         return ("stem", *levels) if at else ()
 
     @classmethod
     def places(cls) -> list[list[tuple[int, int]]]:
-        """Where each block of each stage is, stages in the order of computation: its level and position there."""
+        """Return, per stage in order of computation, the (level, index within the level) of each block."""
         found = []
         for level, stages in cls.STAGES.items():
             first = 0

@@ -1,4 +1,4 @@
-"""MobileNetV2 of width 1.0 (Sandler et al. 2018), a backbone of the paper's Table 7."""
+"""MobileNetV2 of width 1.0 (Sandler et al. 2018), a backbone of QueryDet Table 7."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from querydet_jax.models.backbones.inverted_bottleneck import InvertedBottleneck
 
 
 class MobileNetV2(InvertedBottleneckNet):
-    """Normalised pixels ``[B, H, W, 3]`` to ``{2: C2, .., 5: C5}`` of 24, 32, 96 and 320 channels.
+    """Map normalised pixels ``[B, H, W, 3]`` to ``{2: C2, .., 5: C5}`` with 24, 32, 96 and 320 channels.
 
-    As torchvision has it, without the last 1x1 convolution (to 1280 channels) and the classifier.
+    This is torchvision's network without the last 1x1 convolution (to 1280 channels) and the classifier.
     """
 
     STAGES = {

@@ -1,4 +1,4 @@
-"""Residual networks (He et al. 2016) in detectron2's and torchvision's flavour."""
+"""Residual networks (He et al. 2016), as in detectron2 (flavour msra) and torchvision."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _BOTTLENECK = {"resnet50", "resnet101"}
 
 
 class BasicBlock(nnx.Module):
-    """Two 3x3 convolutions; the stride is on the first."""
+    """Two 3x3 convolutions, the first with the stride."""
 
     expansion = 1
 
@@ -41,7 +41,7 @@ class BasicBlock(nnx.Module):
 
 
 class Bottleneck(nnx.Module):
-    """1x1, 3x3, 1x1; the stride is on the first 1x1 (msra) or on the 3x3 (torchvision)."""
+    """1x1, 3x3 and 1x1 convolutions, the first 1x1 (msra) or the 3x3 (torchvision) with the stride."""
 
     expansion = 4
 
@@ -64,7 +64,7 @@ class Bottleneck(nnx.Module):
 
 
 class Stem(nnx.Module):
-    """Convolution of stride 2 (7x7 in a residual network), norm, ReLU, 3x3 max pool stride 2."""
+    """Convolution of stride 2 (7x7 in residual networks), norm, ReLU, 3x3 max pool of stride 2."""
 
     def __init__(self, width: int, size: int, **common):
         self.conv1 = Conv(3, width, size, stride=2, **common)
@@ -74,7 +74,7 @@ class Stem(nnx.Module):
 
 
 class ResNet(nnx.Module):
-    """Normalised pixels ``[B, H, W, 3]`` to ``{2: C2, .., 5: C5}``, C_l ``[B, H/2^l, W/2^l, C]``."""
+    """Map normalised pixels ``[B, H, W, 3]`` to ``{2: C2, .., 5: C5}``, C_l ``[B, H/2^l, W/2^l, C]``."""
 
     def __init__(self, config: BackboneConfig, dtype: jnp.dtype, rng: np.random.Generator):
         self.config = config
@@ -111,5 +111,5 @@ class ResNet(nnx.Module):
         return outputs
 
     def frozen_parts(self) -> tuple[str, ...]:
-        """Names of the children that ``freeze_at`` keeps from training: stem first, then res2, ..."""
+        """Return the names of the parts that ``freeze_at`` freezes: stem first, then res2, ..."""
         return ("stem", "res2", "res3", "res4", "res5")[: self.config.freeze_at]

@@ -1,4 +1,4 @@
-"""ShuffleNetV2 1.0x (Ma et al. 2018), a backbone of the paper's Table 7."""
+"""ShuffleNetV2 1.0x (Ma et al. 2018), a backbone of QueryDet Table 7."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from querydet_jax.models.backbones.freezing import norm_kind, stop_if_frozen
 from querydet_jax.models.backbones.resnet import Stem
 from querydet_jax.models.layers import Conv, msra_init
 
-# Channels and units by the pyramid level whose stride they work at; level 2 is the stem.
+# {level l: (channels, units) with output stride 2^l}; level 2 is the stem.
 _STAGES = {3: (116, 4), 4: (232, 8), 5: (464, 4)}
 _STEM, _LAST = 24, 1024
 
 
 def channel_shuffle(x: Array) -> Array:
-    """Interleaves the halves of ``[B, h, w, C]``: channels 0, C/2, 1, C/2 + 1, ..."""
+    """Interleave the halves of ``[B, h, w, C]``: channels 0, C/2, 1, C/2 + 1, ..."""
     halves = x.reshape(*x.shape[:-1], 2, x.shape[-1] // 2)
     return halves.swapaxes(-1, -2).reshape(x.shape)
 
 
 class Shortcut(nnx.Module):
-    """Of a unit that halves the map: depthwise convolution, 1x1, ReLU."""
+    """Shortcut of a unit that halves the map: depthwise convolution, 1x1 convolution, ReLU."""
 
     def __init__(self, in_channels: int, out_channels: int, **common: Any):
         self.depthwise = Conv(in_channels, in_channels, 3, stride=2, depthwise=True, **common)
@@ -38,9 +38,9 @@ class Shortcut(nnx.Module):
 
 
 class ShuffleUnit(nnx.Module):
-    """Half of the channels pass through three convolutions, the other half as they are; then the channels shuffle.
+    """Three convolutions on half of the channels; the other half is unchanged; then a channel shuffle.
 
-    A unit that halves the map (``in_channels != out_channels``) puts all channels through both branches.
+    A unit that halves the map (``in_channels != out_channels``) feeds all channels to both branches.
     """
 
     def __init__(self, in_channels: int, out_channels: int, **common: Any):
@@ -62,10 +62,10 @@ class ShuffleUnit(nnx.Module):
 
 
 class ShuffleNetV2(nnx.Module):
-    """Normalised pixels ``[B, H, W, 3]`` to ``{2: C2, .., 5: C5}`` of 24, 116, 232 and 1024 channels.
+    """Map normalised pixels ``[B, H, W, 3]`` to ``{2: C2, .., 5: C5}`` with 24, 116, 232 and 1024 channels.
 
-    As torchvision has it, without the classifier. C2 is the stem's max pool, C5 the last 1x1 convolution, which
-    reads the 464 channels of the last stage.
+    This is torchvision's network without the classifier. C2 is the output of the stem's max pool, C5 that of the last
+    1x1 convolution, which reads the 464 channels of the last stage.
     """
 
     def __init__(self, config: BackboneConfig, dtype: jnp.dtype, rng: np.random.Generator):
@@ -100,7 +100,7 @@ class ShuffleNetV2(nnx.Module):
         return outputs
 
     def frozen_parts(self) -> tuple[str, ...]:
-        """Names of the children that ``freeze_at`` keeps from training: 1 or 2 the stem, 3 all up to stride 8, ..."""
+        """Return the names of the parts that ``freeze_at`` freezes: 1 or 2 the stem, 3 all up to stride 8, ..."""
         at = self.config.freeze_at
         levels = tuple(f"level{level}" for level in _STAGES if level <= at)
         return ("stem", *levels, *(("last",) if at == 5 else ())) if at else ()
