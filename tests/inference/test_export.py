@@ -179,9 +179,9 @@ def test_what_is_not_what_was_written_is_refused(folder, tmp_path):
     """Archives without a damaged byte."""
     path = folder / "dense.zip"
     cases = {
-        "weights.npz is not what was written": rewritten(path, tmp_path / "a.zip", {"weights.npz": b"others"}),
-        "format version 2, this reader knows 1": rewritten(path, tmp_path / "b.zip", {}, format_version=2),
-        "its manifest.json is of no artifact": rewritten(path, tmp_path / "c.zip", {}, format="something else"),
+        "weights.npz is damaged": rewritten(path, tmp_path / "a.zip", {"weights.npz": b"others"}),
+        "format version 2, but this reader supports 1": rewritten(path, tmp_path / "b.zip", {}, format_version=2),
+        "its manifest.json is not an artifact's": rewritten(path, tmp_path / "c.zip", {}, format="something else"),
         "no such file": tmp_path / "absent.zip",
     }
     for message, file in cases.items():
@@ -210,7 +210,7 @@ def test_another_platform_is_refused(tmp_path):
     for name in ("gpu.zip", "again.zip"):
         write_artifact(tmp_path / name, detector("dense"), CONFIG, canvases=[(32, 32)], platforms=["cuda"])
     assert (tmp_path / "gpu.zip").read_bytes() == (tmp_path / "again.zip").read_bytes()
-    with pytest.raises(ArtifactError, match="gpu.zip: exported for cuda, and jax runs on cpu here.*--platforms cpu"):
+    with pytest.raises(ArtifactError, match="gpu.zip: exported for cuda, but jax runs on cpu here.*--platforms cpu"):
         Artifact(tmp_path / "gpu.zip")
 
 
@@ -224,15 +224,15 @@ def test_other_input_is_refused(folder):
         Artifact(folder / "dense.zip")(np.zeros((0, *CANVAS, 3), np.uint8))
     with pytest.raises(ArtifactError, match="must be uint8"):
         detect(np.zeros((1, *CANVAS, 3), np.float32))
-    with pytest.raises(ArtifactError, match="a .height, width. each"):
+    with pytest.raises(ArtifactError, match="give .height, width. per image"):
         detect(np.zeros((1, *CANVAS, 3), np.uint8), SIZES)
 
 
 def test_what_cannot_be_exported_is_refused(tmp_path):
     for message, changes in {
-        "pools its buffers over the batch": {"batch_sizes": ()},
+        "buffers whose size depends on the batch": {"batch_sizes": ()},
         "batch_sizes .0,.: must be at least 1": {"batch_sizes": (0,)},
-        "canvases .*name each once": {"canvases": [CANVAS, CANVAS]},
+        "canvases .*each once": {"canvases": [CANVAS, CANVAS]},
         "platforms .*at least one": {"platforms": ()},
     }.items():
         with pytest.raises(ConfigError, match=message):

@@ -1,5 +1,5 @@
-"""One file from pictures to detections, for programs without querydet_jax.
+"""Export a detector to one file that runs without querydet_jax.
 
-``artifact`` reads and runs it and imports nothing of this package: it is the file to take along. ``writer``
-makes it from a detector, ``command`` is `export.py`.
+``writer`` writes the file, ``command`` is `export.py`. ``artifact`` reads and runs the file; it imports
+nothing of this package, so that it can be copied into other programs.
 """

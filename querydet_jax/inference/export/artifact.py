@@ -1,4 +1,4 @@
-"""Run a detector that `export.py` has compiled into one file. Copy this file next to your program:
+"""Run a detector that `export.py` has written to one file. Copy this module next to your program:
 
     from artifact import Artifact
 
@@ -6,15 +6,15 @@
     found = detect(images)  # uint8 RGB [B, H, W, 3]; H, W one of detect.canvases
     found.boxes, found.scores, found.classes, found.valid
 
-It needs jax, flatbuffers (which jax.export reads with) and numpy, and nothing else of querydet_jax.
-Shape letters: B batch, H W image, D detections.
+It needs jax, numpy and flatbuffers (for jax.export), but not querydet_jax.
+Shape letters: B batch, H W image, D detections, K classes.
 
-The file is a zip archive, nothing in it compressed:
+The file is an uncompressed zip archive:
 
 =====================  ================================================================================
-``manifest.json``      what it is and how to feed it (``Artifact.manifest``), a SHA-256 of each other part
-``weights.npz``        the parameters by name, arguments of every program
-``programs/*.bin``     a program for each canvas and batch size, as ``jax.export`` serializes them
+``manifest.json``      description and input format (``Artifact.manifest``), SHA-256 of each other part
+``weights.npz``        the parameters by name, which are arguments of every program
+``programs/*.bin``     one program per canvas and batch size, as serialized by ``jax.export``
 =====================  ================================================================================
 """
 
@@ -36,24 +36,27 @@ import numpy as np
 from jax import Array
 
 FORMAT = "querydet_jax artifact"
-VERSION = 1  # of the layout above; raised by what an older reader would misread
+VERSION = 1  # of the layout above; raise it for changes that older readers would misread
 MANIFEST, WEIGHTS = "manifest.json", "weights.npz"
 
-# What zipfile raises for archives cut short or damaged, by place of the damage.
+# zipfile's errors for truncated or damaged archives; they vary with the place of the damage.
 _BROKEN = (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError, OSError, KeyError, ValueError, OverflowError)
 
 
 class ArtifactError(ValueError):
-    """An artifact that cannot be read or run here, or input that it was not exported for."""
+    """The artifact cannot be read or run here, or was not exported for this input."""
 
 
 class Detections(NamedTuple):
     """Detections of a batch, best first.
 
-    boxes float32 ``[B, D, 4]`` xyxy px of the input, not clipped; scores ``[B, D]``, 0 where not valid; classes
-    int32 ``[B, D]``, positions in ``Artifact.classes``, -1 where not valid; valid bool ``[B, D]``; stats by sparse
-    level (3 for P3): counts over the batch of queries, keys and active cells, the buffer that ran (capacity, 0: dense)
-    and whether more was needed than it holds (overflowed). Dense inference has none.
+    Attributes:
+      boxes: float32 ``[B, D, 4]`` xyxy px of the input, not clipped.
+      scores: float32 ``[B, D]``, 0 where not valid.
+      classes: int32 ``[B, D]``, indices into ``Artifact.classes``, -1 where not valid.
+      valid: bool ``[B, D]``.
+      stats: {sparse level (3 for P3): counts over the batch of queries, keys and active cells, the buffer that ran
+        (capacity; 0 is dense) and whether it was too small (overflowed)}; empty for dense inference.
     """
 
     boxes: Array
@@ -64,20 +67,20 @@ class Detections(NamedTuple):
 
 
 class Artifact:
-    """Image to detections, compiled once per input shape at its first call.
+    """A detector that maps images to detections, compiled at the first call with each input shape.
 
     Args:
-      path: what `export.py` has written. All of it is read, and checked against the manifest's checksums.
+      path: a file written by `export.py`. It is read completely and checked against the manifest's checksums.
 
     Attributes:
-      manifest: the whole of ``manifest.json``.
-      classes: names, ``[K]``.
-      canvases: (height, width) of the inputs that it takes.
-      batch_sizes: how many images it takes at once; None: any number.
+      manifest: content of ``manifest.json``.
+      classes: class names, ``[K]``.
+      canvases: supported (height, width) of the inputs.
+      batch_sizes: supported batch sizes; None is any.
 
     Raises:
-      ArtifactError: no artifact, one that is damaged, of another version of the format or of jax, or exported
-        for other platforms than the one that jax runs on here.
+      ArtifactError: the file is not an artifact, is damaged, is of another version of the format or of jax, or
+        was exported for other platforms than jax uses here.
     """
 
     def __init__(self, path: str | Path):
@@ -96,15 +99,15 @@ class Artifact:
         self._programs: dict[str, Callable[..., Any]] = {}
 
     def __call__(self, images: Array | np.ndarray, sizes: Array | np.ndarray | None = None) -> Detections:
-        """Detect in uint8 RGB ``images [B, H, W, 3]``.
+        """Detect objects in uint8 RGB ``images [B, H, W, 3]``.
 
         Args:
-          images: each in the upper left corner of a canvas (H, W) that the artifact has, scaled as
-            ``manifest["preprocessing"]`` says; the rest of the canvas is not looked at.
-          sizes: int32 ``[B, 2]``, (height, width) of each image on the canvas; None: all of it.
+          images: each image in the upper left corner of a canvas (H, W) of the artifact, scaled as
+            ``manifest["preprocessing"]`` specifies. The rest of the canvas is ignored.
+          sizes: int32 ``[B, 2]``, (height, width) of each image on the canvas; None is the whole canvas.
 
         Raises:
-          ArtifactError: pixels of another kind, or a shape it was not exported for.
+          ArtifactError: images are not uint8 RGB, or the artifact was not exported for their shape.
         """
         if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
             raise ArtifactError(
@@ -116,7 +119,7 @@ class Artifact:
             sizes = np.tile(np.asarray(images.shape[1:3], np.int32), (len(images), 1))
         elif sizes.shape != (len(images), 2):
             raise ArtifactError(
-                f"{self.path}: sizes are {list(sizes.shape)} for {len(images)} images; give a (height, width) each"
+                f"{self.path}: sizes are {list(sizes.shape)} for {len(images)} images; give (height, width) per image"
             )
         out = program(self._weights, images, sizes.astype(np.int32))
         return Detections(**{**out, "stats": {int(level): counts for level, counts in out["stats"].items()}})
@@ -125,8 +128,8 @@ class Artifact:
         here, platforms = jax.export.default_export_platform(), self.manifest["platforms"]
         if here not in platforms:
             raise ArtifactError(
-                f"{self.path}: exported for {', '.join(platforms)}, and jax runs on {here} here; "
-                f"export again with --platforms {here}, or set JAX_PLATFORMS={platforms[0]} where there is one"
+                f"{self.path}: exported for {', '.join(platforms)}, but jax runs on {here} here; "
+                f"export again with --platforms {here}, or set JAX_PLATFORMS={platforms[0]} where available"
             )
 
     def _program(self, shape: tuple[int, ...]) -> Callable[..., Any]:
@@ -139,7 +142,7 @@ class Artifact:
             "any number of images" if self.batch_sizes is None else f"{', '.join(map(str, self.batch_sizes))} images"
         )
         raise ArtifactError(
-            f"{self.path}: {batch} images of {canvas[0]}x{canvas[1]} (height x width), exported for {sizes} of "
+            f"{self.path}: {batch} images of {canvas[0]}x{canvas[1]} (height x width), but exported for {sizes} of "
             f"{canvases}; pad to one of these, or export again with other --data.test-canvases or --batch-sizes"
         )
 
@@ -153,8 +156,8 @@ class Artifact:
 def _deserialize(path: Path, part: str, data: bytes, made_with: str) -> jax.export.Exported:
     oldest = jax.export.minimum_supported_calling_convention_version
     newest = jax.export.maximum_supported_calling_convention_version
-    # The bytes are those that were written. What fails is an older jax, in any of its layers and so in any way, and
-    # with the module's operations only when they are asked for.
+    # The checksum has matched, so a failure means an older jax. It may raise in any of its layers, and for unknown
+    # operations only when the module is parsed.
     try:
         exported = jax.export.deserialize(bytearray(data))
         readable = oldest <= exported.calling_convention_version <= newest and bool(exported.mlir_module())
@@ -163,33 +166,33 @@ def _deserialize(path: Path, part: str, data: bytes, made_with: str) -> jax.expo
     if exported is None or not readable:
         raise ArtifactError(
             f"{path}: {part} was written by jax {made_with}, which jax {jax.__version__} here cannot read; "
-            f"pip install jax=={made_with}, or export again with this one"
+            f"pip install jax=={made_with}, or export again with this version"
         )
     return exported
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """The manifest and the other parts, checked."""
+    """Read the manifest and the other parts, and verify their checksums."""
     if not path.is_file():
-        raise ArtifactError(f"{path}: no such file; name an artifact that export.py has written")
-    again = "copy it again from where it was made, or export it again"
+        raise ArtifactError(f"{path}: no such file; give an artifact written by export.py")
+    again = "copy it again from its source, or export it again"
     try:
         with zipfile.ZipFile(path) as archive:
             manifest = json.loads(archive.read(MANIFEST))
             if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-                raise ArtifactError(f"{path}: its {MANIFEST} is of no artifact; name one that export.py has written")
+                raise ArtifactError(f"{path}: its {MANIFEST} is not an artifact's; give a file written by export.py")
             if manifest.get("format_version") != VERSION:
                 raise ArtifactError(
-                    f"{path}: format version {manifest.get('format_version')}, this reader knows {VERSION}; "
-                    "export it again, or take artifact.py from the querydet_jax that wrote it"
+                    f"{path}: format version {manifest.get('format_version')}, but this reader supports {VERSION}; "
+                    "export it again, or use the artifact.py of the querydet_jax that wrote it"
                 )
             parts = {name: archive.read(name) for name in manifest["parts"]}
     except ArtifactError:
         raise
     except _BROKEN as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ArtifactError(f"{path}: damaged, cut short or no artifact ({reason}); {again}") from None
+        raise ArtifactError(f"{path}: damaged, cut short or not an artifact ({reason}); {again}") from None
     for name, data in parts.items():
         if hashlib.sha256(data).hexdigest() != manifest["parts"][name]["sha256"]:
-            raise ArtifactError(f"{path}: {name} is not what was written (its SHA-256 differs); {again}")
+            raise ArtifactError(f"{path}: {name} is damaged (its SHA-256 differs); {again}")
     return manifest, parts

@@ -1,7 +1,7 @@
-"""A detector as one file that runs without this package: ``querydet_jax.inference.export.artifact`` says what is in it.
+"""Write a detector to one file that runs without this package; ``artifact`` describes its layout.
 
-Weights are arguments of the programs, not constants in them: all programs share one copy, XLA has nothing to fold,
-and a program of QueryDet on ResNet-50 has 0.2 MB in place of 164.
+Weights are arguments of the programs, not constants: all programs share one copy, XLA spends no time on folding them,
+and a program of QueryDet on ResNet-50 takes 0.2 MB instead of 164.
 Shape letters: B batch, H W image, D detections.
 """
 
@@ -47,18 +47,18 @@ def write_artifact(
     """Lower a detector for every canvas and batch size, and write it with its weights.
 
     Args:
-      path: the file, which appears whole or not at all.
+      path: the file, written atomically.
       detector: weights and inference settings.
-      config: names, classes and the resize rule for the manifest.
+      config: name, classes and resize rule for the manifest.
       canvases: (height, width) of the inputs.
-      batch_sizes: numbers of images a call; none: any number, which dense inference alone can do.
-      platforms: of cpu, cuda, tpu; each program runs on all of them.
+      batch_sizes: images per call; empty is any number, which only dense inference supports.
+      platforms: any of cpu, cuda, tpu; each program runs on all of them.
 
     Returns:
       The manifest.
 
     Raises:
-      ConfigError: no canvas or platform, one named twice, or a batch size that cannot be.
+      ConfigError: canvases or platforms are empty or repeat a value, or a batch size is invalid.
       DataError: flatbuffers is not installed, or the file cannot be written.
     """
     _check(detector.config, canvases, batch_sizes, platforms)
@@ -97,10 +97,10 @@ def write_artifact(
 
 
 def lower(detector: Detector, shape: tuple[int | None, int, int], platforms: Sequence[str]) -> bytes:
-    """The program of ``(weights, images, sizes)`` for images ``[B, H, W, 3]``, serialized.
+    """Lower the program ``(weights, images, sizes) -> detections`` for images ``[B, H, W, 3]`` and serialize it.
 
     Args:
-      shape: (B, H, W); B None: any number of images.
+      shape: (B, H, W); B may be None for any number of images.
     """
     batch, height, width = shape
     names, parameters = named_parameters(detector)
@@ -109,7 +109,7 @@ def lower(detector: Detector, shape: tuple[int | None, int, int], platforms: Seq
 
     def program(weights: dict[str, Array], images: Array, sizes: Array) -> dict[str, Any]:
         result = function(tree.unflatten([weights[name] for name in names]), images, sizes)
-        # Plain containers: what reads them knows no class of this package.
+        # Return plain containers, because readers do not have this package's classes.
         fields = {name: getattr(result, name) for name in ("boxes", "scores", "classes", "valid")}
         return {**fields, "stats": {str(level): counts._asdict() for level, counts in result.stats.items()}}
 
@@ -125,7 +125,7 @@ def lower(detector: Detector, shape: tuple[int | None, int, int], platforms: Seq
 
 
 def named_parameters(detector: Detector) -> tuple[list[str], list[Array]]:
-    """All arrays of a detector's state and their dotted names, ``backbone.res2.0.conv1.kernel``."""
+    """Return the dotted names (``backbone.res2.0.conv1.kernel``) and the arrays of a detector's state."""
     _, state = detector.function()
     leaves = jax.tree_util.tree_leaves_with_path(state)
     names = [".".join(str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey)) for path, _ in leaves]
@@ -136,22 +136,22 @@ def _check(
     inference: InferenceConfig, canvases: Sequence[Canvas], batch_sizes: Sequence[int], platforms: Sequence[str]
 ) -> None:
     if importlib.util.find_spec("flatbuffers") is None:
-        raise DataError("exporting needs flatbuffers, an extra; pip install -r requirements-export.txt")
+        raise DataError("exporting needs flatbuffers; pip install -r requirements-export.txt")
     for name, values in (("canvases", canvases), ("batch_sizes", batch_sizes), ("platforms", platforms)):
         if len(set(values)) != len(values) or (not values and name != "batch_sizes"):
-            raise ConfigError(f"{name} {values}: name each once, and at least one")
+            raise ConfigError(f"{name} {values}: give at least one, each once")
     if any(batch < 1 for batch in batch_sizes):
         raise ConfigError(f"batch_sizes {batch_sizes}: must be at least 1")
     if not batch_sizes and inference.query != "dense":
         raise ConfigError(
-            f"inference.query {inference.query} pools its buffers over the batch, so their size depends on it: give "
-            "batch_sizes, or set inference.query dense"
+            f"inference.query {inference.query} has buffers whose size depends on the batch size: give batch_sizes, or "
+            "set inference.query dense"
         )
 
 
 def _settings(inference: InferenceConfig) -> dict[str, Any]:
     settings = dataclasses.asdict(inference)
-    del settings["batch_size"]  # the artifact's own are beside
+    del settings["batch_size"]  # the manifest lists the artifact's own batch sizes
     return settings
 
 
@@ -163,20 +163,20 @@ def _npz(arrays: dict[str, Array]) -> bytes:
 
 def _write(path: Path, parts: dict[str, bytes]) -> None:
     if path.is_dir():
-        raise DataError(f"{path}: is a folder; name a file, such as {path / 'detector.zip'}")
+        raise DataError(f"{path}: is a folder; give a file, such as {path / 'detector.zip'}")
     try:
         with written_aside(path) as aside, zipfile.ZipFile(aside, "w", zipfile.ZIP_STORED) as archive:
             for name, data in parts.items():
-                entry = zipfile.ZipInfo(name)  # with a fixed time: equal artifacts are equal files
+                entry = zipfile.ZipInfo(name)  # fixed time, so that equal artifacts are equal files
                 entry.external_attr = 0o644 << 16
                 archive.writestr(entry, data)
     except OSError as error:
-        raise DataError(f"{path}: not writable ({error}); name a file in a folder that is") from None
+        raise DataError(f"{path}: not writable ({error}); give a file in a writable folder") from None
 
 
 @contextlib.contextmanager
 def _without_folders() -> Iterator[None]:
-    """A program tells each operation's source line: by the file's name, not by where the file lay on this machine."""
+    """Keep only file names, not this machine's paths, in the source locations of exported programs."""
     setting = "jax_hlo_source_file_canonicalization_regex"
     before = getattr(jax.config, setting)
     jax.config.update(setting, r".*[/\\]")
