@@ -1,4 +1,4 @@
-"""`querydet report` on a folder without a single image."""
+"""`querydet report` on a folder without image files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CONFIG = str(Path(__file__).parents[2] / "configs/demo.py")
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Image a with a small, a middling and a crowd box; b, crowded, of another size; c, empty."""
+    """Image a with a small, a medium and a crowd box; b with many boxes, of another size; c without boxes."""
     boxes = [(1, [16, 16, 8, 8], 0, 1), (1, [20, 20, 40, 40], 0, 2), (1, [0, 0, 50, 50], 1, 2)]
     boxes += [(2, [10 * n, 10, 6, 6], 0, 2) for n in range(5)]
     content = {
@@ -48,7 +48,7 @@ def call(monkeypatch: pytest.MonkeyPatch, folder: Path, words: str) -> dict:
 
 
 def test_counts_by_hand(monkeypatch, capsys, folder):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # as where it is not installed
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # as if it were not installed
     found = call(monkeypatch, folder, "--split val")
     images = found["images"]
     assert (images["number"], images["objects"], images["without_objects"], images["crowd"]) == (3, 7, 1, 1)
@@ -98,7 +98,7 @@ def test_fcos_has_no_anchors_and_the_same_queries(monkeypatch, capsys, folder):
     points = call(monkeypatch, folder, "--split val --model.detector fcos")
     assert points["anchors"] is None and "best anchor" not in capsys.readouterr().out
     assert points["queries"] == anchors["queries"] and points["inference"] == anchors["inference"]
-    # s_l is the lower end of the distances that P_l learns.
+    # s_l is the lower limit of the distances that P_l matches.
     nearer = call(monkeypatch, folder, "--split val --model.detector fcos --model.fcos.range-scale 2")
     assert [row["below_px"] for row in nearer["queries"]] == [row["below_px"] / 2 for row in points["queries"]]
 
@@ -107,7 +107,7 @@ def test_training_rule_and_images_that_fit_nothing(monkeypatch, capsys, folder):
     words = "--data.train-short 32 64 --data.train-max 96 --data.train-canvases 64 64 --data.no-crop"
     found = call(monkeypatch, folder, words + " --data.test-canvases 64 64")
     assert found["rule"] == "training: short side 32/64, one drawn per image, long side at most 96"
-    assert found["images"]["may_fit_no_canvas"] == 1  # b at 64x96, whether or not this was drawn
+    assert found["images"]["may_fit_no_canvas"] == 1  # b at 64x96, whether or not that size was drawn
     assert found["inference"]["images"] == 2 and found["inference"]["left_out"] == 1
     printed = capsys.readouterr().out
     assert "1 images may fit no canvas and training refuses them: add one to data.train_canvases" in printed

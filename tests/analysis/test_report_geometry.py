@@ -1,4 +1,4 @@
-"""Best anchors and query cells against the operations that training and inference run."""
+"""Best anchors and query cells against the operations of training and inference."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ LEVELS = (2, 3, 4, 5, 6, 7)
 
 
 def random_boxes(rng: np.random.Generator, count: int, height: int, width: int) -> np.ndarray:
-    """Of all scales and shapes, some at the edge, some centred on a corner of cells, clipped to the image."""
+    """Boxes of all scales and shapes, some at the edge, some centred on corners of cells, clipped to the image."""
     centers = rng.uniform((0, 0), (width, height), (count, 2))
     centers[::3] = np.round(centers[::3] / 8) * 8
     sides = np.exp(rng.uniform(np.log(1), np.log(300), (count, 2)))
@@ -112,12 +112,12 @@ def test_views():
     whole = view.canvas < 0  # larger than the canvas: the whole image, padded
     assert (whole == ((view.shapes > (64, 96)).any(axis=1))).all()
     assert (view.inputs[whole] % 32 == 0).all() and (view.inputs >= view.shapes).all()
-    # At 96 px nothing fits; at 64 px the third and the last neither.
+    # At 96 px no image fits; at 64 px all but the third and the last do.
     assert unfit_for_training(truth(), DATA) == 5
 
 
 def test_demand_against_the_cascade_by_its_definition():
-    """Ground-truth queries, children, squares around them: plain NumPy loops."""
+    """Compare with ground-truth queries, their children and squares around them in NumPy loops."""
     given, view = truth(), inference_view(truth(), DATA)
     images = np.array([0, 1, 3, 4])
     asked = demand(given, view, images, CONFIG, DEFAULT_BINS)
@@ -144,7 +144,7 @@ def test_demand_against_the_cascade_by_its_definition():
             for context in range(6):
                 square = cascade_oracle.squares(keys, context).mean()
                 assert of_level.active[row, context] == pytest.approx(square)
-            # The finest level makes its input a cell beyond the active ones.
+            # The finest level computes its input one cell beyond the active ones.
             ring = cascade_oracle.squares(keys, BASE.context + (level == 2)).mean()
             assert of_level.room[row] == pytest.approx(ring)
             centers = ((boxes[:, :2] + boxes[:, 2:]) / 2 / 2**level).astype(int)
@@ -156,7 +156,7 @@ def test_demand_against_the_cascade_by_its_definition():
     assert 0 < hits[2] <= hits[3]
 
 
-def test_margins_are_the_models():
+def test_margins_equal_the_models():
     network, images, sizes = model(), jnp.asarray(pictures(1, 64, 96)), jnp.asarray([[64, 96]])
 
     def levels() -> dict[int, CascadeLevel]:
@@ -171,7 +171,7 @@ def test_capacities_hold_what_they_promise():
     def asks(*room: float) -> Demand:
         return Demand(np.zeros((len(room), 6)), np.array(room), np.zeros(1, np.int64), np.zeros(1, np.int64))
 
-    # The larger of the two levels: .0101 .2 .3 .4
+    # The larger values of the two levels are .0101 .2 .3 .4
     demands = {3: asks(0.0101, 0.1, 0.3, 0.2), 2: asks(0.01, 0.2, 0.1, 0.4)}
     assert suggested_capacities(demands) == (0.2, 0.4)
     assert suggested_capacities(demands, (0.25, 0.5)) == (0.011, 0.2)

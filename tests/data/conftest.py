@@ -1,4 +1,4 @@
-"""A small COCO folder that tests alter to taste."""
+"""A small COCO folder that tests can modify."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from querydet_jax.data.readers.coco import CocoDataset
 
 
 class Folder:
-    """Writes images and a json, and opens them."""
+    """Write images and a COCO JSON file, and open them."""
 
     def __init__(self, root: Path):
         self.root, self.images = root, root / "images"
@@ -55,7 +55,7 @@ def folder(tmp_path: Path) -> Folder:
 
 @pytest.fixture
 def many(tmp_path: Path) -> Callable[[int], Folder]:
-    """A folder of n images, by turns 32x64 and 64x32 (height x width), ids 100, 101, ..., a box each."""
+    """A folder of n images, alternately 32x64 and 64x32 (height x width), with ids 100, 101, ... and one box each."""
 
     def make(n: int) -> Folder:
         made = Folder(tmp_path)

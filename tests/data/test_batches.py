@@ -1,4 +1,4 @@
-"""Plans and loaders: what comes, in which order, whatever the workers, and when files are damaged."""
+"""Plans and loaders: content and order of batches, independence of workers, damaged files."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_static_shapes_and_types(many):
     assert shapes == {(64, 96), (96, 64)}
 
 
-def test_every_image_once_an_epoch(many):
+def test_every_image_once_per_epoch(many):
     dataset = many(11).open()
     plan = TrainPlan(dataset, DATA, 4, seed=1)
     items = [plan.item(step, row) for step in range(60) for row in range(4)]
@@ -99,7 +99,7 @@ def test_resuming_gives_the_same_batches(many, n):
     assert not np.array_equal(whole[0]["images"], take(dataset, 1, seed=2)[0]["images"])
 
 
-def test_the_plan_answers_in_any_order(many):
+def test_steps_of_a_plan_can_be_asked_for_in_any_order(many):
     dataset = many(5).open()
     forwards, backwards = (TrainPlan(dataset, DATA, 4, seed=0) for _ in range(2))
     steps = [0, 1, 400, 7, 399]
@@ -175,7 +175,7 @@ def test_too_many_boxes_are_reported_once(many, caplog):
 
 
 @pytest.mark.parametrize("processes", [0, 1])
-def test_a_damaged_image_is_passed_over_and_counted(many, caplog, processes):
+def test_a_damaged_image_is_skipped_and_counted(many, caplog, processes):
     made = many(12)
     dataset = made.open()
     path = made.images / "103.png"
@@ -188,7 +188,7 @@ def test_a_damaged_image_is_passed_over_and_counted(many, caplog, processes):
     batches.close()
     assert [r.getMessage().count("103.png") for r in caplog.records] == [1]
     assert all(len(b["image_ids"]) == 4 and 103 not in b["image_ids"] for b in got)
-    made.image(103, 32, 64)  # restored: the other images of the batches were not disturbed
+    made.image(103, 32, 64)  # restored: the other images of the batches must be unchanged
     for damaged, whole in zip(got, take(dataset, 10), strict=True):
         assert damaged["images"].shape == whole["images"].shape
         intact = whole["image_ids"] != 103
@@ -196,7 +196,7 @@ def test_a_damaged_image_is_passed_over_and_counted(many, caplog, processes):
 
 
 @pytest.mark.parametrize(("batches_of", "processes"), [(train_batches, 1), (eval_batches, 0)])
-def test_what_no_check_has_foreseen_names_the_image(many, batches_of, processes):
+def test_an_unexpected_exception_names_the_image(many, batches_of, processes):
     dataset = many(4).open()
     dataset.__class__ = Unforeseen
     batches = batches_of(dataset, dataclasses.replace(DATA, processes=processes), batch_size=4, **SEED[batches_of])
@@ -249,7 +249,7 @@ def test_training_stops_when_too_many_images_fail(many):
     batches.close()
 
 
-def test_evaluation_gives_every_image_once(many):
+def test_evaluation_yields_every_image_once(many):
     dataset = many(11).open()
     batches = eval_batches(dataset, DATA, batch_size=4)
     got = list(batches)
@@ -272,7 +272,7 @@ def test_evaluation_gives_every_image_once(many):
     assert list(eval_batches(dataset, DATA, batch_size=4, indices=[])) == []
 
 
-def test_evaluation_shards_keep_step(many):
+def test_evaluation_shards_have_equal_shapes_in_equal_order(many):
     dataset = many(11).open()
     shards = [list(eval_batches(dataset, DATA, batch_size=2, shard=s, num_shards=2)) for s in range(2)]
     valid = [i for shard in shards for b in shard for i in b["image_ids"][b["valid"]].tolist()]

@@ -1,4 +1,4 @@
-"""The COCO reader: what it reads, and what it refuses in which words."""
+"""The COCO reader: what it reads, and the errors it raises."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_an_image_without_boxes_stays(folder):
     assert [len(dataset.annotation(i).classes) for i in range(3)] == [0, 0, 0]
 
 
-def test_boxes_over_the_edge_are_clipped_and_empty_ones_left_out(folder, caplog):
+def test_boxes_are_clipped_and_empty_ones_dropped(folder, caplog):
     folder.box(7, 4, [-5, 30, 20, 100])
     folder.box(7, 4, [10, 10, 0, 5])
     folder.box(7, 4, [60 - 1e-6, 10, 5, 5])  # nothing is left after clipping
@@ -59,11 +59,11 @@ def test_ground_truth_loads_into_pycocotools(folder, tmp_path, capsys):
     path.write_text(json.dumps(truth))
     coco = COCO(str(path))
     assert sorted(coco.getImgIds()) == [3, 7] and coco.getCatIds() == [4, 9]
-    assert sorted(coco.anns) == [1, 2, 3]  # never 0, which pycocotools takes for "no match"
+    assert sorted(coco.anns) == [1, 2, 3]  # never 0, which pycocotools reads as "no match"
     crowd = coco.anns[2]
     assert (crowd["iscrowd"], crowd["area"], crowd["image_id"], crowd["category_id"]) == (1, 50, 7, 4)
     assert coco.anns[1]["area"] == 200
-    assert coco.anns[3]["bbox"] == [-5, 30, 20, 100]  # the file's own
+    assert coco.anns[3]["bbox"] == [-5, 30, 20, 100]  # the file's own box
 
 
 def _images(content):
@@ -215,7 +215,7 @@ def test_palette_with_transparency(tmp_path):
     assert (read_image(tmp_path / "a.png", "a") == (10, 20, 30)).all()
 
 
-def test_numbers_without_8_bit_meaning_are_refused(tmp_path):
+def test_32_bit_pixels_are_refused(tmp_path):
     Image.new("F", (5, 3), 0.5).save(tmp_path / "a.tif")
     with pytest.raises(DataError, match="a.tif: pixels are 32-bit numbers"):
         read_image(tmp_path / "a.tif", "a.tif")
@@ -234,7 +234,7 @@ def test_exif_orientation(folder):
     entry = {"id": 1, "file_name": "turned.png", "height": 20, "width": 10}
     folder.content["images"].append(entry)
     np.testing.assert_array_equal(folder.open().load(2), shown)
-    # Annotations that state the stored size are about the stored pixels.
+    # Annotations that state the stored size refer to the stored pixels.
     entry["height"], entry["width"] = 10, 20
     dataset = folder.open()
     np.testing.assert_array_equal(dataset.load(2), stored)

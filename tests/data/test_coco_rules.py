@@ -22,7 +22,7 @@ WIDE, HIGH = (800, 1344), (1344, 800)
 
 
 class Sizes(Dataset):
-    """Images of given sizes without pixels, a box each."""
+    """Images of given sizes without pixels, with one box each."""
 
     classes, category_ids = ("car",), (1,)
 
@@ -83,7 +83,7 @@ def test_batches_are_wide_or_high_and_short_sides_are_drawn_evenly():
     assert set(drawn) == {640, 672, 704, 736, 768, 800}
     assert all(250 < count < 390 for count in drawn.values())  # 320 expected, deviation 16
     assert min(seen[WIDE], seen[HIGH]) > 40
-    assert all(len(sizes) >= 4 for sizes in per_image.values())  # 20 draws an image
+    assert all(len(sizes) >= 4 for sizes in per_image.values())  # 20 draws per image
     items = [item for batch in eval_plan(dataset, CONFIG.data, 1, list(range(4))) for item, _ in batch]
     assert [(item.index, item.shape, item.canvas) for item in items] == [
         (0, (800, 1067), WIDE),
@@ -108,7 +108,7 @@ def crowded(folder):
 def test_training_leaves_crowds_out_and_flips_half_of_the_images(crowded):
     data = dataclasses.replace(
         CONFIG.data, train_short=(60,), train_canvases=((128, 64),), max_boxes=3, threads=1
-    )  # small, the card's otherwise
+    )  # small sizes; all else as in the card
     assert data.flip == 0.5
     batches = train_batches(crowded, data, batch_size=20, seed=0)
     flipped = 0
@@ -124,8 +124,8 @@ def test_training_leaves_crowds_out_and_flips_half_of_the_images(crowded):
     assert 30 <= flipped <= 70  # 50 expected, deviation 5
 
 
-def test_evaluation_passes_over_detections_in_a_crowd(crowded):
-    """98 boxes within the crowd, all surer than the one that finds the boat: neither counted nor punished."""
+def test_evaluation_ignores_detections_in_a_crowd(crowded):
+    """98 boxes within the crowd, all with higher scores than the one on the boat, count neither as true nor false."""
     inside = [[12, y / 3, 25, y / 3 + 10] for y in range(98)]
     boxes = np.array([*inside, [0, 0, 10, 50]], np.float32)
     found = ImageDetections(3, boxes, np.linspace(0.9, 0.1, 99).astype(np.float32), np.ones(99, np.int64))

@@ -23,7 +23,7 @@ from querydet_jax.runtime.errors import DataError
         (640, 128, 3999, 3999, (3999, 800)),
         (120, 180, 1200, 1999, (1200, 1800)),
         (320, 320, 320, 320, (320, 320)),
-        (1, 5000, 800, 1333, (1, 1333)),  # never without pixels
+        (1, 5000, 800, 1333, (1, 1333)),  # at least one pixel
     ],
 )
 def test_resize_shape(h, w, short, maximum, expected):
@@ -33,7 +33,7 @@ def test_resize_shape(h, w, short, maximum, expected):
 def test_resize_is_bilinear_and_antialiased():
     image = np.zeros((4, 4, 3), np.uint8)
     image[:, 2:] = 200
-    # Halving with a triangle of radius 2 source pixels about each output centre: weights 1 3 3 1 (edge: 3 3 1).
+    # Halving filters with a triangle of radius 2 source pixels: weights 1 3 3 1 (at the edge 3 3 1).
     halved = t.resize(image, (2, 2))
     np.testing.assert_array_equal(halved[0, :, 0], [round(200 / 7), round(200 * 6 / 7)])
     assert t.resize(image, (4, 4)) is image
@@ -55,7 +55,7 @@ def test_boxes_follow_resize_flip_and_clip():
     assert kept.tolist() == [True, False, False]
 
 
-def test_crop_keeps_boxes_of_which_enough_is_in_view():
+def test_crop_keeps_boxes_with_enough_area_in_view():
     image = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
     boxes = np.array([[10, 5, 20, 15], [0, 5, 10, 15], [1, 5, 11, 15], [2, 5, 12, 15]], np.float32)
     part, cut, kept = t.crop(image, boxes, (4, 8, 10, 12))  # x from 8 to 20, y from 4 to 14
@@ -88,7 +88,7 @@ def _example(seed: int, *, flip: float = 0.0, shape=(20, 40), canvas=(32, 64)) -
     )  # fmt: skip
 
 
-def test_train_example_without_chance():
+def test_train_example_without_randomness():
     out = _example(0)
     assert out["image"].shape == (32, 64, 3) and out["size"].tolist() == [20, 40]
     np.testing.assert_array_equal(out["boxes"], [[8, 4, 18, 10], [0, 0, 0, 0]])

@@ -61,7 +61,7 @@ def test_the_mixture(scenes):
 
 
 def test_objects_show_in_the_picture(scenes):
-    """Objects differ from what surrounds them: more spread within a box than grain alone gives."""
+    """Objects differ from their surroundings: pixels in a box vary more than grain alone would."""
     spread = [
         image[int(y0) : int(np.ceil(y1)), int(x0) : int(np.ceil(x1))].astype(float).mean(axis=2).std()
         for image, boxes, _ in scenes
@@ -87,7 +87,7 @@ def test_stored_scenes_equal_the_generator_and_are_made_once(tmp_path):
     assert {c["id"]: c["name"] for c in truth["categories"]} == {1: "car", 2: "boat", 3: "tank"}
     copied = pickle.loads(pickle.dumps(train))
     np.testing.assert_array_equal(copied.load(5), train.load(5))
-    # A second opening draws nothing; other settings are another folder; TensorFlow was not needed.
+    # A second opening draws nothing; other settings use another folder; TensorFlow is not imported.
     records = sorted(tmp_path.rglob("*.array_record*"))
     times = [p.stat().st_mtime_ns for p in records]
     open_dataset(data, "train")
@@ -97,7 +97,7 @@ def test_stored_scenes_equal_the_generator_and_are_made_once(tmp_path):
     assert "tensorflow" not in sys.modules
 
 
-def test_an_interrupted_preparation_is_not_taken_for_finished(tmp_path, monkeypatch):
+def test_an_interrupted_preparation_is_not_mistaken_for_finished(tmp_path, monkeypatch):
     from querydet_jax.data.scenes import builder as scenes_builder
 
     def stop(seed, size):
@@ -111,7 +111,7 @@ def test_an_interrupted_preparation_is_not_taken_for_finished(tmp_path, monkeypa
         with pytest.raises(KeyboardInterrupt):
             open_dataset(data, "train")
     assert not [p for p in tmp_path.rglob("*") if p.is_file() and p.stat().st_size]
-    # What a killed process leaves behind does not count either.
+    # Leftovers of a killed process do not count either.
     setting = next(p for p in (tmp_path / "querydet_scenes").iterdir())
     (setting / "incomplete.ABCDEF_1.0.0").mkdir()
     assert len(open_dataset(data, "train")) == 6

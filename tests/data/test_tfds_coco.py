@@ -1,4 +1,4 @@
-"""COCO in ArrayRecord: written from a folder or from tfrecord, and read as the folder is."""
+"""COCO in ArrayRecord: written from a folder or from tfrecord, and read like the folder."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def encoded(seed: int, height: int, width: int, kind: str) -> bytes:
 
 
 def write_folder(root: Path, categories: list[dict[str, Any]], train: int = 7, val: int = 3) -> None:
-    """COCO's own layout: images by turns wide and high, ids that fall, boxes of two decimals in no order of ids."""
+    """COCO's own layout: alternately wide and high images, descending ids, unordered boxes with two decimals."""
     rng = np.random.default_rng(5)
     for split, count in (("train", train), ("val", val)):
         images, annotations = [], []
@@ -47,7 +47,7 @@ def write_folder(root: Path, categories: list[dict[str, Any]], train: int = 7, v
         for n in range(count):
             h, w = (48, 72) if n % 2 else (72, 48)
             name = f"{n:012d}.jpg"
-            # The suffix promises a JPEG; whatever is in the file is kept as it is.
+            # The suffix says JPEG; the file's bytes are kept whatever they are.
             (root / f"{split}2017" / name).write_bytes(encoded(n, h, w, "PNG" if n == 2 else "JPEG"))
             images.append({"id": 900 - n, "file_name": name, "height": h, "width": w})
             for k in range(0 if n == 1 else 4):
@@ -85,7 +85,7 @@ def prepared(folder, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def copy(prepared, tmp_path) -> Path:
-    """A data directory to alter."""
+    """A data directory to modify."""
     shutil.copytree(prepared, tmp_path / "copy")
     return tmp_path / "copy"
 
@@ -160,7 +160,7 @@ def test_the_same_seed_gives_the_same_batches(folder, prepared, processes):
 
 
 def test_what_a_folder_may_hold(tmp_path, monkeypatch, caplog):
-    """Boxes over the edge, without area or without ``area``, several files a split."""
+    """Boxes over the edge, boxes without area or without the field ``area``, and several files per split."""
     write_folder(tmp_path / "coco", [{"id": 1, "name": "car"}], train=5, val=1)
     path = tmp_path / "coco" / "annotations" / "instances_train2017.json"
     content = json.loads(path.read_text())
@@ -179,7 +179,7 @@ def test_what_a_folder_may_hold(tmp_path, monkeypatch, caplog):
     assert b.annotation(0).boxes[0].tolist() == [0, 60, 15.5, 72]
     truths = [d.coco_ground_truth()["annotations"][1] for d in (a, b)]
     assert truths[0]["area"] == pytest.approx(truths[1]["area"], abs=1e-6)
-    # TFDS's own copies also hold the boxes without area, which a folder's reader leaves out before they get here.
+    # TFDS's own copies also hold boxes without area, which prepare_coco drops.
     index = dict(np.load(tmp_path / "out" / COPY / "querydet_index-train.npz"))
     index["shares"][3] = (0.5, 0.25, 0.5, 0.75)
     np.savez(tmp_path / "out" / COPY / "querydet_index-train.npz", **index)
@@ -201,14 +201,14 @@ def test_pixels_are_the_decimals_of_the_annotation_file():
     np.testing.assert_array_equal(pixel_boxes(shares, sizes), boxes)
 
 
-def test_areas_of_boxes_are_whole_those_of_segments_between():
+def test_areas_of_boxes_are_restored_and_those_of_segments_get_half_a_pixel():
     sides = np.array([[32, 32], [10.5, 10.5], [40, 40], [40, 40]])
     got = whole_areas(np.array([1024, 110, 1024, 1600]), sides)
-    # 32x32, 110.25, a segment of 1024.0 to 1025 (medium, as COCO counts what is above 32 x 32), 40x40
+    # 32x32, 110.25, a segment between 1024 and 1025 (medium for COCO, because above 32 x 32), 40x40
     assert got.tolist() == [1024, 110.25, 1024.5, 1600]
 
 
-def test_the_index_is_made_once_and_anew_when_it_is_not_of_these_records(copy, monkeypatch, caplog):
+def test_the_index_is_made_once_and_rebuilt_for_other_records(copy, monkeypatch, caplog):
     expected = TfdsCocoDataset(copy, "coco/2017", "val").coco_ground_truth()
     path = copy / COPY / "querydet_index-validation.npz"
 
@@ -271,14 +271,14 @@ def test_damaged_records_are_refused(copy):
         TfdsCocoDataset(copy, "coco/2017", "val")
 
 
-def test_class_ids_of_coco_are_known_and_of_others_asked_for(copy, tmp_path):
+def test_class_ids_of_coco_are_known_and_others_must_be_given(copy, tmp_path):
     assert len(COCO_CLASSES) == len(set(COCO_CLASSES)) == len(COCO_IDS) == 80
     known = dict(zip(COCO_CLASSES, COCO_IDS, strict=True))
     assert [known[n] for n in ("person", "fire hydrant", "stop sign", "backpack", "dining table", "toilet")] == [
         1, 11, 13, 27, 67, 70,
     ]  # fmt: skip
     assert (known["tv"], known["book"], known["toothbrush"]) == (72, 84, 90)
-    (copy / COPY / "metadata.json").unlink()  # as in a copy that TFDS made
+    (copy / COPY / "metadata.json").unlink()  # as in a copy written by TFDS
     with pytest.raises(DataError, match="its 2 classes are not COCO's, .* write the ids to metadata.json"):
         TfdsCocoDataset(copy, "coco/2017", "val")
     (copy / COPY / "metadata.json").write_text('{"category_ids": [1]}')
@@ -288,7 +288,7 @@ def test_class_ids_of_coco_are_known_and_of_others_asked_for(copy, tmp_path):
     coco = [{"id": i, "name": name} for name, i in known.items()]
     write_folder(tmp_path / "coco", coco[::-1], train=1, val=1)
     prepare_coco(tmp_path / "coco", tmp_path / "out")
-    for name in ("metadata.json", "objects-label.labels.txt"):  # the names, which `tfds convert_format` leaves behind
+    for name in ("metadata.json", "objects-label.labels.txt"):  # class names, which `tfds convert_format` omits
         (tmp_path / "out" / COPY / name).unlink()
         dataset = TfdsCocoDataset(tmp_path / "out", "coco/2017", "val")
         assert (dataset.classes, dataset.category_ids) == (COCO_CLASSES, COCO_IDS)
@@ -319,7 +319,7 @@ def test_what_is_not_a_copy_of_coco_is_refused(copy):
 
 
 def to_tfrecord(folder: Path, out: Path) -> None:
-    """The copy as TFDS makes it by default: tfrecord, and a split without annotations. Checksums are zeros."""
+    """The copy in TFDS's default format, tfrecord, with a split without annotations. Checksums are zeros."""
     shutil.copytree(folder, out, ignore=shutil.ignore_patterns("*.array_record*", "*.npz"))
     info = json.loads((folder / "dataset_info.json").read_text())
     for split in info["splits"]:
@@ -369,7 +369,7 @@ def test_a_copy_in_tfrecord_is_converted(folder, prepared, tmp_path, capsys):
             prepare_coco(source, tmp_path / "third")
 
 
-def test_the_command_prepares_once_and_leaves_nothing_half_written(folder, tmp_path, monkeypatch, capsys):
+def test_the_command_prepares_once_and_leaves_no_partial_copy(folder, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
 
     def command(*more: str) -> None:

@@ -1,4 +1,4 @@
-"""VisDrone's folders: rows, patches as the published code cuts them, the prepared copy, and what is refused."""
+"""VisDrone's folders: rows, patches as in the published code, the prepared copy, and errors."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ FIRST = (
     "0,0,20,20,0,0,0,0\n"  # ignored region
     "5,5,4,4,0,11,0,0\n"  # others
     "6,6,4,4,1,11,0,0\n"  # others, with the score of an object
-    "7,7,4,4,0,4,0,0\n"  # a car that does not count
+    "7,7,4,4,0,4,0,0\n"  # an ignored car
     "3,25,4,0,1,4,0,0\n"  # without area
-    "40,2,4,6,1,4,1,1,\n"  # the comma at the end is in the official files
+    "40,2,4,6,1,4,1,1,\n"  # some lines of the official files end in a comma
 )
 
 
@@ -98,7 +98,7 @@ def test_split_agrees_with_the_published_code():
     for h, w, x, y, bw, bh, category, ignore, patch, *expected in np.load(GOLDEN)["visdrone_split"].tolist():
         parts = split_rows(np.array([[x, y, bw, bh, 1 - ignore, category, 0, 0]], np.int32), (h, w))
         found = [(p, [*row[:4], row[5]]) for p, rows in enumerate(parts) for row in rows.tolist()]
-        if category == 11:  # which the published code drops by its score alone
+        if category == 11:  # the published code drops it only by its score
             assert not found
         elif patch < 0:
             assert not found
@@ -115,7 +115,7 @@ def test_resized_sizes_agree_with_the_published_code():
 
 
 def test_flipping_after_the_resize_is_flipping_before_it():
-    # The published VisDrone training flips first (specification 1.4), train_example last.
+    # The published VisDrone training (visdrone/mapper.py) flips first, train_example last.
     image = np.random.default_rng(0).integers(0, 256, (54, 97, 3), dtype=np.uint8)
     boxes = np.array([[3, 4, 31, 20]], np.float32)
     shape = t.resize_shape(54, 97, 120, 199)
@@ -125,7 +125,7 @@ def test_flipping_after_the_resize_is_flipping_before_it():
     np.testing.assert_allclose(boxes_after, t.resize_boxes(boxes_flipped, (54, 97), shape), atol=1e-4)
 
 
-def test_every_row_of_an_image_full_of_boxes():
+def test_every_row_of_a_crowded_image():
     # The fullest training image has 902 objects.
     line = "1,2,3,4,1,4,0,0\n"
     assert training_rows(parse_annotations(line * 902, "full")).shape == (902, 8)
@@ -162,7 +162,7 @@ def test_malformed_lines_are_refused_by_file_and_line(split, line, message):
     assert "\n" not in str(error.value) and "correct or remove" in str(error.value)
 
 
-def test_what_is_not_in_order_is_refused(split, tmp_path):
+def test_invalid_folders_are_refused(split, tmp_path):
     annotations, images = split / "annotations", split / "images"
     (annotations / "a.txt").write_bytes(b"\xff\xfe1")
     with pytest.raises(DataError, match=r"a.txt: not text in UTF-8"):
@@ -203,11 +203,11 @@ def test_batches_from_the_configuration(split):
         test_canvases=((64, 64),), threads=1,
     )  # fmt: skip
     train, val = open_dataset(data, "train"), open_dataset(data, "val")
-    assert (len(train), len(val)) == (8, 2)  # validation is on whole images
+    assert (len(train), len(val)) == (8, 2)  # validation uses whole images
     batches = train_batches(train, data, batch_size=8, seed=0)
     batch = next(batches)
     batches.close()
-    assert sorted(batch["image_ids"].tolist()) == list(range(1, 9))  # patches without boxes too
+    assert sorted(batch["image_ids"].tolist()) == list(range(1, 9))  # including patches without boxes
     assert (batch["classes"] >= 0).sum() == 3
     assert len(list(eval_batches(val, data, batch_size=2))) == 1
 
@@ -250,7 +250,7 @@ def test_patches_are_not_cut_again(split, tmp_path):
             cut(out, patches=True)
         assert str(error.value).startswith(f"{out}: its images are patches already")
         assert "--data.no-patches" in str(error.value) and "\n" not in str(error.value)
-    # An odd number of pictures of the same form of name are pictures.
+    # Images with such names, but not in fours, are whole images.
     for kind, suffix in (("images", "jpg"), ("annotations", "txt")):
         (out / kind / f"a_2.{suffix}").unlink()
     assert len(VisDroneDataset(out, patches=True)) == 7 * 4
@@ -292,7 +292,7 @@ def test_what_preparation_did_not_write_is_not_replaced(split, tmp_path, overwri
 
 def _damage(split: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = split / "images" / "b.png"
-    path.write_bytes(path.read_bytes()[:2000])  # the header is whole, the pixels are not
+    path.write_bytes(path.read_bytes()[:2000])  # the header is complete, the pixels are not
 
 
 def _interrupt(split: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""YOLO text folders: what is read, and what is refused in which words."""
+"""YOLO text folders: what is read, and the errors raised."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_reads_boxes_in_pixels(root, caplog):
     assert [a["category_id"] for a in dataset.coco_ground_truth()["annotations"]] == [1, 0, 0]
 
 
-def test_labels_are_about_the_upright_image(root):
+def test_labels_refer_to_the_upright_image(root):
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (80, 40)).save(root / "images/train/a.png", exif=exif)
@@ -63,7 +63,7 @@ def test_other_layouts(root):
     (root / "train").mkdir()
     (root / "images/train").rename(root / "train/images")
     (root / "labels/train").rename(root / "train/labels")
-    assert len(_open(root, train_images="train/images")) == 3  # as roboflow exports
+    assert len(_open(root, train_images="train/images")) == 3  # Roboflow's layout
     (root / "train/images").rename(root / "pictures")
     with pytest.raises(DataError, match=r"pictures: no part of this path is named images"):
         _open(root, train_images="pictures")
@@ -96,9 +96,9 @@ def test_malformed_lines_are_refused_by_file_and_line(root, line, message):
     assert str(error.value).startswith(f"{path}: line 2 {message}") and "\n" not in str(error.value)
 
 
-def test_what_is_not_in_order_is_refused(root):
+def test_invalid_folders_are_refused(root):
     labels = root / "labels/train"
-    (labels / "classes.txt").write_text("car\nboat\n")  # LabelImg's, no labels
+    (labels / "classes.txt").write_text("car\nboat\n")  # LabelImg's class names, not labels
     _open(root)
     (labels / "z.txt").write_text("")
     with pytest.raises(DataError, match=r"labels/train/z.txt: there is no image .*images/train/z.\* for these labels"):

@@ -62,7 +62,7 @@ def random_case(seed, num_images=6, num_classes=3):
             results.append(result(box, float(rng.random()), 10 * int(rng.integers(1, num_classes + 1)), image))
     truth = ground_truth(annotations, num_images, names=[f"class{k}" for k in range(num_classes)])
     for i, item in enumerate(truth["annotations"]):
-        item["id"] = i + 1  # 0 would meet the fault of pycocotools that evaluate() repairs
+        item["id"] = i + 1  # an id of 0 would trigger the bug of pycocotools that evaluate() avoids
     return truth, results
 
 
@@ -96,7 +96,7 @@ def test_perfect_detections_score_100_and_print_nothing(capsys):
     found = evaluate(ground_truth([annotation(b) for b in boxes]), [result(b) for b in boxes])
     for name in ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR10", "AR100", "ARs"):
         assert found.metrics[name] == pytest.approx(100), name
-    # One detection an image is allowed: a third of the three objects.
+    # With one detection per image, a third of the three objects is found.
     assert found.metrics["AR1"] == pytest.approx(100 / 3)
     assert found.per_class["car"]["AP"] == pytest.approx(100)
     assert found.per_class["car"]["objects"] == 3
@@ -113,7 +113,7 @@ def test_half_found_scores_51_of_101_recall_points():
 
 
 def test_loose_box_counts_up_to_its_iou():
-    # IoU 0.6: found at thresholds 0.50 and 0.55 of ten; a match needs IoU >= threshold, and 0.6 is not safe in floats.
+    # IoU 0.6 matches at thresholds 0.50 and 0.55 of ten; at 0.60 it depends on rounding.
     found = evaluate(ground_truth([annotation((0, 0, 100, 100))]), [result((0, 0, 100, 59))])
     assert found.metrics["AP50"] == pytest.approx(100)
     assert found.metrics["AP75"] == 0
@@ -158,7 +158,7 @@ def test_size_bins_are_half_open_and_use_annotation_area():
     assert [found.objects[k] for k in keys] == [1, 1, 1, 1, 1, 2]
     assert [found.metrics[f"AP_{k}"] for k in keys] == pytest.approx([100, 100, 0, 100, 100, 100])
     assert [found.metrics[f"AR_{k}"] for k in keys] == pytest.approx([100, 100, 0, 100, 100, 100])
-    # The segment of the largest covers a 6x6's area: it counts there.
+    # The largest box has a segment of 36 px^2, so it counts as 6 px.
     truth["annotations"][4]["area"] = 36.0
     assert evaluate(truth, []).objects["0_8"] == 2
 
@@ -170,7 +170,7 @@ def test_own_bins_and_limits():
     found = evaluate(truth, results, max_detections=(500, 1, 100), size_bins=[(0, 12.5)])
     assert list(found.metrics)[6:9] == ["AR1", "AR100", "AR500"]
     assert list(found.metrics)[12:] == ["AP_0_12.5", "AR_0_12.5"]
-    # The headline takes the largest limit, where pycocotools' summary would stop at 100.
+    # The headline uses the largest limit; pycocotools' summary would use 100.
     assert found.metrics["AP"] == pytest.approx(100)
     assert found.metrics["AR100"] == pytest.approx(50)
     assert found.metrics["AP_0_12.5"] == pytest.approx(100)
@@ -212,7 +212,7 @@ def test_no_ground_truth_is_nan_with_a_note_and_null_in_json(images):
     assert "NaN" not in found.to_json()
 
 
-def test_callers_data_is_left_alone():
+def test_inputs_are_not_modified():
     truth, results = random_case(3)
     for item in truth["annotations"]:
         del item["area"], item["iscrowd"]
@@ -275,7 +275,7 @@ def test_detections_to_results():
 
 
 def test_rescale_by_hand():
-    # Network input 50x100 (height, width) of an original 100x300: x by 3, y by 2.
+    # A network input of 50x100 (height x width) from an original of 100x300 scales x by 3 and y by 2.
     boxes = np.array(
         [
             [10, 5, 20, 10],  # scaled

@@ -26,8 +26,8 @@ def test_hits_by_hand():
         [
             [17, 9, 23, 15],  # 6 px, centre (20, 12): hit
             [13, 5, 19, 11],  # 6 px, centre (16, 8), the cell's own corner: hit
-            [10, 5, 20, 15],  # 10 px, centre (15, 10), one cell left: missed
-            [16, 8, 24, 16],  # 8 px belongs to 8..16: hit
+            [10, 5, 20, 15],  # 10 px, centre (15, 10), one cell further left: missed
+            [16, 8, 24, 16],  # 8 px, in the bin 8..16: hit
             [0, 0, 40, 30],  # in no bin
         ]
     )
@@ -77,11 +77,11 @@ def test_accumulates_over_images_and_thresholds():
     found = recall.to_dict()
     assert found["threshold"] == 0.3 and found["objects"] == {"0_8": 3, "8_16": 1, "0_16": 4}
     assert found["by_threshold"]["0.5"] == {"recall": recall.recall(0.5), "active_share": recall.active_share()[0.5]}
-    assert json.dumps(QueryRecall(0.12).to_dict(), allow_nan=False)  # nothing counted: null, not nan
+    assert json.dumps(QueryRecall(0.12).to_dict(), allow_nan=False)  # without counts: null, not nan
 
 
 def test_parts_of_several_hosts_add_up():
-    """Also of a host that has nothing on a level, and times and counts of the evaluation around it."""
+    """Includes a host without data on a level, and the times and counts of the evaluation."""
     rng = np.random.default_rng(0)
     images = [
         (np.float32([[0, 0, 6, 6], [9, 9, 20, 20]]) + shift, rng.random((2, 4, 4)) < 0.5, rng.random((2, 4, 4)) < 0.5)
@@ -101,8 +101,7 @@ def test_parts_of_several_hosts_add_up():
 
 
 def test_thresholds_against_the_dense_query_logits():
-    """Where the context covers all that the query head sees, the cascade at any threshold is plain arithmetic on the
-    dense query probabilities."""
+    """If the context covers the query head's receptive field, dense query probabilities give the cascade."""
     probability = {level: cascade_oracle.sigmoid(np.asarray(logits)) for level, logits in model()(IMAGES).query.items()}
     thresholds = (0.3, 0.45, 0.6, 0.65, 0.7, 0.8)
     assert min(abs(p - t).min() for p in probability.values() for t in thresholds) > 1e-6, "choose others"
@@ -130,7 +129,7 @@ def test_thresholds_against_the_dense_query_logits():
 
 
 def test_a_threshold_is_as_if_configured():
-    """At context 1 a level's probabilities depend on what is active: only the cascade itself tells."""
+    """At context 1 a level's probabilities depend on the active cells, so compare with the cascade itself."""
     thresholds = (0.5, BASE.threshold, 0.75)
     swept = detector()
     found = list(swept.traces(IMAGES, None, thresholds))

@@ -1,4 +1,4 @@
-"""Scoring files of results by `querydet score`, and the curves it writes."""
+"""Scoring of result files by `querydet score`, and the curves it writes."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from querydet_jax.evaluation.standalone import score_coco, score_visdrone
 from querydet_jax.evaluation.visdrone import VisDroneImage, evaluate_visdrone
 from querydet_jax.runtime.errors import DataError
 
-# A car found, one found loosely, a bus missed; a region over the right edge of the image.
+# One car found, one found with a loose box, one bus missed; an ignored region over the right edge.
 TRUTH = "10,10,20,20,1,4,0,0\n60,10,20,20,1,4,0,0,\n10,60,30,20,1,9,0,0\n90,60,40,40,0,0,0,0\n"
 RESULTS = "10,10,20,20,0.9,4,-1,-1\n60,10,20,12,0.8,4,-1,-1\n95,62,10,10,0.7,9,-1,-1\n2,2,5,5,0.6,4\n"
 
 
 @pytest.fixture
 def split(tmp_path):
-    """Images a (100x120) and b, which is without objects; results of both."""
+    """Images a (100x120) and b, which has no objects, with results of both."""
     for folder in ("val/images", "val/annotations", "results"):
         (tmp_path / folder).mkdir(parents=True)
     for name, truth, results in (("a", TRUTH, RESULTS), ("b", "", "")):
@@ -83,7 +83,7 @@ def test_bad_visdrone_folders_are_named(split, tmp_path):
 
 @pytest.fixture
 def coco(tmp_path):
-    """Twenty classes, each with an object that is found at a looser box than the one before."""
+    """Twenty classes with one object each; the detections' boxes get looser from class to class."""
     truth = {
         "images": [{"id": 1, "width": 300, "height": 300}],
         "categories": [{"id": k, "name": f"class {k}"} for k in range(1, 21)],
@@ -144,7 +144,7 @@ def test_commands(split, coco, monkeypatch, capsys):
             lines = list(csv.DictReader(file))
         assert {line["method"] for line in lines} == {"results"}
         assert float(lines[0]["AP"]) == pytest.approx(report["metrics"]["AP50"], abs=1e-3)
-        assert lines[-1]["iou"] == "0.50" and lines[-1]["AP"] == lines[-1]["R0"] == ""  # of no object
+        assert lines[-1]["iou"] == "0.50" and lines[-1]["AP"] == lines[-1]["R0"] == ""  # a class without objects
 
 
 @pytest.mark.parametrize("classes", [1, 20])
@@ -157,7 +157,7 @@ def test_curves_are_drawn(coco, tmp_path, classes):
     assert (tmp_path / "out" / "curves_coco.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_without_matplotlib_the_numbers_are_there(coco, tmp_path, monkeypatch):
+def test_without_matplotlib_the_numbers_are_written(coco, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # as if it were not installed
     curves = {"dense": score_coco(coco / "results.json", coco / "truth.json").curves}
     written = output.write_curves(tmp_path / "out", {"coco": curves})

@@ -1,4 +1,4 @@
-"""VisDrone from pictures as distributed, through eval.py, to its official figures."""
+"""VisDrone, as distributed, through eval.py to its official metrics."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def write_truth(split, rows_of):
 
 
 def evaluate(root, *words):
-    """What eval.py prints without the time-consuming extras, and its report's methods."""
+    """Run the evaluation without its slow extras; return the methods in its report."""
     line = [f"{root}/config.json", "--weights", f"{root}/weights.npz", "--out", f"{root}/out"]
     run_eval([*line, "--pictures", "0", "--no-query-recall", *words], "querydet eval")
     return json.loads((root / "out" / "report.json").read_text())["methods"]
@@ -37,7 +37,7 @@ def evaluate(root, *words):
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """Three pictures of two sizes, and a model with random weights that finds half of what is annotated."""
+    """Three images of two sizes, and a model with random weights that finds half of the annotated objects."""
     root = tmp_path_factory.mktemp("visdrone")
     split = root / "VisDrone2019-DET-val"
     for name in ("images", "annotations"):
@@ -83,7 +83,7 @@ def test_official_figures_are_those_of_the_files_written(root, capsys):
             images.append(VisDroneImage(path.stem, dataset.size(i), dataset.official_truth(i), rows))
         official = evaluate_visdrone(images)
         assert methods[name]["visdrone"] == json.loads(official.to_json())
-        assert methods[name]["num_images"] == 3 and methods[name]["metrics"]["AP50"] > 1  # COCO's as well
+        assert methods[name]["num_images"] == 3 and methods[name]["metrics"]["AP50"] > 1  # COCO metrics, too
         assert official.metrics["AP50"] > 1
     rows = [line.split() for line in printed[printed.index("\nmethod") :].splitlines()[1:5]]
     assert rows[0][:8] == ["method", "VisDrone", "AP", "AP50", "AP75", "AR500", "COCO", "AP"]
@@ -108,4 +108,4 @@ def test_a_later_evaluation_replaces_the_result_files(root, capsys):
     assert sorted(path.name for path in folder.iterdir()) == ["0000001_b.txt", "0000001_c.txt"]
     assert methods["csq"]["visdrone"]["num_images"] == 2
     assert "visdrone_csq/*.txt, curves_visdrone.csv" in capsys.readouterr().out
-    assert not list((root / "out").glob(".*"))  # nothing written aside is left
+    assert not list((root / "out").glob(".*"))  # no temporary files remain

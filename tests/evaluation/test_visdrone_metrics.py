@@ -30,7 +30,7 @@ def box(x, y, w, h, category=CAR, score=1):
 
 
 def random_images(seed, count=8, objects=12, detections=40, size=(270, 480), decimals=8):
-    """Every odd case: regions, ignored objects, ties, any order, boxes without area, foreign categories."""
+    """Images with all special cases: regions, ignored objects, ties, any order, empty boxes, other categories."""
     rng = np.random.default_rng(seed)
     height, width = size
     out = []
@@ -113,7 +113,7 @@ def test_a_bin_of_every_size_is_the_headline():
 
 
 def test_at_least_8_times_the_speed_of_the_loops():
-    # Measured: about 40 times (70 to 100 on whole val images); the margin is for busy machines.
+    # Measured: about 40 times (70 to 100 on full val images). The margin allows for busy machines.
     images = random_images(31, count=12, objects=60, detections=300, size=(540, 960))
     begun = time.process_time()
     expected, _ = evaluate_by_loops(images)
@@ -131,7 +131,7 @@ def test_perfect_detections():
     truth = [box(10, 10, 20, 20), box(60, 10, 30, 20), box(10, 100, 9, 9, PEDESTRIAN)]
     found = evaluate_visdrone([image(truth, truth)])
     assert [found.metrics[name] for name in ("AP", "AP50", "AP75", "AR10", "AR500")] == pytest.approx([100] * 5)
-    # The first detection is a car, so no pedestrian is found: half the cars of one class of two.
+    # The first detection is a car: with limit 1, half of the cars and no pedestrian are found.
     assert found.metrics["AR1"] == pytest.approx(25)
     assert found.per_class["car"]["objects"] == 2 and found.per_class["car"]["images"] == 1
     assert math.isnan(found.per_class["bus"]["AP"]) and found.classwise[CLASSES.index("bus")] == 0
@@ -142,7 +142,7 @@ def test_perfect_detections():
     }
 
 
-def test_classes_weigh_by_their_images():
+def test_classes_are_weighted_by_their_images():
     car, person = box(10, 10, 20, 20), box(50, 50, 20, 20, PEDESTRIAN)
     images = [image([car], [car], name=str(i)) for i in range(3)] + [image([person, person], [], name="last")]
     found = evaluate_visdrone(images)
@@ -161,19 +161,19 @@ def test_limits_count_all_categories_in_file_order():
     assert found.metrics["AR500"] == 0 and found.per_class["car"]["AP"] == 0
 
 
-def test_ignored_regions_take_truth_and_detections():
+def test_ignored_regions_remove_truth_and_detections():
     region = box(100, 100, 50, 50, 0, 0)
     inside, out = box(110, 110, 20, 20), box(10, 10, 20, 20)
     found = evaluate_visdrone([image([region, inside, out], [inside, box(120, 120, 9, 9, CAR, 0.99), out])])
     assert found.num_objects == 1 and found.num_detections == 1
     assert found.metrics["AP"] == pytest.approx(100)
-    # The region covers columns 99..149 counted from 0. Of a box at x are counted x..x+19: at 140 exactly half.
+    # The region covers columns 99..149, counted from 0. A box at x counts columns x..x+19: at 140 exactly half.
     for x, objects in ((141, 1), (140, 0), (90, 0), (89, 0), (88, 1)):
         assert evaluate_visdrone([image([region, box(x, 110, 20, 20)], [])]).num_objects == objects
 
 
 def test_boxes_at_the_edges_equal_the_pixel_map():
-    # Every box of a small image, whole and half numbers, and beyond its edges.
+    # Boxes at all integer and half-integer positions of a small image, and beyond its edges.
     rng = np.random.default_rng(5)
     for size in ((9, 13), (1, 13), (9, 1), (1, 1)):
         regions = [box(*rng.integers(-1, 12, 2), *rng.integers(0, 9, 2), 0, 0) for _ in range(4)]
@@ -188,14 +188,14 @@ def test_ignored_truth_absorbs_by_the_detections_area():
     car, ignored = box(10, 10, 20, 20), box(100, 100, 80, 80, CAR, 0)
     inside = [box(110, 110, 10, 10, CAR, 0.9), box(130, 130, 10, 10, CAR, 0.8)]
     found = evaluate_visdrone([image([car, ignored], [*inside, box(10, 10, 20, 20, CAR, 0.7)])])
-    # Both go without a match; the ignored object counts as one to be found all the same.
+    # Neither detection counts; the ignored object still counts as an object.
     assert found.metrics["AP"] == pytest.approx(50) and found.metrics["AR500"] == pytest.approx(50)
     found = evaluate_visdrone([image([car, ignored], [box(110, 110, 10, 10, PEDESTRIAN, 0.9), car])])
     assert found.metrics["AP"] == pytest.approx(50)
 
 
 def test_best_free_object_is_taken():
-    # Of two objects the second detection's best is gone, so it takes the other.
+    # The second detection's best object is taken, so it takes the other.
     truth = [box(10, 10, 20, 20), box(14, 10, 20, 20)]
     found = evaluate_visdrone([image(truth, [box(10, 10, 20, 20, CAR, 0.9), box(11, 10, 20, 20, CAR, 0.8)])])
     assert found.metrics["AP50"] == pytest.approx(100)
@@ -207,7 +207,7 @@ def test_best_free_object_is_taken():
 def test_equal_scores():
     truth = [box(10, 10, 20, 20)]
     loose, tight = box(10, 10, 20, 14, CAR, 0.5), box(10, 10, 20, 20, CAR, 0.5)
-    # In matching the later one, in the ranking of all images the earlier one: the port reverses twice.
+    # Matching takes the later one first, the ranking over images the earlier one, because the port reverses twice.
     first, second = (evaluate_visdrone([image(truth, rows)]) for rows in ([loose, tight], [tight, loose]))
     assert first.metrics["AP50"] == pytest.approx(50) and first.metrics["AP75"] == pytest.approx(50)
     assert second.metrics["AP50"] == pytest.approx(50) and second.metrics["AP75"] == pytest.approx(100)
@@ -238,8 +238,8 @@ def test_curves():
 def test_size_bins_ignore_what_is_outside():
     small, large = box(10, 10, 10, 10), box(100, 100, 40, 40)
     detections = [
-        box(100, 100, 40, 40, CAR, 0.9),  # of the large object: does not count among the small
-        box(200, 200, 40, 40, CAR, 0.8),  # large and false: neither
+        box(100, 100, 40, 40, CAR, 0.9),  # on the large object: does not count in the small bin
+        box(200, 200, 40, 40, CAR, 0.8),  # large and false: does not count either
         box(110, 110, 10, 10, CAR, 0.7),  # small and false, inside the large object: counts
         box(10, 10, 10, 10, CAR, 0.6),
     ]
@@ -297,12 +297,12 @@ def test_recall_precision_curves_have_the_areas_of_the_table():
     np.testing.assert_allclose(
         means[0].precision, np.average([classes[name].precision for name in known], axis=0, weights=weights)
     )
-    # 101 samples of a curve that falls stand for its area within a hundredth of its height.
+    # The mean of 101 samples of a falling curve is its area to within a hundredth of its height.
     assert means[0].precision.mean() == pytest.approx(means[0].ap, abs=1)
     assert math.isnan(evaluate_visdrone([]).recall_precision().means[0].ap)
 
 
-def test_callers_arrays_are_left_alone():
+def test_inputs_are_not_modified():
     images = random_images(4)
     before = [(one.truth.copy(), one.detections.copy()) for one in images]
     evaluate_visdrone(images)
@@ -365,13 +365,13 @@ def test_written_files_score_the_same(tmp_path):
     assert evaluate_visdrone(again).to_dict() == evaluate_visdrone(images).to_dict()
 
 
-def test_what_a_file_says_is_known_before_it_is_written(tmp_path):
+def test_as_written_equals_the_written_file(tmp_path):
     for one in random_images(8):
         (path,) = write_result_files(tmp_path, {one.name: one.detections})
         np.testing.assert_array_equal(as_written(one.detections, one.name), read_result_file(path)[:, :6])
 
 
-def test_an_image_in_a_folder_has_its_file_in_one(tmp_path):
+def test_subfolders_of_image_names_are_kept(tmp_path):
     paths = write_result_files(tmp_path, {"day/one.webp": [(1, 2, 3, 4, 0.5, CAR)], "night/one.webp": []})
     assert [str(path.relative_to(tmp_path)) for path in paths] == ["day/one.txt", "night/one.txt"]
     assert paths[0].read_text() and not paths[1].read_text()
@@ -418,7 +418,7 @@ def test_bad_files_are_named(tmp_path):
         read_result_file(tmp_path / "binary.txt")
 
 
-def test_nothing_is_half_written(tmp_path):
+def test_invalid_input_writes_no_file(tmp_path):
     good = [(1, 2, 3, 4, 0.5, 1)]
     for bad, message in (
         ({"b": [(1, 2, 3, 4, math.inf, 1)]}, "b: row 0"),

@@ -1,7 +1,7 @@
-"""The VisDrone protocol box by box, as it reads: the standard that the vectorised evaluation is held to.
+"""The VisDrone protocol in plain loops: the reference for the vectorised evaluation.
 
-Every class, threshold and limit is matched anew by loops over images, detections and objects, over a pixel map of the
-ignored regions. Only one detection's overlaps with the objects of its image and class are an array operation.
+For every class, threshold and limit, match again with loops over images, detections and objects, on a pixel map of the
+ignored regions. Only the overlaps of one detection with the objects of its image and class are vectorised.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ LIMITS = (1, 10, 100, 500)
 
 
 def evaluate_by_loops(images, low=0.0, high=np.inf):
-    """Metrics in percent as of VisDroneMetrics, of objects with ``low <= sqrt(w*h) < high``.
+    """Compute the metrics of VisDroneMetrics in percent, for objects with ``low <= sqrt(w*h) < high``.
 
     Returns:
-      weighted and plain means by name, and AP of each class (nan without objects).
+      Weighted and plain means by name, and the AP of each class (nan without objects).
     """
     kept = [drop_in_regions(image) for image in images]
     thresholds = np.linspace(0.5, 0.95, 10)
@@ -69,7 +69,7 @@ def drop_in_regions(image):
 
 
 def match(truth, detections, threshold, low, high):
-    """(score, outcome) of each detection: 1 matched, 0 not, -1 does not count."""
+    """Return (score, outcome) of each detection: 1 matched, 0 not, -1 does not count."""
     ignored = truth[:, 4] == 0
     inside = np.array([low <= side(row) < high for row in truth], bool)
     taken = np.zeros(len(truth), bool)
@@ -101,7 +101,7 @@ def side(row):
 
 
 def overlaps(box, truth):
-    """Intersection over union, and over the box's own area, float32 [n] each."""
+    """Return the intersection over the union, and over the box's own area, float32 [n] each."""
     end, truth_end = box[:2] + box[2:4], truth[:, :2] + truth[:, 2:4]
     sides = np.maximum(np.minimum(end, truth_end) - np.maximum(box[:2], truth[:, :2]), 0)
     common = sides[:, 0] * sides[:, 1]
@@ -112,7 +112,7 @@ def overlaps(box, truth):
 
 
 def score(results, objects):
-    """AP and the recall reached, in percent."""
+    """Return AP and the recall reached, in percent."""
     order = np.argsort(np.array([s for s, _ in results], np.float32), kind="stable")[::-1]
     outcomes = np.array([o for _, o in results], int)[order]
     true, false = np.cumsum(outcomes == 1), np.cumsum(outcomes == 0)

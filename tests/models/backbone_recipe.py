@@ -1,4 +1,4 @@
-"""Weights of a backbone as a function of their PyTorch names and shapes, and an image; NumPy only."""
+"""Weights of a backbone as a function of their PyTorch names and shapes, and an image, in NumPy only."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 
 def make(name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Float32 in torch layout; activations stay where ReLU6 cuts some of them."""
+    """Return float32 weights in torch layout, scaled so that ReLU6 cuts some activations."""
     z = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape)
     if name.endswith("num_batches_tracked"):
         return np.zeros(shape, np.int64)
@@ -22,7 +22,7 @@ def make(name: str, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def image() -> np.ndarray:
-    """``recipe.image('a', 96, 128)`` of the golden tests, as uint8 RGB ``[96, 128, 3]``."""
+    """Return ``recipe.image('a', 96, 128)`` of the golden tests, as uint8 RGB ``[96, 128, 3]``."""
     found = importlib.util.spec_from_file_location("recipe", Path(__file__).parents[1] / "golden" / "recipe.py")
     recipe = importlib.util.module_from_spec(found)
     found.loader.exec_module(recipe)

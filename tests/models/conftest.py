@@ -1,4 +1,4 @@
-"""A detector whose backbone is a few means, so that heads, targets and losses compile fast."""
+"""A detector whose backbone only averages pixels, so that heads, targets and losses compile fast."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from querydet_jax.models import DenseDetector, build_model
 
 
 class MeanBackbone(nnx.Module):
-    """C2..C5 as cell means of the pixels, their channels repeated."""
+    """C2..C5 as means of the pixels over cells, with repeated channels."""
 
     def __init__(self, out_channels: dict[int, int]):
         self.out_channels = out_channels
@@ -48,7 +48,7 @@ SMALL = ModelConfig(
     max_level=6,
     backbone=BackboneConfig(name="resnet18", width=32),
     fpn=FPNConfig(channels=16),
-    # A high prior: at the usual .01 the sums would hardly feel which anchors are in them.
+    # A high prior, so that the sums depend on which anchors they include; at the usual .01 they hardly do.
     head=HeadConfig(channels=16, num_convs=1, prior=0.3),
     query=QueryConfig(channels=16, num_convs=1),
     loss=LossConfig(level_weights=(1.0, 1.5, 2.0, 4.0), query_weights=(10.0, 5.0), query_gammas=(1.2, 1.5)),
@@ -68,19 +68,19 @@ def small_config() -> ModelConfig:
 
 @pytest.fixture(scope="session")
 def small_half_model() -> DenseDetector:
-    """The same weights, computing in bfloat16."""
+    """The same weights, with computation in bfloat16."""
     return with_means(dataclasses.replace(SMALL, dtype="bfloat16"))
 
 
 @pytest.fixture(scope="session")
 def small_model() -> DenseDetector:
-    """Levels P3..P6, queries on P3 and P4, three classes. Not to be changed by a test."""
+    """Levels P3..P6, queries on P3 and P4, three classes. Tests must not modify it."""
     return with_means(SMALL)
 
 
 @pytest.fixture(scope="session")
 def small_faster_rcnn() -> DenseDetector:
-    """Faster R-CNN whose samples hold every anchor and proposal there is. Not to be changed by a test."""
+    """Faster R-CNN whose samples include all anchors and proposals. Tests must not modify it."""
     config = dataclasses.replace(
         SMALL,
         detector="faster_rcnn",
@@ -91,7 +91,7 @@ def small_faster_rcnn() -> DenseDetector:
     )
     model = with_means(config)
     rng = np.random.default_rng(3)
-    # As built, all anchors score alike and no box moves.
+    # Without this, all anchors have the same score and no box moves.
     for conv, gain in ((model.head.objectness, 2.0), (model.head.deltas, 0.3), (model.box_head.bbox_pred, 0.3)):
         conv.kernel[...] = jnp.asarray(rng.normal(0, gain, conv.kernel[...].shape), jnp.float32)
     return model
@@ -99,5 +99,5 @@ def small_faster_rcnn() -> DenseDetector:
 
 @pytest.fixture(scope="session")
 def small_fcos() -> DenseDetector:
-    """FCOS of the same configuration. Not to be changed by a test."""
+    """FCOS of the same configuration. Tests must not modify it."""
     return with_means(dataclasses.replace(SMALL, detector="fcos"))

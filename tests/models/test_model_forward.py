@@ -83,7 +83,7 @@ def test_padding_is_as_if_the_image_had_a_border_of_the_mean_colour(run: Any) ->
     assert_same(run(IMAGES), run(bordered), rtol=1e-4, atol=1e-5)
 
 
-def test_sizes_stand_for_a_physically_smaller_image(run: Any) -> None:
+def test_sizes_equal_a_smaller_image(run: Any) -> None:
     canvas = np.random.default_rng(1).integers(0, 256, (2, 64, 64, 3)).astype(np.uint8)
     canvas[:, :40, :50] = IMAGES
     whole = canvas.copy()

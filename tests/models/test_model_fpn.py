@@ -1,4 +1,4 @@
-"""The feature pyramid: its formula on small maps, its levels for any size of P5."""
+"""The feature pyramid: its formula on small maps, and its levels for any size of P5."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def make_fpn(min_level: int = 2, max_level: int = 7, **options) -> FPN:
 
 
 def stages(height: int, width: int) -> dict[int, jax.Array]:
-    """C2..C5 for a P5 of ``height x width``."""
+    """Return C2..C5 for a P5 of ``height x width``."""
     rng = np.random.default_rng(1)
     return {
         level: jnp.asarray(rng.normal(size=(2, height << (5 - level), width << (5 - level), c)), jnp.float32)
@@ -85,7 +85,7 @@ def test_levels_are_those_asked_for(min_level: int, max_level: int) -> None:
 
 @pytest.mark.parametrize("top_source", ["c5", "p5"])
 def test_coarse_levels_do_not_depend_on_where_the_outputs_start(top_source: str) -> None:
-    # Sparse inference takes the merged maps of the fine levels, not their outputs.
+    # Sparse inference uses the merged maps of the fine levels, not their outputs.
     fpn, features = make_fpn(top_source=top_source), stages(2, 2)
     merged = fpn.merge(features, 2)
     assert sorted(merged) == [2, 3, 4, 5] and sorted(fpn.merge(features, 4)) == [4, 5]

@@ -24,7 +24,7 @@ from querydet_jax.models.layers import (
 
 
 def conv_by_loops(x: np.ndarray, kernel: np.ndarray, stride: int) -> np.ndarray:
-    """Cross-correlation as torch has it: (size // 2) zeros on every side."""
+    """Cross-correlation as in torch, with size // 2 zeros on every side."""
     size, pad = kernel.shape[0], kernel.shape[0] // 2
     x = np.pad(np.float64(x), ((0, 0), (pad, pad), (pad, pad), (0, 0)))
     height, width = ((n - size) // stride + 1 for n in x.shape[1:3])
@@ -79,7 +79,7 @@ def test_frozen_norm() -> None:
     assert norm(x.astype(jnp.bfloat16)).dtype == jnp.bfloat16
 
 
-def test_batch_norm_learns_in_training_and_rests_in_evaluation() -> None:
+def test_batch_norm_updates_statistics_in_training_only() -> None:
     norm = make_norm("batch", 3, jnp.dtype("float32"))
     x = np.random.default_rng(0).normal([5, 0, -2], [1, 2, 3], size=(4, 6, 6, 3)).astype(np.float32)
     mean, var = x.mean((0, 1, 2)), x.var((0, 1, 2))
@@ -97,7 +97,7 @@ def test_batch_norm_learns_in_training_and_rests_in_evaluation() -> None:
 
 def test_group_norm_is_of_each_image_and_the_same_in_both_modes() -> None:
     norm = make_norm("group", 64, jnp.dtype("float32"))
-    # Small values, so that epsilon (torch's 1e-5) shows.
+    # Small values, so that epsilon (torch's 1e-5) matters.
     x = np.random.default_rng(0).normal(0, 0.01, (2, 4, 5, 64)).astype(np.float32)
     groups = x.reshape(2, 4, 5, 32, 2).astype(np.float64)
     mean, var = groups.mean((1, 2, 4), keepdims=True), groups.var((1, 2, 4), keepdims=True)

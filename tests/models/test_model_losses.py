@@ -1,4 +1,4 @@
-"""Training losses: paper section 3.4 written out in NumPy, empty images, the normaliser."""
+"""Training losses: QueryDet section 3.4 written out in NumPy, empty images, the normaliser."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ NOTHING = np.full_like(CLASSES, -1)
 
 @pytest.fixture(scope="module")
 def compute(small_model: DenseDetector) -> Any:
-    """``compute(boxes, classes, normalizer)``: the losses and the gradients of the total."""
+    """``compute(boxes, classes, normalizer)`` returns the losses and the gradients of the total."""
     graph, params, rest = nnx.split(small_model, small_model.trainable(), ...)
 
     def total(params: Any, boxes: jax.Array, classes: jax.Array, normalizer: jax.Array) -> tuple[jax.Array, Losses]:
@@ -45,7 +45,7 @@ def compute(small_model: DenseDetector) -> Any:
 
 @pytest.fixture(scope="module")
 def outputs(small_model: DenseDetector) -> Any:
-    """The dense outputs, ``(labels, targets)``, and the query targets by level."""
+    """Dense outputs, ``(labels, targets)`` and query targets by level."""
     graph, state = nnx.split(small_model)
 
     def run(state: Any, images: jax.Array, boxes: jax.Array, classes: jax.Array) -> Any:
@@ -127,7 +127,7 @@ def test_no_objects_give_finite_losses_and_gradients(compute: Any) -> None:
     assert float(losses.num_foreground) == 0 and float(losses.box) == 0
     assert float(losses.cls) > 0 and float(losses.query) > 0
     assert all(np.isfinite(x).all() for x in jax.tree.leaves((losses, gradients)))
-    # Nothing asks for boxes.
+    # Without objects the box branch gets no gradient.
     assert not np.any(gradients["head"]["bbox_pred"]["kernel"][...])
     some, gradients = compute(BOXES, CLASSES)
     assert float(some.num_foreground) > 0
@@ -171,12 +171,12 @@ def test_the_normalizer_is_a_moving_average_bounded_below(compute: Any) -> None:
     count = float(first.num_foreground)
     second, _ = compute(BOXES, CLASSES, float(first.normalizer))
     assert float(second.normalizer) == pytest.approx(0.9 * (0.9 * 100 + 0.1 * count) + 0.1 * count, rel=1e-6)
-    # The average of this step divides this step's sums; the query loss has no part in it.
+    # The updated average divides the sums of the same step, but not the query loss.
     ratio = float(first.normalizer) / float(second.normalizer)
     assert float(second.cls) == pytest.approx(float(first.cls) * ratio, rel=1e-5)
     assert float(second.box) == pytest.approx(float(first.box) * ratio, rel=1e-5)
     assert float(second.query) == float(first.query)
-    # Below 1 the average is kept as it is, and 1 divides.
+    # An average below 1 is stored as it is, but the divisor is at least 1.
     empty, _ = compute(BOXES, NOTHING, 0.5)
     assert float(empty.normalizer) == pytest.approx(0.45)
     weighted = float(jnp.sum(empty.per_level["cls"] * jnp.asarray([1.0, 1.5, 2.0, 4.0])))

@@ -1,4 +1,4 @@
-"""Parameters of the published networks: how many, which are trained, how they start."""
+"""Parameters of the published networks: number, training, initialisation."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def querydet() -> DenseDetector:
 
 
 def names(model: DenseDetector, *filters) -> dict[str, np.ndarray]:
-    """Official name to value in torch layout."""
+    """Return {official name: value in torch layout}."""
     found = nnx.to_flat_state(nnx.state(model, *filters))
     query = model.query_head is not None
     return {torch_name(path, query): to_torch_layout(np.asarray(v[...]), path) for path, v in found}
@@ -68,8 +68,8 @@ def test_parameters_start_as_the_published_constructors_start_them(querydet: Den
                 [x.mean(), x.std(), np.abs(x).max()], [mean, std, largest], atol=1e-5, err_msg=name
             )
             continue
-        # Five standard errors of the difference of two samples; the largest value tells a uniform
-        # distribution (1.7 standard deviations) from a normal one (above 3).
+        # Allow five standard errors of the difference of two samples. The largest value distinguishes a
+        # uniform distribution (1.7 standard deviations) from a normal one (above 3).
         drawn += 1
         assert abs(x.mean() - mean) < 5 * std * math.sqrt(2 / x.size), name
         assert abs(x.std() / std - 1) < 5 / math.sqrt(x.size), name

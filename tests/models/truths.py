@@ -1,4 +1,4 @@
-"""Ground truth at its extremes, for two images of 64 x 96, and a detector's losses and gradients of any truth."""
+"""Extreme ground truth for two images of 64 x 96, and a detector's losses and gradients for any truth."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from querydet_jax.models import DenseDetector, Losses
 IMAGES = np.random.default_rng(0).integers(0, 256, (2, 64, 96, 3), dtype=np.uint8)
 ROWS = 500
 LEARNT = (20.0, 10.0, 50.0, 44.0)
-NOWHERE = (300.0, 300.0, 302.0, 302.0)  # holds no point of any level and overlaps no anchor
+NOWHERE = (300.0, 300.0, 302.0, 302.0)  # contains no point of any level and overlaps no anchor
 
 
 def _many() -> tuple[np.ndarray, np.ndarray]:
@@ -36,7 +36,7 @@ TRUTHS: dict[str, tuple[Any, Any]] = {
 
 
 def losses_and_gradients(model: DenseDetector) -> Callable[..., tuple[Any, Any]]:
-    """``compute(boxes [B, g, 4], classes [B, g], normalizer=300.0)``; compiled once, rows padded to 500."""
+    """Return ``compute(boxes [B, g, 4], classes [B, g], normalizer=300.0)``, compiled once, with rows padded to 500."""
     graph, params, rest = nnx.split(model, nnx.Param, ...)
 
     @jax.jit

@@ -1,4 +1,4 @@
-"""Convolution: the gradient of its kernel in blocks of rows against XLA's."""
+"""Convolution: the kernel gradient in blocks of rows against XLA's."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from querydet_jax.ops import conv2d
     ("size", "stride", "padding", "shape"),
     [
         (3, 1, [(1, 1), (1, 1)], (2, 12, 7)),  # blocks of four rows
-        (3, 1, [(1, 1), (1, 1)], (1, 11, 7)),  # a prime number of rows: one a block
+        (3, 1, [(1, 1), (1, 1)], (1, 11, 7)),  # a prime number of rows: one per block
         (3, 2, [(1, 1), (1, 1)], (2, 13, 10)),
         (3, 2, [(0, 1), (0, 1)], (1, 12, 8)),  # TensorFlow's padding
         (7, 2, [(3, 3), (3, 3)], (2, 16, 18)),  # a ResNet's stem
@@ -57,7 +57,7 @@ def test_bfloat16_is_summed_in_float32(monkeypatch):
 
 
 def test_large_maps_take_blocks_and_small_ones_do_not():
-    """A loop over blocks is in the program of the one, and in none of the other."""
+    """The program of a large map contains the loop over blocks, that of a small one does not."""
 
     def loops(side: int, channels: int) -> int:
         x, kernel = jnp.zeros((1, side, side, channels)), jnp.zeros((3, 3, channels, 4))

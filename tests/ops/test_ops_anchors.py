@@ -23,7 +23,7 @@ def test_cell_anchors_by_hand() -> None:
     squares = cells[1::3]
     np.testing.assert_allclose(squares[:, 2] - squares[:, 0], [16.0, 20.158737, 25.398417], rtol=1e-6)
     np.testing.assert_array_equal(squares[:, 2] - squares[:, 0], squares[:, 3] - squares[:, 1])
-    # One area for every ratio of a size, and ratios are h / w.
+    # All ratios of a size have the same area, and ratios are h / w.
     width, height = (cells[:, 2:] - cells[:, :2]).T
     np.testing.assert_allclose(
         (width * height).reshape(3, 3), np.repeat([[256.0], [406.3747], [645.0796]], 3, 1), rtol=1e-5

@@ -1,4 +1,4 @@
-"""Box arithmetic: cases by hand, the published coder's numbers, rounding that keeps ties ties."""
+"""Box arithmetic: cases by hand, the published coder's numbers, rounding that preserves ties."""
 
 from __future__ import annotations
 
@@ -116,8 +116,8 @@ def test_decode_clamps_growth_and_nothing_else() -> None:
     assert MAX_LOG_SCALE == pytest.approx(4.135166556742356, abs=1e-15)
     box = np.asarray(decode(anchor, jnp.asarray([100.0, -100, 50, -50])))
     assert box[2] - box[0] == pytest.approx(62.5, rel=1e-5)  # exp(50) px otherwise
-    assert 0 <= box[3] - box[1] < 1e-5  # shrinking is free
-    assert (box[0] + box[2]) / 2 == pytest.approx(100.0)  # and so is moving
+    assert 0 <= box[3] - box[1] < 1e-5  # shrinking is not clamped
+    assert (box[0] + box[2]) / 2 == pytest.approx(100.0)  # nor is moving
     assert np.isfinite(decode(anchor, jnp.asarray([0.0, 0, 1e30, 1e30]))).all()
 
 

@@ -16,7 +16,7 @@ LOGITS = np.concatenate([np.linspace(-12, 12, 97), [-100, -30, 0, 30, 100]]).ast
 
 
 def focal_in_float64(logits: np.ndarray, target: float, alpha: float, gamma: float) -> np.ndarray:
-    """Equation 5 of Lin et al. 2017, with log p_t = -log(1 + exp(-z)) for the signed logit z."""
+    """Compute RetinaNet (Lin et al. 2017) eq. 5 with log p_t = -log(1 + exp(-z)) for the signed logit z."""
     z = np.asarray(logits, np.float64) * (1 if target else -1)
     log_p = -np.logaddexp(0, -z)
     miss = np.exp(-np.logaddexp(0, z))
@@ -67,13 +67,13 @@ def test_focal_gradient_is_finite_and_right_everywhere(gamma: float, target: flo
     gradient = jax.jit(jax.vmap(jax.grad(lambda x: focal_loss(x, jnp.float32(target), alpha=0.25, gamma=gamma))))
     found = np.asarray(gradient(jnp.asarray(LOGITS)))
     assert np.isfinite(found).all()
-    # d/dz of -a m^g log p with m = 1 - p: a m^g (g p log p - m), and the sign of z's definition.
+    # d/dz of -a m^g log p with m = 1 - p is a m^g (g p log p - m), times the sign in the definition of z.
     sign = 1 if target else -1
     z = LOGITS.astype(np.float64) * sign
     log_p, miss = -np.logaddexp(0, -z), np.exp(-np.logaddexp(0, z))
     expected = sign * (0.25 if target else 0.75) * miss**gamma * (gamma * np.exp(log_p) * log_p - miss)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-9)
-    # Where the network is sure and wrong, the full slope of the cross-entropy.
+    # A confident error has the full slope of the cross-entropy.
     wrong = LOGITS == (-100 if target else 100)
     assert abs(found[wrong][0]) == pytest.approx(0.25 if target else 0.75, rel=1e-5)
 

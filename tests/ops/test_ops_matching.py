@@ -24,11 +24,11 @@ ANCHORS = np.concatenate(
     ]
 )
 COMPILED = {matcher: jax.jit(partial(match_anchors, matcher=matcher)) for matcher in MATCHERS}
-ROWS = 504  # all cases are padded to it, so that one program serves them
+ROWS = 504  # all cases are padded to this, so that one program serves all
 
 
 def iou_of(anchors: np.ndarray, box: np.ndarray) -> np.ndarray:
-    """IoU ``[R]``, every operation rounded to float32."""
+    """Return the IoU ``[R]``, with every operation rounded to float32."""
     size = np.maximum(np.minimum(anchors[:, 2:], box[2:]) - np.maximum(anchors[:, :2], box[:2]), np.float32(0))
     intersection = size[:, 0] * size[:, 1]
     areas = (anchors[:, 2] - anchors[:, 0]) * (anchors[:, 3] - anchors[:, 1])
@@ -39,7 +39,7 @@ def iou_of(anchors: np.ndarray, box: np.ndarray) -> np.ndarray:
 def match_by_the_rules(
     anchors: np.ndarray, boxes: np.ndarray, classes: np.ndarray, matcher: str, low: float = 0.4, high: float = 0.5
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Labels and matched boxes ``[R]``: one pass for the best box of each anchor, one for low-quality matches."""
+    """Return labels and matched boxes ``[R]``: one pass for each anchor's best box, one for low-quality matches."""
     real = [g for g in range(len(boxes)) if classes[g] >= 0]
     best = np.zeros(len(anchors), np.float32)
     matched = np.zeros(len(anchors), np.int32)
@@ -87,8 +87,7 @@ def assert_follows_the_rules(boxes: np.ndarray, classes: np.ndarray, matcher: st
 
 @st.composite
 def truths(draw: st.DrawFn, count: int = 24) -> tuple[np.ndarray, np.ndarray]:
-    """Boxes on a 4 px lattice: many lie symmetrically between anchors, some are equal, some empty.
-    Padding anywhere among them."""
+    """Boxes on a 4 px lattice, many symmetric between anchors, some equal, some empty, with padding anywhere."""
     ends = draw(hnp.arrays(np.int32, (count, 2, 2), elements=st.integers(0, 16)))
     ends = np.sort(ends, axis=1) * np.float32(4)
     classes = draw(hnp.arrays(np.int32, (count,), elements=st.integers(-1, 2)))
@@ -119,11 +118,11 @@ def test_random_boxes(matcher: str, count: int) -> None:
 
 
 @pytest.mark.parametrize("matcher", MATCHERS)
-def test_padding_changes_nothing_wherever_it_stands(matcher: str) -> None:
+def test_padding_anywhere_changes_nothing(matcher: str) -> None:
     rng = np.random.default_rng(5)
     boxes, classes = random_boxes(rng, 6), rng.integers(0, 3, 6).astype(np.int32)
     plain_labels, plain_matched = run(matcher, boxes, classes)
-    # Spread over several blocks of boxes, with blocks of padding between; it holds coordinates that look real.
+    # Spread the boxes over several blocks, with blocks of padding in between that hold plausible coordinates.
     places = np.array([3, 4, 7, 8, 15, 222])
     padded, padded_classes = random_boxes(rng, ROWS), np.full(ROWS, -1, np.int32)
     padded[places], padded_classes[places] = boxes, classes
@@ -144,7 +143,7 @@ def test_nothing_to_match_is_background(matcher: str, case: str) -> None:
 
 
 def by_hand(matcher: str, anchors: list, boxes: list, classes: list) -> tuple[list[int], list[int]]:
-    """Labels and matched boxes of a few anchors; the remaining rows lie far away."""
+    """Return labels and matched boxes of a few anchors; the remaining rows are far away."""
     elsewhere = np.full((len(ANCHORS), 4), [1e4, 1e4, 1e4 + 10, 1e4 + 10], np.float32)
     elsewhere[: len(anchors)] = anchors
     labels, matched = run(matcher, np.asarray(boxes), np.asarray(classes), elsewhere)
@@ -154,7 +153,7 @@ def by_hand(matcher: str, anchors: list, boxes: list, classes: list) -> tuple[li
 @pytest.mark.parametrize("matcher", MATCHERS)
 def test_thresholds_and_their_edges(matcher: str) -> None:
     anchors = [[0, 0, 10, 10], [0, 0, 10, 5], [0, 0, 10, 4], [50, 50, 60, 60], [0, 0, 10, 12]]
-    # The second anchor is the box: the others are judged by their IoU .5, .8, 0 and 5/12 alone.
+    # The second anchor equals the box, so only their IoUs .5, .8, 0 and 5/12 decide the others.
     assert by_hand(matcher, anchors, [[0, 0, 10, 5]], [7]) == ([7, 7, 7, BACKGROUND, IGNORED], [0] * 5)
     # IoU .4 is ignored, not background; 1/3 is background.
     assert by_hand(matcher, anchors, [[0, 0, 10, 4]], [7])[0] == [IGNORED, 7, 7, BACKGROUND, BACKGROUND]

@@ -1,4 +1,4 @@
-"""Selection and suppression: NumPy oracles, the published code's kept boxes, the corner cases."""
+"""Selection and suppression: NumPy oracles, the published code's kept boxes, corner cases."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LIMITS = (7, COUNT)
 
 
 def in_many_turns(*given: jax.Array, **parameters: float) -> tuple[jax.Array, jax.Array]:
-    """``class_wise_nms`` that looks at few candidates a turn and settles fewer."""
+    """Run ``class_wise_nms`` with few candidates per iteration."""
     with mock.patch.multiple(nms, _LOOKED_AT=8, _SETTLED=3):
         return class_wise_nms(*given, **parameters)  # pyright: ignore[reportArgumentType]
 
@@ -48,7 +48,7 @@ def iou_of(box: np.ndarray, other: np.ndarray) -> np.float32:
 
 
 def greedy(boxes: np.ndarray, scores: np.ndarray, classes: np.ndarray, limit: int, threshold: float = 0.5) -> list[int]:
-    """Best first (the first on ties), kept unless a kept box of its class overlaps it above the threshold."""
+    """Greedy NMS: best first (the first on ties), kept unless a kept box of its class overlaps it too much."""
     kept: list[int] = []
     for i in np.argsort(-scores, kind="stable"):
         if np.isneginf(scores[i]) or len(kept) == limit:
@@ -83,7 +83,7 @@ def test_equals_greedy(function: Callable, limit: int, given: tuple[np.ndarray, 
 
 @pytest.mark.parametrize("alive", [1, 130, 260, 700])
 @pytest.mark.parametrize("limit", [5, 90, 400])
-def test_equals_greedy_on_more_candidates_than_a_turn_takes(limit: int, alive: int) -> None:
+def test_equals_greedy_on_more_candidates_than_an_iteration_takes(limit: int, alive: int) -> None:
     rng = np.random.default_rng(alive)
     corner = rng.integers(0, 12, (700, 2))
     boxes = np.concatenate([corner, corner + rng.integers(1, 5, (700, 2))], 1).astype(np.float32)
@@ -137,11 +137,11 @@ def test_rules_by_hand() -> None:
     half, whole, apart = [0, 0, 10, 5], [0, 0, 10, 10], [50, 50, 60, 60]
     assert kept([whole, half, apart], [0.9, 0.8, 0.7], [0, 0, 0]) == [0, 1, 2]  # IoU 1/2 is not above 1/2
     assert kept([whole, half, apart], [0.9, 0.8, 0.7], [0, 0, 0], threshold=0.49) == [0, 2]
-    assert kept([whole, whole, whole], [0.3, 0.9, 0.6], [0, 1, 0]) == [1, 2]  # classes do not meet
+    assert kept([whole, whole, whole], [0.3, 0.9, 0.6], [0, 1, 0]) == [1, 2]  # other classes do not suppress
     assert kept([whole, whole], [0.5, 0.5], [2, 2]) == [0]  # the first of equals
     assert kept([apart, whole], [0.5, 0.5], [2, 2]) == [0, 1]
     assert kept([whole] * 3, [0.0, 0.0, 0.0], [0, 1, 2]) == [0, 1, 2]  # a score of 0 is a score
-    assert kept([whole] * 3, [-0.0, 0.0, -0.0], [0, 1, 2]) == [0, 1, 2]  # and all zeros tie
+    assert kept([whole] * 3, [-0.0, 0.0, -0.0], [0, 1, 2]) == [0, 1, 2]  # 0 and -0 tie
 
 
 def test_a_suppressed_box_suppresses_nothing() -> None:
@@ -157,7 +157,7 @@ def test_limits_and_absent_candidates() -> None:
     assert kept(apart, [-np.inf, 0.6, -np.inf, 0.5, -np.inf, -np.inf], [0] * 6) == [1, 3]
     assert kept(apart, [-np.inf] * 6, [0] * 6) == []
     assert kept([], [], []) == []
-    # What an absent candidate holds does not matter.
+    # The content of an absent candidate does not matter.
     assert kept([[-np.inf, np.nan, np.inf, 0], [0, 0, 10, 10]], [-np.inf, 0.4], [0, 0]) == [1]
 
 
@@ -197,7 +197,7 @@ def test_soft_nms_equals_plain_loops(name: str, limit: int, given: tuple[np.ndar
             assert keep[turn] == 0 and decayed[turn] == 0
             continue
         best = int(keep[turn])
-        # The linear weight is arithmetic and exact, ties and all; two exponentials may differ in the last bit.
+        # The linear weight is exact, including ties; two implementations of exp may differ in the last bit.
         if SOFT[name]["method"] == "linear":
             assert best == max(remaining, key=lambda i: (remaining[i], -i))
             assert decayed[turn] == remaining[best]
@@ -223,7 +223,7 @@ def test_soft_nms_with_weights_of_one_and_of_zero(given: tuple[np.ndarray, np.nd
         keep, valid, decayed = map(np.asarray, EXTREME[name](*given))
         assert keep[valid].tolist() == by_score
         np.testing.assert_array_equal(decayed[valid], scores[by_score])
-    # A weight of 0 for whatever overlaps: hard NMS.
+    # A weight of 0 for every overlap is hard NMS.
     keep, valid, decayed = map(np.asarray, EXTREME["narrow gaussian"](*given))
     expected = [i for i in greedy(*given, COUNT, threshold=0.0) if scores[i] > 0]
     assert keep[valid].tolist() == expected
@@ -305,7 +305,7 @@ def test_soft_nms_refuses_another_method() -> None:
 
 
 def top_by_sorting(scores: np.ndarray, row_best: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Values and flat indices by a stable sort of everything that is not excluded."""
+    """Return values and flat indices by a stable sort of all entries that are not excluded."""
     flat = np.where((row_best > -np.inf)[:, None], scores, -np.inf).reshape(-1)
     order = np.argsort(-flat, kind="stable")[: min(k, flat.size)]
     return flat[order], order
@@ -332,14 +332,14 @@ TOP = {k: jax.jit(partial(top_scores, k=k)) for k in (1, 3, 12, 37, 500)}
 
 
 def test_top_scores_ties_go_by_position() -> None:
-    """Rows that do not lie in map order: the same result as the same rows in map order."""
+    """Rows in another order than the map's give the same result as rows in map order."""
     rng = np.random.default_rng(0)
     scores = rng.integers(0, 4, (12, 3)).astype(np.float32)
     order = rng.permutation(12)
     values, row, column = TOP[12](scores, scores.max(1))
     shuffled = jax.jit(partial(top_scores, k=12))(scores[order], scores[order].max(1), position=jnp.asarray(order))
     np.testing.assert_array_equal(shuffled[0], values)
-    sure = np.asarray(values) > values[-1]  # those that tie with the last may be others
+    sure = np.asarray(values) > values[-1]  # other entries may tie with the last
     np.testing.assert_array_equal(order[np.asarray(shuffled[1])][sure], np.asarray(row)[sure])
     np.testing.assert_array_equal(np.asarray(shuffled[2])[sure], np.asarray(column)[sure])
     assert len(set(np.asarray(values)[sure].tolist())) < sure.sum() > 3
@@ -350,7 +350,7 @@ def test_top_scores_by_hand() -> None:
     values, row, column = jax.jit(partial(top_scores, k=4))(scores, scores.max(1))
     assert values.tolist() == [9.0, 9.0, 8.0, 5.0]
     assert row.tolist() == [1, 1, 2, 0] and column.tolist() == [0, 1, 1, 0]
-    # The best row is excluded; four entries are left.
+    # The best row is excluded, so four entries remain.
     values, row, column = jax.jit(partial(top_scores, k=5))(scores, jnp.asarray([5.0, -jnp.inf, 8.0]))
     assert values.tolist() == [8.0, 5.0, 5.0, 1.0, -np.inf]
     assert row[:4].tolist() == [2, 0, 2, 0] and column[:4].tolist() == [1, 0, 0, 1]

@@ -1,4 +1,4 @@
-"""Points, distances, centerness, and which point learns which box: by hand and against loops."""
+"""Points, distances, centerness and the matching of points to boxes, by hand and against loops."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def assigned_by_the_rules(boxes: np.ndarray, classes: np.ndarray) -> tuple[np.nd
 
 @st.composite
 def truths(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray]:
-    """Corners on a 4 px lattice: points then lie on sides and at equal distances."""
+    """Boxes with corners on a 4 px lattice, so that points lie on sides and at equal distances."""
     ends = draw(hnp.arrays(np.int32, (ROWS, 2, 2), elements=st.integers(0, 16)))
     boxes = np.sort(ends, axis=1).reshape(ROWS, 4) * np.float32(4)
     return boxes.astype(np.float32), draw(hnp.arrays(np.int32, (ROWS,), elements=st.integers(-1, 2)))
@@ -93,7 +93,7 @@ def test_lattice_boxes(truth: tuple[np.ndarray, np.ndarray]) -> None:
         np.testing.assert_array_equal(found, expected)
 
 
-def test_only_points_near_the_centre_learn() -> None:
+def test_only_points_near_the_centre_match() -> None:
     labels, _ = assign([[4, 4, 44, 44]], [1])  # centre (24, 24)
     second = labels[64:].reshape(4, 4)
     # Stride 16: points at 8, 24, 40 are less than 24 px away, and the box reaches 24 px and more from all but (24, 24).

@@ -39,7 +39,7 @@ def run(
     scale_range: tuple[float, float] = (6.0, 32.0),
     factor: float = 1.0,
 ) -> np.ndarray:
-    """Targets bool ``[8, 8]``. Boxes are padded to one number, so that one program serves all tests."""
+    """Return the targets bool ``[8, 8]``. Boxes are padded to a fixed number, so that one program serves all tests."""
     missing = ROWS - len(boxes)
     boxes = np.pad(np.float32(boxes).reshape(-1, 4), ((0, missing), (0, 0)))
     classes = np.pad(np.int32(classes), (0, missing), constant_values=-1)
@@ -49,7 +49,7 @@ def run(
 
 
 def targets_by_the_rules(boxes: np.ndarray, classes: np.ndarray, radius: str) -> np.ndarray:
-    """Nearest small object by float32 distance, the first on ties; then its radius."""
+    """Find the nearest small object by float32 distance, the first on ties, and apply its radius."""
     size = boxes[:, 2:] - boxes[:, :2]
     scales = np.sqrt(size[:, 0] * size[:, 1])
     centers = np.float32(0.5) * (boxes[:, :2] + boxes[:, 2:])
@@ -84,8 +84,8 @@ def test_lattice_boxes(radius: str, truth: tuple[np.ndarray, np.ndarray]) -> Non
 
 @pytest.mark.parametrize("radius", ["object", "level"])
 def test_mirrored_objects_tie_although_their_distances_are_rounded(radius: str) -> None:
-    # Pairs at offsets (a, b) and (b, a) from a cell's middle, of unlike scales: a fused multiply-add
-    # would put one of them nearer.
+    # Pairs of different scales at offsets (a, b) and (b, a) from a cell's middle: a fused multiply-add
+    # would make one of them nearer.
     rng = np.random.default_rng(0)
     positive = 0
     for _ in range(60):
@@ -106,7 +106,7 @@ def square(x: float, y: float, side: float) -> list[float]:
 
 
 def cells_of(boxes: list[list[float]], classes: list[int] | None = None, **options: Any) -> set[tuple[int, int]]:
-    """Positive (row, column) on an 8 x 8 map of stride 8; cell middles at 4, 12, 20, ..."""
+    """Return the positive (row, column) on an 8 x 8 map of stride 8, with cell middles at 4, 12, 20, ..."""
     found = run(
         np.asarray(boxes),
         classes if classes is not None else [0] * len(boxes),
@@ -127,7 +127,7 @@ def test_the_radius_is_the_objects_own_scale_and_strict() -> None:
     assert cells_of([square(20, 20, 12)]) == {(y, x) for y in (1, 2, 3) for x in (1, 2, 3)}
 
 
-def test_a_cell_is_judged_from_its_middle() -> None:
+def test_distances_are_from_the_cells_middle() -> None:
     assert cells_of([square(16, 16, 5)]) == set()  # a corner: all middles are 5.7 px away
     assert cells_of([square(16, 16, 6)]) == {(1, 1), (1, 2), (2, 1), (2, 2)}
 
@@ -142,9 +142,9 @@ def test_scale_interval_is_half_open() -> None:
 def test_only_the_nearest_small_object_counts() -> None:
     far, tiny = square(28, 20, 24), square(20, 20, 2)
     assert (2, 2) in cells_of([far])
-    # At (2, 1) the tiny object is 8 px away, beyond its 2; the far one's 16 px would be within its 24.
+    # At (2, 1) the tiny object is 8 px away, beyond its radius 2; the far one, 16 px away, is within its radius 24.
     assert (2, 1) in cells_of([far]) and (2, 1) not in cells_of([far, tiny])
-    # An object too large for the level casts no such shadow, and neither does padding.
+    # Objects too large for the level and padding do not take precedence like that.
     assert cells_of([far, square(20, 20, 40)]) == cells_of([far])
     assert cells_of([far, tiny], [0, -1]) == cells_of([far])
 

@@ -21,7 +21,7 @@ FEATURES = {
 
 
 def some_boxes() -> np.ndarray:
-    """``[2, 11, 4]``: the whole image, slivers over several windows, an empty one, one in a corner, and others."""
+    """Boxes ``[2, 11, 4]``: the whole image, slivers over several windows, an empty one, one in a corner, others."""
     height, width = IMAGE
     rng = np.random.default_rng(0)
     center = rng.uniform(0, 1, (2, 11, 2)) * [width, height]
@@ -76,7 +76,7 @@ def test_the_gradient_is_the_transpose():
 
 
 def test_bfloat16_is_summed_in_float32():
-    """A constant map gives the constant wherever a bin lies inside it, rounded once."""
+    """A constant map gives the constant in bins inside the map, rounded once."""
     features = {level: jnp.full(x.shape, 0.3, jnp.bfloat16) for level, x in FEATURES.items()}
     box = np.float32([[[20, 20, 180, 150]], [[40, 40, 60, 70]]])
     found = jax.jit(functools.partial(roi_align, size=SIZE))(features, box, np.ones((2, 1), bool))

@@ -1,4 +1,4 @@
-"""Balanced samples: numbers, membership, chance."""
+"""Balanced samples: counts, membership, randomness."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_fewer_candidates_than_wanted():
     assert found.valid.tolist() == [True, True, *[False] * 6] and found.index[:2].tolist() == [0, 1]
 
 
-def test_all_candidates_are_as_likely_and_keys_decide():
+def test_all_candidates_are_equally_likely_and_the_key_decides():
     first, second = masks(4, 20)
     keys = jax.random.split(jax.random.key(0), 2000)
     found = jax.device_get(jax.jit(jax.vmap(lambda key: SAMPLE(key, first, second)))(keys))

@@ -30,7 +30,7 @@ def brightness(image, y0, y1, x0, x1):
 
 
 @pytest.mark.parametrize(("height", "width", "scale"), [(320, 320, 3), (1080, 1920, 1), (64, 48, 8), (450, 900, 1)])
-def test_small_pictures_are_enlarged_by_a_whole_number(height, width, scale):
+def test_small_pictures_are_enlarged_by_an_integer(height, width, scale):
     assert display_scale(height, width) == scale
     out = draw_detections(noise(height, width), np.zeros((0, 4)), np.zeros(0))
     assert out.dtype == np.uint8 and out.shape[1:] == (width * scale, 3)
@@ -52,7 +52,7 @@ def test_frame_lies_around_the_box_never_on_it():
 def test_boxes_follow_the_enlargement():
     out = draw_detections(picture(320, 320), [[100, 200, 110, 210]], [1])
     assert (out[600:630, 300:330] == 90).all()
-    # The label stands above; below and beside is the line.
+    # The label is above the box; the line shows below and beside it.
     assert (out[632, 300:330] == class_colour(1)).all() and (out[600:630, 297:299] == class_colour(1)).any()
 
 
@@ -65,7 +65,7 @@ def test_low_scores_and_boxes_outside_are_not_drawn():
     assert (out[:1000] != image).any()
 
 
-def test_box_at_the_rim_shows_all_four_sides():
+def test_box_at_the_edge_shows_all_four_sides():
     out = draw_detections(picture(), [[-20, -20, 1100, 1020]], [0])[:1000]
     for side in (out[0], out[999], out[:, 0], out[:, 999]):
         assert (side == class_colour(0)).all(axis=-1).mean() > 0.8
@@ -87,7 +87,7 @@ def test_no_boxes_still_gives_a_picture():
 
 
 def test_labels_cover_neither_small_boxes_nor_each_other():
-    # Two far apart, then a crowd of tiny boxes that must stay bare.
+    # Two boxes far apart, then a crowd of tiny boxes that must get no labels.
     apart = np.array([[100, 100, 130, 130], [600, 600, 640, 640]], float)
     crowd = np.array(
         [[300 + 12 * i, 300 + 12 * j, 306 + 12 * i, 306 + 12 * j] for i in range(4) for j in range(4)], float
@@ -103,13 +103,13 @@ def test_labels_cover_neither_small_boxes_nor_each_other():
     for x0, y0, x1, y1 in apart.astype(int):
         np.testing.assert_array_equal(out[y0:y1, x0:x1], 90)
     assert written(crowd)[0] == 0
-    # One above the other: the lower one's label has to leave its place on top.
+    # One box above the other: the lower one's label must move away from its top.
     stack = np.array([[100, 100, 130, 130], [100, 134, 130, 164]], float)
     count, out = written(stack)
     assert count == 2
     for x0, y0, x1, y1 in stack.astype(int):
         np.testing.assert_array_equal(out[y0:y1, x0:x1], 90)
-    # Side by side: two labels wider than their boxes paint twice the area of one.
+    # Side by side, two labels wider than their boxes fill twice the area of one.
     pair = np.array([[100, 100, 130, 130], [134, 100, 164, 130]], float)
     count, out = written(pair)
     assert count == 2
@@ -154,7 +154,7 @@ def test_map_may_reach_into_padding_and_stride_may_be_a_fraction():
     assert draw_heatmap(picture(1000, 999), np.ones((38, 38), np.float32), 26.31).shape[1] == 999
 
 
-def test_title_adds_a_strip():
+def test_a_title_adds_a_strip():
     heat = np.zeros((10, 10), np.float32)
     plain, titled = draw_heatmap(picture(), heat, 100), draw_heatmap(picture(), heat, 100, title="P4")
     extra = titled.shape[0] - plain.shape[0]
@@ -286,7 +286,7 @@ def test_inner_edge():
     assert edge.sum() == 5 + 2 * 4 and not edge[3:6, 5:].any(), "no edge along the rim of the picture"
 
 
-def test_text_is_kept_to_letters_the_font_has():
+def test_text_is_reduced_to_the_fonts_letters():
     assert ascii_text("café 車 <8 px") == "cafe ? <8 px"
     font = ImageFont.load_default(size=20)
     missing = font.getmask("\uffff").getbbox()
