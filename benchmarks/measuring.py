@@ -14,7 +14,7 @@ from benchmarks.subjects import laid_out_queries, open_run, random_image, random
 from benchmarks.timing import interleaved, percentiles
 from querydet_jax.config import Config, InferenceConfig, override
 from querydet_jax.data import Dataset
-from querydet_jax.evaluation.metrics import known
+from querydet_jax.evaluation.metrics import nan_to_none
 from querydet_jax.evaluation.runner import Evaluation, evaluate_detectors, first_images
 from querydet_jax.inference.detector import Detector
 from querydet_jax.ops.anchors import level_shape
@@ -61,7 +61,7 @@ def evaluation_rows(runs: dict[str, Evaluation]) -> list[Row]:
         rows.append(
             {
                 "method": name,
-                **{key: known(values.get(key)) for key in ("AP", "AP50", "AP75", "APs", "AP_0_16", "AR100")},
+                **{key: nan_to_none(values.get(key)) for key in ("AP", "AP50", "AP75", "APs", "AP_0_16", "AR100")},
                 **{f"active_P{level}": value for level, value in sorted(run.active_share().items(), reverse=True)},
                 **percentiles(np.asarray(run.ms)),
                 "fps": run.fps,

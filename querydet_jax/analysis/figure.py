@@ -83,7 +83,7 @@ def _sizes(axes: Any, found: Findings) -> None:
 def _anchors(axes: Any, found: Findings, rows: list[dict[str, Any]] | None) -> None:
     """Draw two stacked bars per size bin: the share of its objects by the IoU of their best anchor."""
     if rows is None:
-        _nothing(axes, "IoU with the best anchor", f"{found.config.model.detector} has no anchors")
+        _draw_empty(axes, "IoU with the best anchor", f"{found.config.model.detector} has no anchors")
         return
     loss = found.config.model.loss
     names = [levels_name(found.config, finest) for finest in FINEST]
@@ -117,7 +117,7 @@ def _anchors(axes: Any, found: Findings, rows: list[dict[str, Any]] | None) -> N
 
 def _active(axes: Any, found: Findings) -> None:
     if not found.demands:
-        _nothing(axes, "active cells")
+        _draw_empty(axes, "active cells")
         return
     for (level, asked), colour in zip(found.demands.items(), _LEVELS, strict=False):
         for percentile, style in ((50, "-"), (90, "--"), (99, ":")):
@@ -137,7 +137,7 @@ def _active(axes: Any, found: Findings) -> None:
 
 def _buffers(axes: Any, found: Findings, results: dict[str, Any]) -> None:
     if not found.demands:
-        _nothing(axes, "buffers")
+        _draw_empty(axes, "buffers")
         return
     capacities = results["inference"]["capacities"]
     ends = [row["capacity"] for rows in capacities.values() for row in rows]
@@ -161,6 +161,6 @@ def _buffers(axes: Any, found: Findings, results: dict[str, Any]) -> None:
     axes.grid(alpha=0.3)
 
 
-def _nothing(axes: Any, title: str, reason: str = "no queries") -> None:
+def _draw_empty(axes: Any, title: str, reason: str = "no queries") -> None:
     axes.set(title=title, xticks=[], yticks=[])
     axes.text(0.5, 0.5, reason, ha="center", va="center", transform=axes.transAxes)

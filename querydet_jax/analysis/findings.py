@@ -75,14 +75,14 @@ def measure(dataset: Dataset, config: Config, split: Literal["train", "val"]) ->
         dataset.classes,
         truth,
         view,
-        _best(truth, view, config.model) if config.model.detector != "fcos" else {},
+        _best_ious(truth, view, config.model) if config.model.detector != "fcos" else {},
         query_shares(truth, view, config.model, (config.inference.start_level, *sparse)) if sparse else {},
         fits,
         demand(truth, inference, fits, config, BINS) if sparse and len(fits) else {},
     )
 
 
-def _best(truth: Truth, view: View, model: ModelConfig) -> dict[int, np.ndarray]:
+def _best_ious(truth: Truth, view: View, model: ModelConfig) -> dict[int, np.ndarray]:
     levels = tuple(range(min(FINEST), model.max_level + 1))
     iou = best_anchor_iou(view.boxes, view.inputs[truth.image], model.anchors, levels)
     return {finest: iou[:, levels.index(finest) :].max(axis=1) for finest in FINEST}

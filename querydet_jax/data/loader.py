@@ -152,11 +152,11 @@ class TrainBatches:
         for example in examples:
             self._tried += 1
             for index, message in example.pop("failures"):
-                self._pass_over(index, message)
+                self._record_failure(index, message)
         self.step += 1
         return _stack(examples)
 
-    def _pass_over(self, index: int, message: str) -> None:
+    def _record_failure(self, index: int, message: str) -> None:
         self._tried += 1
         if index in self._failed:
             return

@@ -18,7 +18,7 @@ import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from querydet_jax.evaluation.coco_input import annotations_of, choose, detections_of, entries, within
+from querydet_jax.evaluation.coco_input import annotations_of, detections_of, entries, restrict, select_ids
 from querydet_jax.evaluation.curves import IOUS, Curves, Line, mean_lines
 from querydet_jax.evaluation.metrics import DEFAULT_BINS, CocoMetrics, SizeBin, as_bins
 from querydet_jax.runtime.errors import DataError
@@ -132,10 +132,10 @@ def evaluate(
     truth = annotations_of(ground_truth, images, categories)
     found = detections_of(results, images, categories)
 
-    chosen_images = choose(images, image_ids, "image_ids")
-    chosen_categories = choose(categories, category_ids, "category_ids")
-    truth = within(truth, chosen_images, chosen_categories)
-    found = within(found, chosen_images, chosen_categories)
+    chosen_images = select_ids(images, image_ids, "image_ids")
+    chosen_categories = select_ids(categories, category_ids, "category_ids")
+    truth = restrict(truth, chosen_images, chosen_categories)
+    found = restrict(found, chosen_images, chosen_categories)
 
     areas = dict(_COCO_AREAS)
     for entry in bins:

@@ -25,7 +25,7 @@ def entries(ground_truth: dict[str, Any], key: str) -> dict[int, dict[str, Any]]
     return dict(sorted(out.items()))
 
 
-def choose(known: dict[int, Any], ids: Sequence[int] | None, name: str) -> dict[int, Any]:
+def select_ids(known: dict[int, Any], ids: Sequence[int] | None, name: str) -> dict[int, Any]:
     if ids is None:
         return known
     unknown = sorted(set(ids) - set(known), key=str)
@@ -35,7 +35,7 @@ def choose(known: dict[int, Any], ids: Sequence[int] | None, name: str) -> dict[
     return {key: entry for key, entry in known.items() if key in wanted}
 
 
-def within(items: list[dict[str, Any]], images: dict[int, Any], categories: dict[int, Any]) -> list[dict[str, Any]]:
+def restrict(items: list[dict[str, Any]], images: dict[int, Any], categories: dict[int, Any]) -> list[dict[str, Any]]:
     return [item for item in items if item["image_id"] in images and item["category_id"] in categories]
 
 

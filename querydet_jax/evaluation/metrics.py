@@ -138,10 +138,10 @@ class CocoMetrics:
         return "\n".join(f"{a:<{width}}  |  {b}".rstrip() for a, b in zip(*sides, strict=True))
 
 
-def known(value: float | None) -> float | None:
+def nan_to_none(value: float | None) -> float | None:
     """Return the value, or None for nan, which JSON does not have."""
     return None if value is None or math.isnan(value) else value
 
 
 def without_nan(values: dict[str, float]) -> dict[str, float | None]:
-    return {key: known(value) for key, value in values.items()}
+    return {key: nan_to_none(value) for key, value in values.items()}

@@ -64,8 +64,8 @@ def _write_curves(path: Path, protocol: str, curves: Mapping[str, Curves]) -> bo
     write_csv(
         path.with_suffix(".csv"),
         [
-            {"method": name, "class": line.name, "iou": line.iou, "AP": _known(line.ap)}
-            | {f"R{recall}": _known(value) for recall, value in enumerate(line.precision)}
+            {"method": name, "class": line.name, "iou": line.iou, "AP": _rounded_or_none(line.ap)}
+            | {f"R{recall}": _rounded_or_none(value) for recall, value in enumerate(line.precision)}
             for name, of_method in curves.items()
             for line in (*of_method.means, *of_method.classes)
         ],
@@ -107,5 +107,5 @@ def _finish(axes: Any, title: str, legend: str) -> None:
         axes.legend(title=legend, fontsize=8, title_fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 
-def _known(value: float) -> float | None:
+def _rounded_or_none(value: float) -> float | None:
     return None if np.isnan(value) else round(float(value), 4)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from querydet_jax.evaluation.metrics import DEFAULT_BINS, as_bins, known, without_nan
+from querydet_jax.evaluation.metrics import DEFAULT_BINS, as_bins, nan_to_none, without_nan
 from querydet_jax.runtime.errors import DataError
 from querydet_jax.viz.text import percent, text_table
 
@@ -142,7 +142,7 @@ class QueryRecall:
             "by_threshold": {
                 str(threshold): {
                     "recall": without_nan(self.recall(threshold)),
-                    "active_share": known(share),
+                    "active_share": nan_to_none(share),
                 }
                 for threshold, share in self.active_share().items()
             },

@@ -15,7 +15,7 @@ from querydet_jax.config import Config, DataConfig
 from querydet_jax.data import Dataset, eval_batches
 from querydet_jax.data.transforms import rescale_to_original, resize_boxes
 from querydet_jax.evaluation.coco import ImageDetections
-from querydet_jax.evaluation.metrics import DEFAULT_BINS, known
+from querydet_jax.evaluation.metrics import DEFAULT_BINS, nan_to_none
 from querydet_jax.evaluation.query import QueryRecall
 from querydet_jax.evaluation.scoring import Scores, score
 from querydet_jax.inference.detector import Detector
@@ -74,8 +74,8 @@ class Evaluation:
     def to_dict(self) -> dict[str, Any]:
         return {
             **self.scores.to_dict(),
-            "ms_per_image": known(self.ms_median),
-            "fps": known(self.fps),
+            "ms_per_image": nan_to_none(self.ms_median),
+            "fps": nan_to_none(self.fps),
             "active_share": {f"P{level}": share for level, share in self.active_share().items()},
             "dense_rung_batches": {f"P{level}": count for level, count in self.dense_rungs.items()},
             "query_recall": {f"P{level}": recall.to_dict() for level, recall in self.recall.items()},

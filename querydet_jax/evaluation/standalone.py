@@ -41,7 +41,7 @@ def score_visdrone(results: str | Path, annotations: str | Path, images: str | P
     results, annotations = Path(results), Path(annotations)
     if (annotations / "annotations").is_dir():
         annotations = annotations / "annotations"
-    found, truth = _texts(results, "results"), _texts(annotations, "annotations")
+    found, truth = _text_files(results, "results"), _text_files(annotations, "annotations")
     for stem, name in found.items():
         if stem not in truth:
             raise DataError(
@@ -90,7 +90,7 @@ def score_coco(
         raise DataError(f"{results} against {annotations}: {error}") from None
 
 
-def _texts(folder: Path, kind: str) -> dict[str, str]:
+def _text_files(folder: Path, kind: str) -> dict[str, str]:
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; give the folder of the {kind}, one text file per image")
     texts = by_stem(folder, (".txt",))

@@ -136,7 +136,7 @@ def evaluate_visdrone(
     )
     inside = _members(found.truth_size, ranges)
     outcome = _match(found, columns, inside)
-    _leave_out(outcome, found, columns, _members(found.size, ranges))
+    _mark_uncounted(outcome, found, columns, _members(found.size, ranges))
 
     # [class, bin]: number of objects, and of images with such an object.
     objects = np.stack([_by_class(found.truth_class[inside[:, k]]) for k in range(len(ranges))], axis=1)
@@ -293,7 +293,7 @@ def _match(found: _Found, columns: _Columns, inside: np.ndarray) -> np.ndarray:
     return outcome
 
 
-def _leave_out(outcome: np.ndarray, found: _Found, columns: _Columns, inside: np.ndarray) -> None:
+def _mark_uncounted(outcome: np.ndarray, found: _Found, columns: _Columns, inside: np.ndarray) -> None:
     """Set to -1, in place, unmatched detections in ignored truth or outside the bin; ``inside`` is bool [D, bins]."""
     absorbed = np.flatnonzero(found.absorbed >= THRESHOLDS[0])
     rows = outcome[absorbed]

@@ -122,12 +122,12 @@ def sum_over_blocks(
     rows = max(1, min(height, cells // width))
     while height % rows:
         rows -= 1
-    turns = height // rows
+    steps = height // rows
 
-    def turn(t: Array, total: Array) -> Array:
-        image, y = t // turns, (t % turns) * rows
+    def step(t: Array, total: Array) -> Array:
+        image, y = t // steps, (t % steps) * rows
         seen = lax.dynamic_slice(x, (image, y * stride, 0, 0), (1, (rows - 1) * stride + size, *x.shape[2:]))
         weight = lax.dynamic_slice(g, (image, y, 0, 0), (1, rows, width, outputs))
         return add(total, seen[0], weight[0])
 
-    return lax.fori_loop(0, batch * turns, turn, start)
+    return lax.fori_loop(0, batch * steps, step, start)

@@ -12,10 +12,10 @@ from jax import Array, lax
 
 from querydet_jax.ops.boxes import pairwise_iou
 
-# Each iteration of `class_wise_nms` takes the _LOOKED_AT best candidates, drops those that a kept
+# Each iteration of `class_wise_nms` takes the _CONSIDERED best candidates, drops those that a kept
 # box suppresses, and settles the first _SETTLED of the others. Tuned on 6000 clustered candidates:
 # few keep the first iterations cheap, many let later ones pass the suppressed candidates.
-_LOOKED_AT = 256
+_CONSIDERED = 256
 _SETTLED = 128
 
 
@@ -80,15 +80,15 @@ def settle(boxes: Array, classes: Array, present: Array, *, iou_threshold: float
     # 0 and 1 in float32, so that "any" over a column is a matrix product, which is fast on every backend.
     beats = (beats & (order[:, None] < order[None])).astype(jnp.float32)
 
-    def again(state: tuple[Array, Array]) -> Array:
+    def unfinished(state: tuple[Array, Array]) -> Array:
         return state[1]
 
-    def once_more(state: tuple[Array, Array]) -> tuple[Array, Array]:
+    def suppress(state: tuple[Array, Array]) -> tuple[Array, Array]:
         kept, _ = state
         settled = present & (kept.astype(jnp.float32) @ beats == 0)
         return settled, jnp.any(settled != kept)
 
-    return lax.while_loop(again, once_more, (present, jnp.bool_(True)))[0]
+    return lax.while_loop(unfinished, suppress, (present, jnp.bool_(True)))[0]
 
 
 def class_wise_nms(
@@ -116,25 +116,25 @@ def class_wise_nms(
       ``[D]``; invalid entries of ``keep`` are 0.
     """
     if not len(scores):
-        return _nothing(max_detections)
-    looked_at = min(_LOOKED_AT, len(scores))
-    settled = min(_SETTLED, looked_at)
+        return _no_detections(max_detections)
+    considered = min(_CONSIDERED, len(scores))
+    settled = min(_SETTLED, considered)
     order = jnp.arange(len(scores))
 
-    def again(state: tuple[Array, ...]) -> Array:
+    def unfinished(state: tuple[Array, ...]) -> Array:
         count, remaining, *_ = state
         return (count < max_detections) & (jnp.max(remaining) > -jnp.inf)
 
-    def turn(state: tuple[Array, ...]) -> tuple[Array, ...]:
+    def iterate(state: tuple[Array, ...]) -> tuple[Array, ...]:
         count, remaining, keep, kept_boxes, kept_classes = state
-        values, best = lax.top_k(remaining, looked_at)
+        values, best = lax.top_k(remaining, considered)
         overlaps = suppressed_by(boxes[best], classes[best], kept_boxes, kept_classes, iou_threshold=iou_threshold)
         free = (values > -jnp.inf) & ~jnp.any(overlaps, axis=0)
 
         # Positions of the first free candidates; past the end if there are fewer.
         place = jnp.searchsorted(jnp.cumsum(free), jnp.arange(1, settled + 1))
-        present = place < looked_at
-        place = jnp.minimum(place, looked_at - 1)
+        present = place < considered
+        place = jnp.minimum(place, considered - 1)
         chosen = best[place]
         chosen_boxes, chosen_classes = boxes[chosen], classes[chosen]
         kept = settle(chosen_boxes, chosen_classes, present, iou_threshold=iou_threshold)
@@ -160,7 +160,7 @@ def class_wise_nms(
         jnp.zeros((max_detections, 4), boxes.dtype),
         jnp.zeros((max_detections,), classes.dtype),
     )
-    count, _, keep, *_ = lax.while_loop(again, turn, start)
+    count, _, keep, *_ = lax.while_loop(unfinished, iterate, start)
     return keep, jnp.arange(max_detections) < count
 
 
@@ -200,7 +200,7 @@ def soft_nms(
     if method not in ("linear", "gaussian"):
         raise ValueError(f"method {method!r}: choose linear or gaussian")
     if not len(scores):
-        return *_nothing(max_detections), jnp.zeros((max_detections,), jnp.float32)
+        return *_no_detections(max_detections), jnp.zeros((max_detections,), jnp.float32)
     order = jnp.arange(len(scores), dtype=jnp.int32)
 
     def best_of(remaining: Array) -> tuple[Array, Array]:
@@ -208,12 +208,12 @@ def soft_nms(
         value = jnp.max(remaining)
         return value, jnp.min(jnp.where(remaining == value, order, len(scores)))
 
-    def again(state: tuple[Array, ...]) -> Array:
-        turn, value, *_ = state
-        return (turn < max_detections) & (value > -jnp.inf)
+    def unfinished(state: tuple[Array, ...]) -> Array:
+        step, value, *_ = state
+        return (step < max_detections) & (value > -jnp.inf)
 
-    def turn(state: tuple[Array, ...]) -> tuple[Array, ...]:
-        turn, value, best, remaining, keep, decayed = state
+    def iterate(state: tuple[Array, ...]) -> tuple[Array, ...]:
+        step, value, best, remaining, keep, decayed = state
         overlap = pairwise_iou(boxes, boxes[best][None])
         if method == "linear":
             weight = jnp.where(overlap > iou_threshold, 1.0 - overlap, 1.0)
@@ -222,7 +222,7 @@ def soft_nms(
         rest = jnp.where(classes == classes[best], remaining * weight, remaining)
         # Also drops scores that are NaN because absent candidates have infinite boxes.
         rest = jnp.where((rest > prune) & (order != best), rest, -jnp.inf)
-        return turn + 1, *best_of(rest), rest, keep.at[turn].set(best), decayed.at[turn].set(value)
+        return step + 1, *best_of(rest), rest, keep.at[step].set(best), decayed.at[step].set(value)
 
     remaining = jnp.where(scores > prune, scores, -jnp.inf).astype(jnp.float32)
     start = (
@@ -232,9 +232,9 @@ def soft_nms(
         jnp.zeros((max_detections,), jnp.int32),
         jnp.zeros((max_detections,), jnp.float32),
     )
-    count, _, _, _, keep, decayed = lax.while_loop(again, turn, start)
+    count, _, _, _, keep, decayed = lax.while_loop(unfinished, iterate, start)
     return keep, jnp.arange(max_detections) < count, decayed
 
 
-def _nothing(max_detections: int) -> tuple[Array, Array]:
+def _no_detections(max_detections: int) -> tuple[Array, Array]:
     return jnp.zeros((max_detections,), jnp.int32), jnp.zeros((max_detections,), bool)

@@ -155,7 +155,7 @@ def _pool(bins: _Bins, rows: Array, places: _Places) -> Array:
     """Return the pooled features ``[R, S, S, C]``; R is a multiple of the boxes per group."""
     size, channels = bins.size, bins.rows[1]
 
-    def turn(places: _Places) -> Array:
+    def pool_group(places: _Places) -> Array:
         def window(i: Array, out: Array) -> Array:
             index, down, across = _window(places, i, bins)
             crop = rows.at[index].get(mode="clip")
@@ -163,9 +163,9 @@ def _pool(bins: _Bins, rows: Array, places: _Places) -> Array:
             return out + jnp.einsum("rtx,rsxc->rstc", across, y, preferred_element_type=jnp.float32)
 
         start = jnp.zeros((_BOXES, size, size, channels), jnp.float32)
-        return lax.fori_loop(0, _turns(places), window, start).astype(bins.dtype)
+        return lax.fori_loop(0, _most_windows(places), window, start).astype(bins.dtype)
 
-    return lax.map(turn, _grouped(places)).reshape(-1, size, size, channels)
+    return lax.map(pool_group, _grouped(places)).reshape(-1, size, size, channels)
 
 
 def _pool_forward(bins: _Bins, rows: Array, places: _Places) -> tuple[Array, _Places]:
@@ -175,7 +175,7 @@ def _pool_forward(bins: _Bins, rows: Array, places: _Places) -> tuple[Array, _Pl
 def _pool_backward(bins: _Bins, places: _Places, gradient: Array) -> tuple[Array, _Places]:
     gradient = gradient.reshape(-1, _BOXES, *gradient.shape[1:]).astype(jnp.float32)
 
-    def turn(total: Array, group: tuple[_Places, Array]) -> tuple[Array, None]:
+    def add_group(total: Array, group: tuple[_Places, Array]) -> tuple[Array, None]:
         places, gradient = group
 
         def window(i: Array, total: Array) -> Array:
@@ -183,9 +183,9 @@ def _pool_backward(bins: _Bins, places: _Places, gradient: Array) -> tuple[Array
             y = jnp.einsum("rtx,rstc->rsxc", across, gradient)
             return total.at[index].add(jnp.einsum("rsy,rsxc->ryxc", down, y), mode="drop")
 
-        return lax.fori_loop(0, _turns(places), window, total), None
+        return lax.fori_loop(0, _most_windows(places), window, total), None
 
-    total, _ = lax.scan(turn, jnp.zeros(bins.rows, jnp.float32), (_grouped(places), gradient))
+    total, _ = lax.scan(add_group, jnp.zeros(bins.rows, jnp.float32), (_grouped(places), gradient))
     return total.astype(bins.dtype), jax.tree.map(_no_gradient, places)
 
 
@@ -202,7 +202,7 @@ def _grouped(places: _Places) -> _Places:
     return jax.tree.map(lambda x: x.reshape(-1, _BOXES), places)
 
 
-def _turns(places: _Places) -> Array:
+def _most_windows(places: _Places) -> Array:
     return jnp.max(jnp.where(places.valid, _windows(places.y) * _windows(places.x), 0))
 
 

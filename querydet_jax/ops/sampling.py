@@ -31,8 +31,8 @@ def sample_balanced(key: Array, foreground: Array, background: Array, *, count: 
     """
     order = jax.random.uniform(key, foreground.shape)
     most = int(count * fraction)
-    first = _best(jnp.where(foreground, order, -1.0), most)
-    rest = _best(jnp.where(background, order, -1.0), count)
+    first = _top_indices(jnp.where(foreground, order, -1.0), most)
+    rest = _top_indices(jnp.where(background, order, -1.0), count)
     num_foreground = jnp.minimum(jnp.sum(foreground.astype(jnp.int32)), most)
     num_background = jnp.minimum(jnp.sum(background.astype(jnp.int32)), count - num_foreground)
     place = jnp.arange(count, dtype=jnp.int32)
@@ -41,7 +41,7 @@ def sample_balanced(key: Array, foreground: Array, background: Array, *, count: 
     return Sample(index, is_foreground, place < num_foreground + num_background)
 
 
-def _best(order: Array, count: int) -> Array:
+def _top_indices(order: Array, count: int) -> Array:
     """Return the indices of the ``count`` largest entries, filled up with zeros."""
     found = lax.top_k(order, min(count, len(order)))[1].astype(jnp.int32)
     return jnp.pad(found, (0, count - len(found)))

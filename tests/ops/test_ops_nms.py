@@ -26,7 +26,7 @@ LIMITS = (7, COUNT)
 
 def in_many_turns(*given: jax.Array, **parameters: float) -> tuple[jax.Array, jax.Array]:
     """Run ``class_wise_nms`` with few candidates per iteration."""
-    with mock.patch.multiple(nms, _LOOKED_AT=8, _SETTLED=3):
+    with mock.patch.multiple(nms, _CONSIDERED=8, _SETTLED=3):
         return class_wise_nms(*given, **parameters)  # pyright: ignore[reportArgumentType]
 
 

@@ -62,7 +62,7 @@ def prepare_coco(source: str | Path, out: str | Path, *, overwrite: bool = False
     folder = root / NAME / VERSION
     if not source.is_dir():
         raise DataError(f"{source}: no such folder; name the folder of COCO, or of a copy that TFDS made")
-    _refuse(folder, source, overwrite)
+    _check_target(folder, source, overwrite)
     write = functools.partial(_convert, source)
     if not (source / _INFO).is_file():
         write = functools.partial(_write, _open(source))
@@ -79,7 +79,7 @@ def prepare_coco(source: str | Path, out: str | Path, *, overwrite: bool = False
     return f"wrote {' and '.join(counts)} images to {folder}; use it with --data.source tfds --data.root {out}"
 
 
-def _refuse(folder: Path, source: Path, overwrite: bool) -> None:
+def _check_target(folder: Path, source: Path, overwrite: bool) -> None:
     if not folder.exists():
         return
     if folder == source:

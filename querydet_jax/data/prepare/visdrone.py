@@ -41,7 +41,7 @@ def prepare_visdrone(folder: str | Path, out: str | Path, *, patches: bool = Fal
       DataError: the split is invalid, ``out`` is not empty, or ``out`` cannot be written.
     """
     out, source = Path(out).resolve(), Path(folder).resolve()
-    _refuse(out, source, overwrite)
+    _check_target(out, source, overwrite)
     dataset = VisDroneDataset(folder, patches=patches)
     try:
         with folder_written_aside(out) as aside:
@@ -58,7 +58,7 @@ def prepare_visdrone(folder: str | Path, out: str | Path, *, patches: bool = Fal
     return f"wrote {len(dataset)} images with {len(truth['annotations'])} boxes to {out}"
 
 
-def _refuse(out: Path, source: Path, overwrite: bool) -> None:
+def _check_target(out: Path, source: Path, overwrite: bool) -> None:
     if not out.exists():
         return
     if not out.is_dir():
@@ -85,7 +85,7 @@ def _write_images(dataset: VisDroneDataset, out: Path) -> None:
             _write_patches(dataset, first, out)
         else:
             shutil.copyfile(dataset.image_path(first), out / "images" / dataset.file_name(first))
-            shutil.copyfile(dataset.annotation_path(first), _text(dataset, first, out))
+            shutil.copyfile(dataset.annotation_path(first), _annotation_path(dataset, first, out))
 
     pool = ThreadPoolExecutor(os.cpu_count())
     try:
@@ -100,8 +100,8 @@ def _write_patches(dataset: VisDroneDataset, first: int, out: Path) -> None:
     whole = dataset.load_whole(first)
     for i in range(first, first + PATCHES):
         Image.fromarray(dataset.cut(whole, i)).save(out / "images" / dataset.file_name(i), quality=_QUALITY)
-        np.savetxt(_text(dataset, i, out), dataset.official_truth(i), fmt="%d", delimiter=",")
+        np.savetxt(_annotation_path(dataset, i, out), dataset.official_truth(i), fmt="%d", delimiter=",")
 
 
-def _text(dataset: VisDroneDataset, i: int, out: Path) -> Path:
+def _annotation_path(dataset: VisDroneDataset, i: int, out: Path) -> Path:
     return (out / "annotations" / dataset.file_name(i)).with_suffix(".txt")

@@ -156,7 +156,7 @@ class TfdsCocoDataset(Dataset):
             records = range(len(self._records))
             for i in progress(records, f"indexing {self._name} {self._split}", " images"):
                 record = self._records[i]
-                name = _text(record["image/filename"])
+                name = _decoded(record["image/filename"])
                 sizes.append(stored_size(record["image"], f"{self._folder} {name}"))
                 objects.append(record["objects"])
                 ids.append(int(record["image/id"]))
@@ -301,5 +301,5 @@ def _version_folder(root: Path, name: str) -> Path:
     return found[max(found)]
 
 
-def _text(value: bytes | str) -> str:
+def _decoded(value: bytes | str) -> str:
     return value.decode() if isinstance(value, bytes) else value
