@@ -1,4 +1,4 @@
-"""What an experiment file says about its experiment: ``card = Card(...)`` beside ``config = Config(...)``."""
+"""The description of an experiment: ``card = Card(...)`` beside ``config = Config(...)`` in its file."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from querydet_jax.runtime.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class Card:
-    """An experiment in words. Not a part of ``Config``: a file that builds on another inherits none of it.
+    """An experiment in words. It is not part of ``Config``, so a file that builds on another does not inherit it.
 
     Attributes:
-      title: one line: detector, backbone, data, and the row of the paper it stands for.
-      reproduces: the numbers to expect, and whose they are.
-      command: trains it from the checkout.
-      pod: how to train it on several hosts, and on how many devices at most.
-      measured: what was measured here, with machine, versions and time. Empty: nothing so far.
-      needs: what a measurement lacks, for example "COCO and an accelerator". Empty: it has been measured.
+      title: one line: detector, backbone, data, and the row of the paper that it reproduces.
+      reproduces: the expected numbers and their source.
+      command: the command that trains it from the checkout.
+      pod: how to train it on several hosts, and the largest number of devices.
+      measured: figures measured here, with machine, versions and time; empty if there are none yet.
+      needs: what a measurement still requires, for example "COCO and an accelerator"; empty if measured.
 
     Raises:
       ConfigError: both or neither of ``measured`` and ``needs`` are given.

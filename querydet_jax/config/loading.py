@@ -1,9 +1,9 @@
 """Load, override and save configurations.
 
-Each experiment is one Python file that defines ``config = Config(...)``, a card (see ``configs/``). Any field can be
-overridden by its dotted name, from Python (``load_config(path, {"train.steps": 100})``) or on the
-command line (``querydet train CARD --train.steps 100``). The full configuration of a run is saved as
-``config.json`` in the run's folder and loads from there again.
+An experiment is one Python file that defines ``config = Config(...)`` and ``card = Card(...)`` (see ``configs/``).
+Any field can be overridden by its dotted name, in Python (``load_config(path, {"train.steps": 100})``) or on the
+command line (``querydet train CARD --train.steps 100``). A run saves its full configuration as ``config.json`` in
+its folder.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Co
       overrides: dotted field names to values, e.g. ``{"model.num_classes": 10}``.
 
     Raises:
-      ConfigError: file absent or without a ``config``; unknown key; wrong type or value.
+      ConfigError: the file is missing or has no ``config``, or a key, type or value is wrong.
     """
     path = Path(path)
     if not path.is_file():
@@ -42,13 +42,13 @@ def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Co
         try:
             fields = json.loads(path.read_text())
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path}: not readable as JSON ({error}); restore or re-create it") from None
+            raise ConfigError(f"{path}: not readable as JSON ({error}); restore the file") from None
     else:
         config = _run(path).get("config")
         if not isinstance(config, Config):
             raise ConfigError(f"{path}: does not define `config = Config(...)`; see configs/demo.py")
         fields = dataclasses.asdict(config)
-    # The same road for both: dataclasses do not look at the types that they are given.
+    # Check Python files like JSON, because dataclasses do not check the types of their fields.
     return override(from_dict(Config, fields, where=str(path)), overrides or {})
 
 
@@ -56,7 +56,7 @@ def load_card(path: str | Path) -> Card:
     """Read the ``card`` of an experiment file (``.py``).
 
     Raises:
-      ConfigError: file absent, without a ``card``, or one that contradicts itself.
+      ConfigError: the file is missing or has no ``card``, or the card contradicts itself.
     """
     path = Path(path)
     if not path.is_file():
@@ -71,16 +71,17 @@ def _run(path: Path) -> dict[str, Any]:
     """Run an experiment file and return its variables."""
     try:
         return runpy.run_path(str(path))
-    except Exception as error:  # the file is a user's program: it can fail in any way
+    except Exception as error:  # a user's program can raise anything
         raise ConfigError(
             f"{path}: {type(error).__name__}: {error}; fix the file (field names are in querydet_jax/config/schema.py)"
         ) from None
 
 
 def override(config: Group, changes: dict[str, Any]) -> Group:
-    """A copy of a configuration (or a group of one) with dotted fields replaced.
+    """Return a copy of a configuration (or of one of its groups) with dotted fields replaced.
 
-    A whole ``Config`` is then checked for fields that contradict each other.
+    Raises:
+      ConfigError: a key is unknown or a value has another type; for a whole ``Config``, fields contradict each other.
     """
     for key, value in changes.items():
         config = replace_field(config, key, value, Config)
@@ -90,6 +91,7 @@ def override(config: Group, changes: dict[str, Any]) -> Group:
 
 
 def save_config(config: Config, path: str | Path) -> None:
+    """Write the full configuration as JSON, atomically."""
     write_json(path, dataclasses.asdict(config), indent=2)
 
 
