@@ -1,6 +1,6 @@
 """Functions shared by anchor-based detectors: anchors, matching, decoding.
 
-Shape letters: A anchors per cell, R anchors of all levels, M chosen anchors, N sites, G padded boxes.
+Shape letters: A anchors per cell, R anchors of all levels, M chosen anchors, N rows, G padded boxes.
 """
 
 from __future__ import annotations
