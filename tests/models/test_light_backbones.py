@@ -237,8 +237,8 @@ def test_weights_of_another_network_are_refused(model, names, message):
     ("changes", "message"),
     [
         ({"flavor": "msra"}, "set the flavor to torchvision$"),
-        ({"norm": "group"}, "{name} has one width and no group norm"),
-        ({"width": 32}, "{name} has one width and no group norm"),
+        ({"norm": "group"}, "{name} has a fixed width and no group norm"),
+        ({"width": 32}, "{name} has a fixed width and no group norm"),
     ],
 )
 def test_settings_that_contradict(name, changes, message):
