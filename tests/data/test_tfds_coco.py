@@ -296,7 +296,7 @@ def test_class_ids_of_coco_are_known_and_others_must_be_given(copy, tmp_path):
 
 def test_what_is_not_a_copy_of_coco_is_refused(copy):
     for name in ("coco/2014", "coco/2017:1.0.0", "", "coco"):
-        with pytest.raises(DataError, match=r"no prepared copy .*; correct data.root .* prepare-coco --help"):
+        with pytest.raises(DataError, match=r"no prepared copy .*; correct data.root .* querydet prepare coco --help"):
             TfdsCocoDataset(copy, name, "train")
     assert len(TfdsCocoDataset(copy, "coco/2017:1.1.0", "train")) == 7
     newer = copy / "coco/2017/1.10.0"

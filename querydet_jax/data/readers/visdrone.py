@@ -27,7 +27,7 @@ CLASSES = (
 )  # fmt: skip
 OTHERS = 11  # category of objects outside the ten classes
 PATCHES = 4  # per image: top left, top right, bottom left, bottom right
-PREPARED = "instances.json"  # file that marks a folder written by prepare-visdrone
+PREPARED = "instances.json"  # file that marks a folder written by `querydet prepare visdrone`
 
 _COLUMNS = "left,top,width,height,score,category,truncation,occlusion"
 _INTEGER = r"\s*(-?[0-9]{1,9})\s*"
@@ -71,8 +71,7 @@ class VisDroneDataset(Dataset):
         self._names, self._texts = self._paired()
         if patches and self._are_patches():
             raise DataError(
-                f"{self.folder}: its images are patches already, cut by prepare-visdrone; leave out --patches, or set "
-                "--data.no-patches"
+                f"{self.folder}: its images are patches already; leave out --patches, or set --data.no-patches"
             )
         # Read all sizes and boxes now: training needs all boxes before its first step.
         self._sizes = image_sizes([self.folder / "images" / name for name in self._names], upright=False)
@@ -114,7 +113,7 @@ class VisDroneDataset(Dataset):
         return list(images.values()), [texts[stem] for stem in images]
 
     def _are_patches(self) -> bool:
-        """Return whether ``prepare-visdrone --patches`` wrote the folder: images come in fours, ``_0`` to ``_3``."""
+        """Return whether ``prepare visdrone --patches`` wrote the folder: images come in fours, ``_0`` to ``_3``."""
         stems = {Path(name).with_suffix("").as_posix() for name in self._names}
         fours = {f"{stem[:-2]}_{patch}" for stem in stems for patch in range(PATCHES)}
         return stems == fours and (self.folder / PREPARED).is_file()
