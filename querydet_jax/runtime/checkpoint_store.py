@@ -41,7 +41,7 @@ class CheckpointStore:
         self._pending: tuple[int, int, Future[None]] | None = None  # step, bytes
 
     def latest(self) -> int | None:
-        """Return the newest complete step, after waiting for the one being written."""
+        """Return the newest complete step, after waiting for the one being written; None if there is none."""
         self.wait()
         return max(_steps(self.folder), default=None)
 
@@ -104,7 +104,7 @@ class CheckpointStore:
             self._checkpointer.save(self.folder / str(step), args=ocp.args.Composite(**arguments))
         for old in sorted(_steps(self.folder))[: -self.keep]:
             # Renamed first: a step that is half deleted must not look complete.
-            shutil.rmtree((self.folder / str(old)).rename(self.folder / f"{old}{_UNFINISHED}"))
+            shutil.rmtree((self.folder / str(old)).rename(self.folder / f"{old}{_UNFINISHED}"), ignore_errors=True)
 
 
 def read_checkpoint(path: str | Path, item: str) -> Any:
@@ -144,14 +144,13 @@ def _checkpointer() -> ocp.Checkpointer:
 
 
 def _read(checkpointer: ocp.Checkpointer, folder: Path, step: int, item: str) -> Any:
+    arguments = ocp.args.Composite(**{item: ocp.args.StandardRestore()})
     # Whichever layer of orbax meets damage first reports it; a user needs the name of the folder.
     try:
-        return checkpointer.restore(folder / str(step), args=ocp.args.Composite(**{item: ocp.args.StandardRestore()}))[
-            item
-        ]
+        return checkpointer.restore(folder / str(step), args=arguments)[item]
     except Exception as error:
         raise WeightsError(
-            f"{folder}/{step}: checkpoint item {item!r} cannot be read ({str(error).splitlines()[0][:120]}); "
+            f"{folder}/{step}: checkpoint item {item!r} cannot be read ({reason(error)}); "
             "delete this step's folder to fall back to the one before"
         ) from error
 

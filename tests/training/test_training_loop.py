@@ -20,7 +20,7 @@ pytestmark = pytest.mark.compiled_as_used
 
 
 DETECTORS = {
-    "retinanet": (220, {}),
+    "retinanet": (100, {"train.learning_rate": 3e-3}),
     "fcos": (160, {}),
     "faster_rcnn": (
         160,
