@@ -42,7 +42,7 @@ class Run(Options):
     """A trained run and its validation images."""
 
     run: str = ""
-    """Run folder of train.py: measure its model on its validation images."""
+    """Run folder of train.py (required): its model, on its validation images."""
     images: int = 100
     """Number of validation images, from the first (0: all)."""
 

@@ -24,7 +24,7 @@ from querydet_jax.runtime.errors import ConfigError
 @dataclass(frozen=True)
 class _Runs(Options):
     runs: tuple[str, ...] = ()
-    """Run folders of train.py, all of one data set and input size."""
+    """Run folders of train.py (required), all of one data set and input size."""
     base: str = ""
     """Run whose dense heads are the base of the speed-ups (default: the first with P2)."""
     images: int = 0

@@ -33,14 +33,14 @@ CONFIG = Config(
 
 @pytest.fixture(scope="package")
 def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As train.py leaves it: config.json and a checkpoint."""
+    """Make a run folder as train.py leaves it: config.json and a checkpoint."""
     folder = tmp_path_factory.mktemp("run")
     return leave_run(folder, CONFIG, randomize(build_model(CONFIG.model, seed=0), seed=16), folder / "data")
 
 
 @pytest.fixture(scope="package")
 def retinanet_folder(run_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of RetinaNet P3..P7 on the same data."""
+    """Make a run of RetinaNet P3..P5 on the same data."""
     config = override(
         CONFIG,
         {
@@ -57,7 +57,7 @@ def retinanet_folder(run_folder: Path, tmp_path_factory: pytest.TempPathFactory)
 
 @pytest.fixture(scope="package")
 def fcos_folder(run_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of QueryDet on FCOS on the same data."""
+    """Make a run of QueryDet on FCOS on the same data."""
     config = override(CONFIG, {"model.detector": "fcos"})
     return leave_run(tmp_path_factory.mktemp("fcos"), config, build_model(config.model, seed=1), run_folder / "data")
 

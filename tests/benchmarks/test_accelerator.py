@@ -1,4 +1,4 @@
-"""Programs for TPUs: counted as the arithmetic says, the same results as CSQ, recorded figures within 5 %.
+"""Programs for TPUs: GFLOP as the arithmetic says, detections as with CSQ, recorded figures within 5 %.
 
 What needs libtpu (`pip install -r requirements-tpu.txt`) is skipped without it.
 """
@@ -103,7 +103,7 @@ def test_rooms_by_hand():
 
 
 def programs() -> dict[str, Program]:
-    """Those of the command for `ARGUMENTS`, on this machine's first device."""
+    """Return the programs that the command compiles for `ARGUMENTS`, for this machine's first device."""
     shape = (ARGUMENTS.height, ARGUMENTS.width)
     build = partial(random_model, ARGUMENTS.backbone, ARGUMENTS.classes, ARGUMENTS.channels, dtype=ARGUMENTS.dtype)
     model, queries = nnx.eval_shape(build), laid_out_queries(*shape, ARGUMENTS.active)
@@ -117,7 +117,7 @@ def programs() -> dict[str, Program]:
 
 
 def test_gflop_as_lowered_are_those_recorded():
-    """No TPU's compiler needed: what the programs ask for, before any backend optimises them."""
+    """Counted before a backend optimises them, so without a TPU's compiler."""
     found = {name: gflop(p.function, p.whole, *p.rows) for name, p in programs().items()}
     assert found == pytest.approx(RECORDED["lowered_gflop"], rel=0.05)
 

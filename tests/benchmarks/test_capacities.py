@@ -34,7 +34,7 @@ def level(shares: np.ndarray | list[float], side: int = 100) -> LevelCounts:
 
 
 def cells(levels: list[LevelCounts], ladder: tuple[float, ...]) -> float:
-    """Cells computed on ``ladder``, by its definition."""
+    """Return the cells computed on ``ladder``, by its definition."""
     return sum(
         one.cells * min((f for f in ladder if share <= f), default=1.0) for one in levels for share in one.shares
     )

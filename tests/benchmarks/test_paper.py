@@ -111,7 +111,7 @@ def test_figures_and_absent_cards_are_listed(monkeypatch, capsys, tmp_path) -> N
 
 
 def test_flops_and_speed_of_small_cards(monkeypatch, tmp_path) -> None:
-    """Cards of the names in Table 9, and of a model that compiles at once."""
+    """With the names of Table 9, and a model that compiles quickly."""
     folder = tmp_path / "configs"
     folder.mkdir()
     small = {

@@ -1,4 +1,4 @@
-"""All ways agree before they are timed, and a way that does not is caught."""
+"""All ways must agree before they are timed; one that does not is an error."""
 
 from __future__ import annotations
 
