@@ -26,18 +26,16 @@ Group = TypeVar("Group")
 
 
 def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Config:
-    """Read an experiment file (``.py`` with a ``config``, or a saved ``config.json``).
+    """Read a card by name, an experiment file (``.py`` with a ``config``) or a run's saved configuration.
 
     Args:
-      path: the file.
+      path: the card's name, such as ``coco_querydet_r50``, the file, or the run folder.
       overrides: dotted field names to values, e.g. ``{"model.num_classes": 10}``.
 
     Raises:
       ConfigError: the file is missing or has no ``config``, or a key, type or value is wrong.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ConfigError(f"{path}: no such configuration file; see configs/ for those provided")
+    path = config_path(path)
     if path.suffix == ".json":
         try:
             fields = json.loads(path.read_text())
@@ -58,9 +56,7 @@ def load_card(path: str | Path) -> Card:
     Raises:
       ConfigError: the file is missing or has no ``card``, or the card contradicts itself.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ConfigError(f"{path}: no such configuration file; see configs/ for those provided")
+    path = config_path(path)
     card = _run(path).get("card")
     if not isinstance(card, Card):
         raise ConfigError(f"{path}: does not define `card = Card(...)`; see configs/demo.py")

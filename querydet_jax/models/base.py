@@ -23,10 +23,10 @@ from querydet_jax.models.fpn import FPN
 from querydet_jax.models.heads import QueryHead
 from querydet_jax.models.layers import Frozen
 from querydet_jax.models.loss_terms import (
-    Batch,
     GlobalBatch,
     Losses,
     Normalization,
+    TrainingBatch,
     level_sum,
     level_weights,
     query_scale_range,
@@ -100,7 +100,7 @@ class DenseDetector(nnx.Module):
           remat: compute the heads of P2 and P3 (and their losses) image by image, and again in the backward pass:
             less memory, more time, the same result.
         """
-        batch = Batch(
+        batch = TrainingBatch(
             jnp.asarray(images),
             jnp.asarray(boxes, jnp.float32),
             jnp.asarray(classes, jnp.int32),
@@ -110,7 +110,7 @@ class DenseDetector(nnx.Module):
         normalization = Normalization(jnp.asarray(normalizer, jnp.float32), axis_name, global_batch)
         return self.batch_losses(batch, normalization, remat=remat)
 
-    def batch_losses(self, batch: Batch, normalization: Normalization, *, remat: bool) -> Losses:
+    def batch_losses(self, batch: TrainingBatch, normalization: Normalization, *, remat: bool) -> Losses:
         """Compute ``losses``; each detector defines its own terms."""
         raise NotImplementedError
 
@@ -231,7 +231,7 @@ class DenseDetector(nnx.Module):
     def query_losses(
         self,
         maps: dict[int, Array],
-        batch: Batch,
+        batch: TrainingBatch,
         remat: bool = False,
         logits: Callable[[Array], Array] | None = None,
     ) -> Array | None:

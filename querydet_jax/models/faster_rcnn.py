@@ -21,7 +21,7 @@ from querydet_jax.config import ModelConfig
 from querydet_jax.models.anchored import decode_chosen, match, pyramid_anchors
 from querydet_jax.models.base import DenseDetector
 from querydet_jax.models.candidates import Candidates, best_values, join_candidates
-from querydet_jax.models.loss_terms import Batch, Losses, Normalization, Outputs, level_map
+from querydet_jax.models.loss_terms import Losses, Normalization, Outputs, TrainingBatch, level_map
 from querydet_jax.models.rpn import RPNHead, RPNQueryHead
 from querydet_jax.models.second_stage import DELTA_WEIGHTS, BoxHead, sample_proposals
 from querydet_jax.ops.boxes import clip, decode
@@ -102,7 +102,7 @@ class FasterRCNN(DenseDetector):
                 query[level] = queries
         return Outputs(features, cls, box, query)
 
-    def batch_losses(self, batch: Batch, normalization: Normalization, *, remat: bool) -> FasterRCNNLosses:
+    def batch_losses(self, batch: TrainingBatch, normalization: Normalization, *, remat: bool) -> FasterRCNNLosses:
         """Return the losses of both stages.
 
         loss_rpn_cls = sum_l beta_l sum BCE / (M B), loss_rpn_box = sum_l beta_l sum smooth L1 / (M B) over the

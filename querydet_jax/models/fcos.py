@@ -16,7 +16,7 @@ from querydet_jax.models.base import DenseDetector
 from querydet_jax.models.candidates import Candidates, best_values
 from querydet_jax.models.heads import DetectionHead
 from querydet_jax.models.layers import Conv, normal_init, run_tower, zeros_bias
-from querydet_jax.models.loss_terms import Batch, Losses, Normalization, Outputs, level_sum
+from querydet_jax.models.loss_terms import Losses, Normalization, Outputs, TrainingBatch, level_sum
 from querydet_jax.ops.losses import binary_cross_entropy, focal_loss, giou_loss
 from querydet_jax.ops.matching import assign_points, per_image
 from querydet_jax.ops.points import boxes_around, centerness, distances, grid_points, points_at
@@ -122,7 +122,7 @@ class FCOS(DenseDetector):
             cls[level], box[level], center[level] = logits[..., None, :], sides[..., None, :_BOX], sides[..., _BOX]
         return FCOSOutputs(features, cls, box, self.query_logits(features), center)
 
-    def batch_losses(self, batch: Batch, normalization: Normalization, *, remat: bool) -> FCOSLosses:
+    def batch_losses(self, batch: TrainingBatch, normalization: Normalization, *, remat: bool) -> FCOSLosses:
         """Return the losses of QueryDet eq. 4 with FCOS's terms.
 
         loss_cls = sum_l beta_l sum focal / N over all points, loss_box = sum_l beta_l sum (1 - GIoU) / N and

@@ -64,7 +64,7 @@ class Losses:
         return {"cls": self.cls, "box": self.box, "query": self.query}
 
 
-class Batch(NamedTuple):
+class TrainingBatch(NamedTuple):
     """What a training step computes losses from.
 
     images uint8 RGB ``[B, H, W, 3]``; boxes float32 ``[B, G, 4]`` xyxy px of the network input; classes int32

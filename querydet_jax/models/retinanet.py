@@ -12,7 +12,7 @@ from querydet_jax.models.anchored import decode_chosen, match, pyramid_anchors
 from querydet_jax.models.base import DenseDetector
 from querydet_jax.models.candidates import Candidates, best_values
 from querydet_jax.models.heads import DetectionHead
-from querydet_jax.models.loss_terms import Batch, Losses, Normalization, Outputs, level_sum
+from querydet_jax.models.loss_terms import Losses, Normalization, Outputs, TrainingBatch, level_sum
 from querydet_jax.ops.losses import focal_loss, smooth_l1
 from querydet_jax.ops.matching import IGNORED, matched_deltas, per_image
 from querydet_jax.sparse import Cells, Stack
@@ -45,7 +45,7 @@ class RetinaNet(DenseDetector):
         anchors = self.config.anchors.per_cell
         return cls.reshape(*x.shape[:3], anchors, self.config.num_classes), box.reshape(*x.shape[:3], anchors, 4)
 
-    def batch_losses(self, batch: Batch, normalization: Normalization, *, remat: bool) -> Losses:
+    def batch_losses(self, batch: TrainingBatch, normalization: Normalization, *, remat: bool) -> Losses:
         """Return the losses of QueryDet eq. 4, weighted over levels as in the published code.
 
         loss_cls = sum_l beta_l sum focal / N, loss_box = sum_l beta_l sum smooth L1 / N, loss_query =

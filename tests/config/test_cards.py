@@ -53,7 +53,7 @@ def test_what_is_no_card(tmp_path: Path, text: str, message: str) -> None:
     path.write_text(f"from querydet_jax.config import Card\n{text}\n")
     with pytest.raises(ConfigError, match=f"experiment.py: .*{message}"):
         load_card(path)
-    with pytest.raises(ConfigError, match="absent.py: no such configuration file"):
+    with pytest.raises(ConfigError, match="absent.py: neither a card"):
         load_card(tmp_path / "absent.py")
 
 

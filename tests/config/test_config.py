@@ -287,7 +287,16 @@ def test_lists_in_a_python_file_become_tuples(tmp_path: Path) -> None:
 
 
 def test_no_such_file(tmp_path: Path) -> None:
-    with pytest.raises(QueryDetError, match=r"nothing\.py: no such configuration file; see configs/"):
+    with pytest.raises(
+        QueryDetError, match=r"nothing\.py: neither a card, .* `querydet cards`"
+    ):
         load_config(tmp_path / "nothing.py")
-    with pytest.raises(ConfigError, match="no such configuration file"):
-        load_config(tmp_path)  # a folder
+    with pytest.raises(ConfigError, match="no config.json in this folder"):
+        load_config(tmp_path)
+
+
+def test_a_card_by_name_and_a_run_folder(tmp_path: Path) -> None:
+    config = load_config("demo", {"train.steps": 7})
+    assert config == load_config(CONFIGS / "demo.py", {"train.steps": 7})
+    save_config(config, tmp_path / "config.json")
+    assert load_config(tmp_path) == config

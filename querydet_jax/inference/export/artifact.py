@@ -47,7 +47,7 @@ class ArtifactError(ValueError):
     """The artifact cannot be read or run here, or was not exported for this input."""
 
 
-class Detections(NamedTuple):
+class ArtifactDetections(NamedTuple):
     """Detections of a batch, best first.
 
     Attributes:
@@ -98,7 +98,7 @@ class Artifact:
         self._parts = parts
         self._programs: dict[str, Callable[..., Any]] = {}
 
-    def __call__(self, images: Array | np.ndarray, sizes: Array | np.ndarray | None = None) -> Detections:
+    def __call__(self, images: Array | np.ndarray, sizes: Array | np.ndarray | None = None) -> ArtifactDetections:
         """Detect objects in uint8 RGB ``images [B, H, W, 3]``.
 
         Args:
@@ -122,7 +122,7 @@ class Artifact:
                 f"{self.path}: sizes are {list(sizes.shape)} for {len(images)} images; give (height, width) per image"
             )
         out = program(self._weights, images, sizes.astype(np.int32))
-        return Detections(**{**out, "stats": {int(level): counts for level, counts in out["stats"].items()}})
+        return ArtifactDetections(**{**out, "stats": {int(level): counts for level, counts in out["stats"].items()}})
 
     def _check_platform(self) -> None:
         here, platforms = jax.export.default_export_platform(), self.manifest["platforms"]
