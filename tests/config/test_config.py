@@ -287,9 +287,7 @@ def test_lists_in_a_python_file_become_tuples(tmp_path: Path) -> None:
 
 
 def test_no_such_file(tmp_path: Path) -> None:
-    with pytest.raises(
-        QueryDetError, match=r"nothing\.py: neither a card, .* `querydet cards`"
-    ):
+    with pytest.raises(QueryDetError, match=r"nothing\.py: neither a card, .* `querydet cards`"):
         load_config(tmp_path / "nothing.py")
     with pytest.raises(ConfigError, match="no config.json in this folder"):
         load_config(tmp_path)
