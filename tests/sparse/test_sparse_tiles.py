@@ -62,17 +62,23 @@ def test_no_active_cell_is_lost_and_none_comes_twice(side):
     assert (np.diff(index, axis=1)[index[:, 1:] < number] > 0).all()
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def tables(mask, capacity: int, side: int):
+    """Cells of the tiles, the same with a ring around each, and the halo table."""
+    tiles = select_tiles(mask, capacity, side)
+    return tile_cells(tiles), tile_cells(tiles, ring=1), halo_table(tiles)
+
+
 @pytest.mark.parametrize("side", [2, 3, 8])
 @pytest.mark.parametrize("spare", [0, 3])
 def test_halo_table_against_a_dictionary(side, spare):
-    for mask in masks()[:200:9]:
-        number = int(tile_count(mask, side))
-        tiles = select_tiles(mask, number + spare, side)
-        buffer = np.asarray(tile_cells(tiles)).reshape(-1)
+    chosen = masks()[:200:9]
+    numbers = np.asarray(jax.jit(jax.vmap(lambda mask: tile_count(mask, side)))(chosen)).tolist()
+    for mask, number in zip(chosen, numbers, strict=True):
+        cells, around, table = jax.device_get(tables(mask, number + spare, side))
+        buffer = cells.reshape(-1)
         row_of = {int(cell): row for row, cell in enumerate(buffer) if cell < CELLS}
-        around = np.asarray(tile_cells(tiles, ring=1))
         np.testing.assert_array_equal(around[:, 1:-1, 1:-1].reshape(-1), buffer)
-        table = np.asarray(halo_table(tiles))
         assert table.shape == around.shape == (number + spare, side + 2, side + 2)
         for cell, row in zip(around.reshape(-1), table.reshape(-1), strict=True):
             if cell < CELLS:
