@@ -6,6 +6,7 @@ import gc
 import os
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 # Before jax starts.
 os.environ["XLA_FLAGS"] = (os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2").strip()
@@ -15,6 +16,7 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 import quick  # noqa: E402
 
+os.environ["XLA_FLAGS"] = f"{os.environ['XLA_FLAGS']} {quick.OLD_FUSIONS}".strip()  # read when the first device is used
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
 # Many tests compile the same training step; one of them pays. A folder of this run's own, which its worker
@@ -28,14 +30,15 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 2.0)
 
 @pytest.fixture(scope="module", autouse=True)
 def _free_compiled_programs() -> Iterator[None]:
-    """Every program on CPU takes several memory mappings, of which Linux allows a process 65,530: kept to the end of
-    the suite they are too many, and the process is aborted."""
+    """Drop compiled programs before they exhaust the memory mappings that Linux allows a process (65,530): every
+    program on CPU takes several, and a process without any left is aborted."""
     yield
-    jax.clear_caches()
-    gc.collect()
+    maps = Path("/proc/self/maps")
+    if not maps.exists() or maps.read_bytes().count(b"\n") > 25_000:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _compile_quickly(request: pytest.FixtureRequest) -> Iterator[None]:
-    with quick.compilation(request.node.get_closest_marker("compiled_as_used") is None):
-        yield
+def _compile_quickly(request: pytest.FixtureRequest) -> None:
+    quick.compile_quickly(request.node.get_closest_marker("compiled_as_used") is None)

@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import quick
 from flax import nnx
 from small_detector import (
     BASE,
@@ -43,9 +42,8 @@ ON_SITES = {"capacities": (1.0,), "chunk": 64}  # never densely
 
 @pytest.fixture(scope="module")
 def csq() -> Detector:
-    """The main detector, compiled as in use."""
-    with quick.compilation(False):
-        detector()(FOUR)
+    """The main detector, compiled."""
+    detector()(FOUR)
     return detector()
 
 
@@ -124,19 +122,19 @@ def test_a_batch_equals_its_images_one_by_one(csq):
         assert apart[0] == [0, 0, 0] and len({queries for queries, _, _ in apart}) > 2  # unequal crowding
 
 
-def test_a_batch_of_eight_with_one_crowded_picture(csq):
+def test_a_batch_with_one_crowded_picture(csq):
     """The crowd fills a larger buffer, or runs densely, for all; what the others get stays the same."""
     quiet = pictures(8, 64, 96, seed=1)[3]
-    batch = np.stack([np.roll(quiet, 6 * i, axis=1) for i in range(8)])  # no two alike
-    batch[5] = pictures(8, 64, 96, seed=3)[6]
+    batch = np.stack([np.roll(quiet, 6 * i, axis=1) for i in range(4)])  # no two alike
+    batch[2] = pictures(8, 64, 96, seed=3)[6]
     together = csq(batch)
-    singles = [csq(batch[i : i + 1]) for i in range(8)]
+    singles = [csq(batch[i : i + 1]) for i in range(4)]
     assert_same(
         _without_stats(together),
         jax.tree.map(lambda *parts: jnp.concatenate(parts), *[_without_stats(single) for single in singles]),
     )
-    crowd = counts(singles[5])[2][2]
-    assert crowd > 1.5 * max(counts(single)[2][2] for i, single in enumerate(singles) if i != 5) > 0
+    crowd = counts(singles[2])[2][2]
+    assert crowd > 1.5 * max(counts(single)[2][2] for i, single in enumerate(singles) if i != 2) > 0
 
 
 def _without_stats(result: Detections) -> Detections:
@@ -318,12 +316,10 @@ def test_no_map_of_the_finest_level_is_made():
     assert cells & shapes(query="dense") and cells & shapes()  # they would be seen
 
 
-@pytest.mark.parametrize(
-    "changes", [{"capacities": (0.3, 0.6)}, {"capacities": (1.0,)}, {"capacities": (0.3,), "overflow": "cap"}]
-)
+@pytest.mark.parametrize("changes", [{"capacities": (0.3, 1.0)}, {"capacities": (0.01,), "overflow": "cap"}])
 def test_tiles_find_what_single_cells_find(changes):
     tiled = detector(kernel="tiles", tile=4, chunk=64, **changes)(FOUR)
-    plain = detector(**changes)(FOUR)
+    plain = detector(**changes if "overflow" in changes else {})(FOUR)
     if not changes.get("overflow"):
         assert_same(_without_stats(tiled), _without_stats(plain))
         assert counts(tiled) == counts(plain)
@@ -368,10 +364,9 @@ def test_images_of_another_layout_are_refused(shape):
 
 def test_other_query_methods_read_the_same_keys():
     """CCQ is CSQ with all the context a head sees; CQ differs from it only near the border."""
-    images = pictures(2, 128, 160)
-    sparse = jax.device_get(detector(context=REACH)(images))
-    complete = jax.device_get(detector(query="ccq")(images))
-    crops = jax.device_get(detector(query="cq")(images))
+    sparse = jax.device_get(detector(context=REACH)(FOUR))
+    complete = jax.device_get(detector(query="ccq")(FOUR))
+    crops = jax.device_get(detector(query="cq")(FOUR))
     np.testing.assert_array_equal(complete.classes, sparse.classes)
     np.testing.assert_allclose(complete.scores, sparse.scores, atol=1e-5, rtol=0)
     np.testing.assert_allclose(complete.boxes, sparse.boxes, atol=1e-3, rtol=0)
@@ -381,10 +376,8 @@ def test_other_query_methods_read_the_same_keys():
 
 
 def test_hard_cap_reports_the_overflow():
-    images = pictures(2, 128, 160)
-    free, capped = (
-        jax.device_get(detector(capacities=(0.05,), overflow=overflow)(images)) for overflow in ("dense", "cap")
-    )
+    free = jax.device_get(detector(capacities=(0.01,))(FOUR))
+    capped = jax.device_get(detector(capacities=(0.01,), overflow="cap")(FOUR))
     assert free.stats[3].overflowed and capped.stats[3].overflowed
     assert free.stats[3].queries == capped.stats[3].queries
     assert 0 < capped.stats[3].active <= capped.stats[3].capacity < free.stats[3].active
