@@ -62,7 +62,7 @@ def query_maps(
     Returns:
       bool [B,h,w].
     """
-    batch, height, width = shape
+    _, height, width = shape
     found = np.zeros(shape, bool)
     sizes = boxes[:, 2:] - boxes[:, :2]
     scales = np.sqrt(sizes[:, 0] * sizes[:, 1])

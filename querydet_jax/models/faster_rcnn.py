@@ -78,7 +78,7 @@ class FasterRCNN(DenseDetector):
         super().__init__(config, rng, query_branch=True)
         channels = config.fpn.channels
         self.head = RPNHead(config.head, channels, config.anchors.per_cell, self.dtype, rng)
-        self.query_head: RPNQueryHead | None = (
+        self.query_head: RPNQueryHead | None = (  # pyright: ignore[reportIncompatibleVariableOverride]
             RPNQueryHead(self.head, self.dtype, rng) if config.query.enabled else None
         )
         stages = config.faster_rcnn

@@ -7,7 +7,8 @@ Shape letters: G padded boxes, R anchors or points of all levels of an image, P 
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -225,7 +226,7 @@ def query_targets(
     return best < reach * factor
 
 
-def per_image(function, *arrays: Array):
+def per_image(function: Callable[..., Any], *arrays: Array) -> Any:
     """Map ``function`` over the leading batch axis, one image after another, and stop gradients.
 
     Use ``lax.map`` instead of ``vmap``, because the matchers' loops depend on the number of boxes:

@@ -5,13 +5,13 @@ Flavours: msra (detectron2's conversion, BGR), torchvision (RGB), efficientnet_l
 
 from __future__ import annotations
 
-_STATISTICS = {
+Triple = tuple[float, float, float]
+
+_STATISTICS: dict[str, tuple[Triple, Triple]] = {
     "msra": ((103.530, 116.280, 123.675), (1.0, 1.0, 1.0)),
     "torchvision": ((123.675, 116.280, 103.530), (58.395, 57.120, 57.375)),
-    "efficientnet_lite": ((127.0,) * 3, (128.0,) * 3),
+    "efficientnet_lite": ((127.0, 127.0, 127.0), (128.0, 128.0, 128.0)),
 }
-
-Triple = tuple[float, float, float]
 
 
 def pixel_statistics(flavor: str) -> tuple[Triple, Triple]:

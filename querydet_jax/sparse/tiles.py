@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from querydet_jax.sparse.cells import Cells
-from querydet_jax.sparse.conv import Stack, dense_conv, in_chunks, rows_or_zeros
+from querydet_jax.sparse.conv import Conv, Stack, dense_conv, in_chunks, rows_or_zeros
 from querydet_jax.sparse.level import CascadeLevel, merged_at
 
 
@@ -149,7 +149,9 @@ def run_stacks_on_tiles(
             last = layer == len(stack) - 1
             rows = x.reshape(-1, x.shape[-1])
 
-            def one_layer(first: Array, number: int, rows=rows, conv=conv, last=last) -> list[Array]:
+            def one_layer(
+                first: Array, number: int, rows: Array = rows, conv: Conv = conv, last: bool = last
+            ) -> list[Array]:
                 around = lax.dynamic_slice_in_dim(table, first, number)
                 patch = rows_or_zeros(rows, around)
                 y = dense_conv(patch, conv, relu=not last, out_dtype=jnp.float32 if last else None, padding=0)

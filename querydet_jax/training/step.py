@@ -49,7 +49,7 @@ class TrainState:
     ema: PyTree = None
 
 
-def split_model(model: DenseDetector, axis_name: str | None) -> tuple[nnx.GraphDef, PyTree, PyTree]:
+def split_model(model: DenseDetector, axis_name: str | None) -> tuple[nnx.GraphDef[Any], PyTree, PyTree]:
     """Split the model, in training mode, into (graph, params, rest).
 
     With ``axis_name``, live batch norm averages its statistics over that axis.
