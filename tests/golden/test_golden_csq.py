@@ -66,7 +66,11 @@ def compare(result, z, prefix):
     np.testing.assert_allclose(result.boxes[0][valid], z[f"{prefix}_boxes"], atol=2e-3, rtol=1e-5)
 
 
-@pytest.mark.parametrize("capacities", [(0.05, 0.25), (1.0,), (0.001,)])
+@pytest.mark.parametrize(
+    "capacities",
+    # The second runs on sites alone, as the fixture does; inference/test_detector compares capacities, too.
+    [(0.05, 0.25), pytest.param((1.0,), marks=pytest.mark.slow), (0.001,)],
+)
 def test_detections_at_any_capacity(model, config, image_a, recorded, capacities):
     detect = qd.Detector(model, dataclasses.replace(config.inference, capacities=capacities))
     compare(jax.device_get(detect(image_a[None])), recorded("csq"), "det")
