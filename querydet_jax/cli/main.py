@@ -29,7 +29,7 @@ def main() -> None:
     words = sys.argv[1:]
     name = words[0] if words else "--help"
     if name in ("-h", "--help"):
-        print(_help())
+        run(lambda: print(_help(), flush=True))  # flush: a reader that left (| head) shows here
     elif name == "--version":
         from querydet_jax import __version__
 
