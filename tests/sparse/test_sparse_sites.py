@@ -201,7 +201,7 @@ def test_whole_map_is_every_cell_in_map_order():
 
 def tables_by_loops(index: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
     """(slots, cells) of the nine neighbours of each slot, by dictionary."""
-    batch, height, width = SHAPE
+    _, height, width = SHAPE
     slot_of = {int(cell): slot for slot, cell in enumerate(index) if cell < CELLS}
     slots = np.full((capacity, 9), capacity)
     cells = np.full((capacity, 9), CELLS)

@@ -133,7 +133,7 @@ def test_inactive_cells_of_a_tile_are_not_read():
 
 def test_bfloat16_on_tiles():
     features, mask = make_features(2), key_masks(2)["random 0.2"]
-    wide, sites = on_tiles(4, 8, 2, DEPTHS)(features, mask)
+    wide, _ = on_tiles(4, 8, 2, DEPTHS)(features, mask)
     narrow, _ = on_tiles(4, 8, 2, DEPTHS, jnp.bfloat16)(features, mask)
     for a, b in zip(wide, narrow, strict=True):
         assert b.dtype == jnp.float32
