@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from querydet_jax.cli.arguments import parse
+from querydet_jax.cli.main import SUMMARIES
 from querydet_jax.config import Config
 from querydet_jax.data import check_classes, open_dataset
 from querydet_jax.evaluation.output import write_scores
@@ -50,9 +51,7 @@ class EvalArguments:
 
 def evaluate(words: Sequence[str], program: str) -> None:
     """Evaluate a trained detector, densely and with Cascade Sparse Query."""
-    arguments, config, source = parse(
-        EvalArguments, "Evaluate a detector, densely and with Cascade Sparse Query.", words, program
-    )
+    arguments, config, source = parse(EvalArguments, SUMMARIES["eval"], words, program)
     machine.keep_compiled_programs()
     join(arguments.hosts)
     model = open_model(config, source, arguments.weights or None)

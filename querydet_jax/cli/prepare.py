@@ -8,6 +8,8 @@ from typing import Annotated
 
 import tyro
 
+from querydet_jax.cli.main import SUMMARIES
+
 
 def prepare(words: Sequence[str], program: str) -> None:
     """Write a data set once in the form that training reads fastest."""
@@ -17,7 +19,7 @@ def prepare(words: Sequence[str], program: str) -> None:
         {"visdrone": _prepare_visdrone, "coco": _prepare_coco},
         args=list(words),
         prog=program,
-        description="Write a data set once in the form that training reads fastest.",
+        description=SUMMARIES["prepare"],
     )
 
 
@@ -31,7 +33,7 @@ def _prepare_visdrone(
 
     Args:
       folder: The split's folder, with images/ and annotations/.
-      out: Folder to make; it appears when it is complete.
+      out: Folder to create; it appears when it is complete.
       patches: Cut each image into its four quarters, as QueryDet trains on them.
       overwrite: Replace a folder that was prepared before.
     """

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import tyro
 
+from querydet_jax.cli.main import SUMMARIES
 from querydet_jax.evaluation.curves import Curves
 from querydet_jax.evaluation.metrics import CocoMetrics
 from querydet_jax.evaluation.output import write_curves
@@ -24,7 +25,7 @@ def score(words: Sequence[str], program: str) -> None:
         {"visdrone": _visdrone, "coco": _coco},
         args=list(words),
         prog=program,
-        description="Score the result files of any detector.",
+        description=SUMMARIES["score"],
     )
 
 
@@ -37,7 +38,7 @@ def _visdrone(
     """Score VisDrone's text files by the official protocol.
 
     Args:
-      results: Folder of the results, a text file an image: x,y,w,h,score,category,-1,-1 a line.
+      results: Folder of the results, one text file per image, x,y,w,h,score,category,-1,-1 per line.
       annotations: Folder of the official annotation files, or the split's folder.
       images: Folder of the images, read for their sizes alone (default: images/ beside the annotations).
       out: Write report.json and the recall-precision curves to this folder.
@@ -57,7 +58,7 @@ def _coco(
     Args:
       results: A list of image_id, category_id, bbox [x, y, w, h], score.
       annotations: The annotation file with images, annotations, categories.
-      max_detections: Limits of detections an image and class; AP takes the largest.
+      max_detections: Limits of detections per image and class; AP takes the largest.
       out: Write report.json and the recall-precision curves to this folder.
     """
     metrics = score_coco(results, annotations, max_detections)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from querydet_jax.cli.arguments import parse
+from querydet_jax.cli.main import SUMMARIES
 from querydet_jax.data import Dataset
 from querydet_jax.evaluation.runner import comparison_table, detectors_to_compare, evaluate_detectors, first_images
 from querydet_jax.inference.detector import Detector
@@ -29,9 +30,7 @@ class TrainArguments:
 
 def train(words: Sequence[str], program: str) -> None:
     """Train a detector."""
-    arguments, config, source = parse(
-        TrainArguments, "Train a detector on all devices, of one host or several.", words, program
-    )
+    arguments, config, source = parse(TrainArguments, SUMMARIES["train"], words, program)
     machine.keep_compiled_programs()
     join(arguments.hosts, preemptible=True)
     run = Path(arguments.run or (source if source.is_dir() else f"runs/{config.name}"))

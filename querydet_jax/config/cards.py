@@ -24,7 +24,7 @@ def cards_folder() -> Path:
 
 def card_names() -> list[str]:
     """Return the names of all cards, sorted."""
-    return sorted(path.stem for path in cards_folder().glob("*.py") if path.stem != "__init__")
+    return sorted(path.stem for path in cards_folder().glob("*.py"))
 
 
 def find_card(name: str) -> Path:

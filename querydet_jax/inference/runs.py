@@ -11,7 +11,7 @@ from querydet_jax.weights import load_weights
 
 
 def open_model(config: Config, source: str | Path, weights: str | Path | None = None) -> DenseDetector:
-    """The model of ``config`` with the weights of the run folder ``source``, or with ``weights``.
+    """Build the model of ``config`` with the weights of the run folder ``source``, or with ``weights``.
 
     Raises:
       ConfigError: neither, or weights that lack a part of the model.

@@ -48,8 +48,8 @@ class LevelResult(NamedTuple):
     query_logits: Array | None
 
 
-Select = Callable[[int, list[Array], Cells], Any]
-"""``select(level, outputs, cells)``: what leaves a level of its heads' outputs (see ``methods.Select``)."""
+LevelSelect = Callable[[int, list[Array], Cells], Any]
+"""``select(level, outputs, cells)``: ``methods.Select`` for any level of the pyramid."""
 
 
 def cascade(
@@ -57,7 +57,7 @@ def cascade(
     levels: Sequence[CascadeLevel],
     heads: Sequence[Stack],
     query: Stack,
-    select: Select,
+    select: LevelSelect,
     options: SparseOptions,
 ) -> list[LevelResult]:
     """Walk down the pyramid: queries, their children as keys, context, heads, next queries.
@@ -87,7 +87,7 @@ def _run_level(
     level: CascadeLevel,
     heads: Sequence[Stack],
     query: Stack | None,
-    select: Select,
+    select: LevelSelect,
     options: SparseOptions,
 ) -> LevelResult:
     shape = (level.features.shape[1], level.features.shape[2])
