@@ -1,12 +1,18 @@
 """Checkpoints on disk: trees of arrays by step and item name, complete or absent. The only file that names orbax.
 
-A folder holds ``<step>/<item>/``. Orbax writes a step under another name and renames it when it is complete.
+A folder holds ``<step>/<item>/``. A step is written under another name, with the checksums of its files, and renamed
+when it is complete. Reading an item compares its files with their checksums; steps without any, which version 0.1.0
+wrote, are read as they are.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import hashlib
 import logging
+import os
+import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -22,7 +28,12 @@ from querydet_jax.runtime.errors import QueryDetError, WeightsError
 from querydet_jax.runtime.files import reason, writing
 
 FOLDER = "checkpoints"  # in a run's folder
-_UNFINISHED = ".orbax-checkpoint-tmp"  # in the names of folders that orbax has not finished
+_UNFINISHED = ".orbax-checkpoint-tmp"  # in the names of folders that are not finished
+_STRAY = ".stray"  # after the name of what was found in a checkpoint's place
+_CHECKSUMS = "checksums.sha256"  # as `sha256sum` writes it and `sha256sum --check` reads it
+_METADATA = ("_CHECKPOINT_METADATA", "*/_METADATA", "*/manifest.ocdbt")  # orbax's, of a step and of its items
+
+_log = logging.getLogger("querydet_jax")
 
 
 class CheckpointStore:
@@ -43,10 +54,13 @@ class CheckpointStore:
     def latest(self) -> int | None:
         """Return the newest complete step, after waiting for the one being written; None if there is none."""
         self.wait()
-        return max(_steps(self.folder), default=None)
+        return _newest(self.folder)
 
     def save(self, step: int, items: Mapping[str, Any]) -> None:
-        """Write ``items`` (name to tree of NumPy arrays) in the background; a step that exists is left as it is."""
+        """Write ``items`` (name to tree of NumPy arrays) in the background; a step that exists is left as it is.
+
+        What else lies in its place (an empty folder, a file, a link) is renamed.
+        """
         self.wait()
         if step not in _steps(self.folder):
             size = sum(x.nbytes for x in jax.tree.leaves(dict(items)))
@@ -78,7 +92,7 @@ class CheckpointStore:
         """Return an item of a complete step as a tree of NumPy arrays.
 
         Raises:
-          WeightsError: it is damaged.
+          WeightsError: it is damaged: a file is missing, or not the one that was written.
         """
         return _read(self._checkpointer, self.folder, step, item)
 
@@ -100,8 +114,15 @@ class CheckpointStore:
 
     def _write(self, step: int, items: Mapping[str, Any]) -> None:
         arguments = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
+        path, aside = self.folder / str(step), self.folder / f"{step}{_UNFINISHED}-checksums"
+        shutil.rmtree(aside, ignore_errors=True)  # of a run that was killed
         with _errors_logged_once():
-            self._checkpointer.save(self.folder / str(step), args=ocp.args.Composite(**arguments))
+            self._checkpointer.save(aside, args=ocp.args.Composite(**arguments))
+        _write_checksums(aside)
+        if os.path.lexists(path):
+            stray = path.rename(f"{path}{_STRAY}-{time.time_ns()}")
+            _log.warning("%s: was not a checkpoint; renamed to %s", path, stray.name)
+        aside.rename(path)
         for old in sorted(_steps(self.folder))[: -self.keep]:
             # Renamed first: a step that is half deleted must not look complete.
             shutil.rmtree((self.folder / str(old)).rename(self.folder / f"{old}{_UNFINISHED}"), ignore_errors=True)
@@ -120,20 +141,52 @@ def read_checkpoint(path: str | Path, item: str) -> Any:
     path = Path(path).resolve()
     if not path.is_dir():
         raise WeightsError(f"{path}: no such folder; give a run folder or a weight file")
-    if path.name.isdigit() and (path / item).is_dir():
-        folder, steps = path.parent, [int(path.name)]
+    if _step(path) is not None:
+        folder, step = path.parent, _step(path)
     else:
         folder = path / FOLDER if (path / FOLDER).is_dir() else path
-        steps = _steps(folder)
-    if not steps:
+        step = _newest(folder)
+    if step is None:
         found = "no finished checkpoint" if list(folder.glob(f"*{_UNFINISHED}*")) else "no checkpoint"
         raise WeightsError(f"{folder}: holds {found}; give a run folder of a training that has saved one")
     with contextlib.closing(_checkpointer()) as checkpointer:
-        return _read(checkpointer, folder, max(steps), item)
+        try:
+            return _read(checkpointer, folder, step, item)
+        except WeightsError:
+            if (folder / str(step)).exists() or not _steps(folder):
+                raise
+            return _read(checkpointer, folder, max(_steps(folder)), item)  # a training has replaced it meanwhile
+
+
+def _newest(folder: Path) -> int | None:
+    """Return the newest complete step in a folder of checkpoints, None if there is none; warn of what is none.
+
+    Raises:
+      WeightsError: the folder cannot be read.
+    """
+    try:
+        strays = sorted(child.name for child in folder.iterdir() if child.name.isdecimal() and _step(child) is None)
+        if strays:
+            _warn_of_strays(folder, ", ".join(strays[:5]))
+        return max(_steps(folder), default=None)
+    except OSError as error:
+        raise WeightsError(f"{folder}: cannot be read ({reason(error)}); check its permissions") from None
+
+
+@functools.cache  # once
+def _warn_of_strays(folder: Path, names: str) -> None:
+    _log.warning("%s: passed over %s: a link, or no checkpoint", folder, names)
 
 
 def _steps(folder: Path) -> list[int]:
-    return [int(child.name) for child in folder.iterdir() if child.name.isdigit()]
+    return [step for child in folder.iterdir() if (step := _step(child)) is not None]
+
+
+def _step(path: Path) -> int | None:
+    """Return the number of the step that a folder holds, None for anything else."""
+    if not re.fullmatch("0|[1-9][0-9]{0,8}", path.name) or path.is_symlink() or not path.is_dir():
+        return None
+    return int(path.name) if any(any(path.glob(name)) for name in (_CHECKSUMS, *_METADATA)) else None
 
 
 def _checkpointer() -> ocp.Checkpointer:
@@ -147,12 +200,49 @@ def _read(checkpointer: ocp.Checkpointer, folder: Path, step: int, item: str) ->
     arguments = ocp.args.Composite(**{item: ocp.args.StandardRestore()})
     # Whichever layer of orbax meets damage first reports it; a user needs the name of the folder.
     try:
+        _verify(folder / str(step), item)
         return checkpointer.restore(folder / str(step), args=arguments)[item]
     except Exception as error:
+        before = any(other < step for other in _steps(folder))
         raise WeightsError(
             f"{folder}/{step}: checkpoint item {item!r} cannot be read ({reason(error)}); "
-            "delete this step's folder to fall back to the one before"
+            + ("delete this step's folder to fall back to the one before" if before else "no older one is left: restore"
+            " this step's folder from a copy, or delete it and start again")
         ) from error
+
+
+def _write_checksums(step: Path) -> None:
+    """Write the checksums of all files of a step; the last line is that of the lines above."""
+    files = sorted(path for path in step.rglob("*") if path.is_file())
+    lines = "".join(f"{_sha256(path)}  {path.relative_to(step).as_posix()}\n" for path in files)
+    (step / _CHECKSUMS).write_bytes(lines.encode() + _end(lines.encode()))
+
+
+def _verify(step: Path, item: str) -> None:
+    """Raise WeightsError if a file of an item, or of those that all items share, is not the one that was written."""
+    if not (step / _CHECKSUMS).exists():
+        return
+    data = (step / _CHECKSUMS).read_bytes()
+    lines = data[: data.rfind(b"\n", 0, -1) + 1]
+    if data != lines + _end(lines):
+        raise WeightsError(f"{_CHECKSUMS} is damaged")
+    for line in lines.decode().splitlines():
+        checksum, name = line.split("  ", 1)
+        if "/" in name and not name.startswith(f"{item}/"):
+            continue
+        if not (step / name).is_file():
+            raise WeightsError(f"{name} is missing")
+        if _sha256(step / name) != checksum:
+            raise WeightsError(f"{name} is damaged: its checksum is not the one in {_CHECKSUMS}")
+
+
+def _end(lines: bytes) -> bytes:
+    return f"# {hashlib.sha256(lines).hexdigest()}\n".encode()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextlib.contextmanager

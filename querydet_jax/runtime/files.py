@@ -10,6 +10,7 @@ import logging
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,8 @@ class LineFile:
         self.path, self._warned = path, False
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
+            if path.is_fifo():  # opening it would wait for a reader
+                raise FileExistsError(errno.EEXIST, "a pipe of this name is there")
             self._file = path.open("ab", buffering=0)
             self._truncate()  # a crash of the machine may have left part of a line
 
@@ -84,39 +87,46 @@ class LineFile:
 
 @contextlib.contextmanager
 def written_aside(path: str | Path) -> Iterator[Path]:
-    """Yield a path beside ``path``, with its suffix, to write to; rename it to ``path`` if the block succeeds.
+    """Yield a path of the same name to write to, in a new folder beside ``path``; rename it to ``path`` if the block
+    succeeds.
 
-    The folder is created. If the block fails, nothing is left behind and a former ``path`` stays.
+    The folder's name is random and it is this user's alone, so that nobody can leave a link there to write through.
+    The folder of ``path`` is created. If the block fails, nothing is left behind and a former ``path`` stays.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
-        yield aside
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+    with _own_folder(path.parent) as folder:
+        yield folder / path.name
+        os.replace(folder / path.name, path)
 
 
 @contextlib.contextmanager
 def folder_written_aside(path: str | Path) -> Iterator[Path]:
-    """Yield a new folder beside ``path`` to fill; rename it to ``path``, replacing a former one, if the block succeeds.
+    """Yield a new folder to fill; rename it to ``path``, replacing a former one, if the block succeeds.
 
     If the block fails, nothing is left behind and a former ``path`` stays.
     """
     path = Path(path).resolve()
-    aside, former = (path.with_name(f".{path.name}.{os.getpid()}{end}") for end in ("", ".old"))
+    with _own_folder(path.parent) as folder:
+        aside, former = folder / "new", folder / "former"
+        aside.mkdir()
+        try:
+            yield aside
+            if path.exists():
+                os.rename(path, former)
+            os.rename(aside, path)
+        finally:
+            if former.exists() and not path.exists():  # the block ended between the two renames
+                os.rename(former, path)
+
+
+@contextlib.contextmanager
+def _own_folder(above: Path) -> Iterator[Path]:
+    above.mkdir(parents=True, exist_ok=True)
+    folder = tempfile.mkdtemp(prefix=".querydet-", dir=above)
     try:
-        aside.mkdir(parents=True)
-        yield aside
-        if path.exists():
-            os.rename(path, former)
-        os.rename(aside, path)
+        yield Path(folder)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
-        if former.exists() and not path.exists():  # the block ended between the two renames
-            os.rename(former, path)
-        shutil.rmtree(former, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_json(path: str | Path, value: Any, **options: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -112,3 +113,107 @@ def test_a_full_disk(tmp_path):
         )
         assert float(megabytes) == 1  # the least it says
         assert end == "; train.keep_checkpoints says how many are kept), then add --resume to go on from it"
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> Path:
+    """A folder with the complete steps 1 and 2."""
+    folder = tmp_path_factory.mktemp("saved")
+    with opened(folder) as store:
+        store.save(1, ITEMS)
+        store.save(2, ITEMS)
+    return folder
+
+
+@pytest.fixture
+def copy(saved, tmp_path) -> Path:
+    shutil.copytree(saved, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)
+
+
+def test_a_flipped_bit_in_any_file_is_noticed(copy):
+    """In the numbers, in orbax's own files, in the checksums; not in what belongs to another item."""
+    step = copy / FOLDER / "2"
+    files = [path for path in step.rglob("*") if path.is_file()]
+    assert {"checksums.sha256", "_CHECKPOINT_METADATA", "_METADATA", "manifest.ocdbt"} < {path.name for path in files}
+    for path in files:
+        before, name = path.read_bytes(), path.relative_to(step).as_posix()
+        flip(path)
+        if name.startswith("train/"):
+            assert set(read_checkpoint(copy, "model")) == {"a.weight", "b"}
+        else:
+            with pytest.raises(WeightsError) as error:
+                read_checkpoint(copy, "model")
+            assert f"{step}: " in str(error.value) and f"({name} is damaged" in str(error.value)
+            assert str(error.value).endswith("delete this step's folder to fall back to the one before")
+        path.write_bytes(before)
+    assert set(read_checkpoint(copy, "model")) == {"a.weight", "b"}
+
+
+@pytest.mark.parametrize("damage", ["missing", "longer", "empty", "no checksums", "half of the checksums", "swapped"])
+def test_other_damage_is_noticed_too(copy, damage):
+    shutil.rmtree(copy / FOLDER / "1")
+    step = copy / FOLDER / "2"
+    largest = max(step.glob("model/**/*"), key=lambda path: path.stat().st_size * path.is_file())
+    checksums = step / "checksums.sha256"
+    if damage == "missing":
+        largest.unlink()
+    elif damage == "longer":
+        largest.write_bytes(largest.read_bytes() + b"\0")
+    elif damage == "empty":
+        largest.write_bytes(b"")
+    elif damage == "no checksums":
+        checksums.write_bytes(b"")
+    elif damage == "half of the checksums":
+        checksums.write_text("".join(checksums.read_text().splitlines(keepends=True)[3:]))
+    else:
+        shutil.copy(step / "model" / "manifest.ocdbt", largest)
+    with pytest.raises(WeightsError, match=r"\((model/.*|checksums.sha256) is (missing|damaged).*; no older one is left"):
+        read_checkpoint(copy, "model")
+
+
+def test_checkpoints_without_checksums_are_read_as_before(copy):
+    """Those of version 0.1.0; a file that a file browser adds is no damage."""
+    (copy / FOLDER / "2" / "model" / ".DS_Store").write_text("")
+    assert set(read_checkpoint(copy, "model")) == {"a.weight", "b"}
+    (copy / FOLDER / "2" / "checksums.sha256").unlink()
+    (copy / FOLDER / "2" / "_CHECKPOINT_METADATA").rename(copy / "gone")
+    assert set(read_checkpoint(copy, "train")) == {"list"}
+
+
+STRAYS = {
+    "empty folder": lambda path: path.mkdir(),
+    "folder of empty folders": lambda path: (path / "model").mkdir(parents=True),
+    "folder of something else": lambda path: (path.mkdir(), (path / "notes.txt").write_text("")),
+    "file": lambda path: path.write_text(""),
+    "link to a checkpoint": lambda path: path.symlink_to(path.parent / "1"),
+    "link to nothing": lambda path: path.symlink_to("nowhere"),
+}
+
+
+@pytest.mark.parametrize("name", ["999999", "007", "\N{SUPERSCRIPT TWO}", "\N{ARABIC-INDIC DIGIT NINE}", "9" * 30])
+@pytest.mark.parametrize("kind", STRAYS)
+def test_a_stray_among_checkpoints_hides_none(copy, kind, name):
+    """Neither for reading nor for the choice of which old one to delete."""
+    STRAYS[kind](copy / FOLDER / name)
+    assert set(read_checkpoint(copy, "model")) == {"a.weight", "b"}
+    store = CheckpointStore(copy / FOLDER, keep=2)
+    assert store.latest() == 2
+    store.close()
+
+
+@pytest.mark.parametrize("kind", STRAYS)
+def test_a_stray_in_the_place_of_a_checkpoint_is_moved_aside(copy, kind, caplog):
+    STRAYS[kind](copy / FOLDER / "3")
+    with opened(copy, keep=2) as store:
+        assert store.latest() == 2 and "checkpoints: passed over 3: a link, or no checkpoint" in caplog.text
+        store.save(3, ITEMS)
+        assert store.latest() == 3 and store.read(3, "model")["b"] == 3
+    left, two, three = sorted(names(copy), key=len, reverse=True)
+    assert left.startswith("3.stray-") and {two, three} == {"2", "3"}

@@ -1,0 +1,85 @@
+"""One training per run folder."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import platform
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from querydet_jax.runtime.errors import ConfigError
+from querydet_jax.runtime.files import reason, writing
+
+FILE = "training.lock"  # in a run's folder
+
+_log = logging.getLogger("querydet_jax")
+
+# What the system answers where a file is locked already, and where the file system has no locks.
+_HELD = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES, errno.EDEADLK)
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)
+
+
+@contextlib.contextmanager
+def run_lock(run: Path) -> Iterator[None]:
+    """Hold the run folder, which is created, so that no other process trains in it meanwhile.
+
+    The system's lock on ``RUN/training.lock`` decides, and ends with the process, however that ends. The file's text,
+    the holder's host, process and start, is only for messages. On a file system without locks a warning says so.
+
+    Raises:
+      ConfigError: another process holds it.
+      QueryDetError: the file cannot be written.
+    """
+    path = run / FILE
+    with writing(run):
+        run.mkdir(parents=True, exist_ok=True)
+    with writing(path):
+        # Not through a link; not waiting for the other end of a pipe.
+        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+        file = os.fdopen(os.open(path, flags, 0o666), "r+b", buffering=0)
+    with file:
+        try:
+            _lock(file.fileno())
+        except OSError as error:
+            if error.errno in _HELD:
+                raise ConfigError(
+                    f"{run}: {_holder(file.read(200))} trains in this folder; wait until it ends, stop it, or choose "
+                    "another --run"
+                ) from None
+            if error.errno not in _NO_LOCKS:
+                raise ConfigError(f"{path}: cannot be locked ({reason(error)}); remove it if it is no file") from None
+            _log.warning("%s: this file system has no locks, so a second training here would not be noticed", run)
+        with writing(path):
+            file.truncate()
+            began = time.strftime("%Y-%m-%d %H:%M:%S")
+            file.write(f"host {platform.node()}, process {os.getpid()}, since {began}\n".encode())
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                file.truncate(0)
+
+
+def _holder(text: bytes) -> str:
+    line = text.decode(errors="replace").partition("\n")[0]
+    return line if line and line.isprintable() else "another process"
+
+
+if sys.platform == "win32":
+    import msvcrt
+
+    def _lock(file: int) -> None:
+        os.lseek(file, 1 << 30, os.SEEK_SET)  # beyond the text, which others may then read
+        msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
+        os.lseek(file, 0, os.SEEK_SET)
+
+else:
+    import fcntl
+
+    def _lock(file: int) -> None:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
