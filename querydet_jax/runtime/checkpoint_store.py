@@ -14,6 +14,7 @@ import logging
 import os
 import re
 import shutil
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -47,6 +48,7 @@ class CheckpointStore:
         self.folder, self.keep = folder.resolve(), keep
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
+        _leave_out_closed_loops()
         self._checkpointer = _checkpointer()
         self._thread = ThreadPoolExecutor(1, "checkpoints")
         self._pending: tuple[int, int, Future[None]] | None = None  # step, bytes
@@ -206,8 +208,11 @@ def _read(checkpointer: ocp.Checkpointer, folder: Path, step: int, item: str) ->
         before = any(other < step for other in _steps(folder))
         raise WeightsError(
             f"{folder}/{step}: checkpoint item {item!r} cannot be read ({reason(error)}); "
-            + ("delete this step's folder to fall back to the one before" if before else "no older one is left: restore"
-            " this step's folder from a copy, or delete it and start again")
+            + (
+                "delete this step's folder to fall back to the one before"
+                if before
+                else "no older one is left: restore this step's folder from a copy, or delete it and start again"
+            )
         ) from error
 
 
@@ -243,6 +248,20 @@ def _end(lines: bytes) -> bytes:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _leave_out_closed_loops() -> None:
+    """Print nothing of the writes that tensorstore goes on with after orbax has given up and closed their event loop:
+    for a full disk that is a traceback each, which would bury the reason."""
+    before = sys.unraisablehook
+
+    def hook(unraisable: sys.UnraisableHookArgs) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            before(unraisable)
+
+    if getattr(before, "__name__", "") != "leave_out_closed_loops":
+        hook.__name__ = "leave_out_closed_loops"
+        sys.unraisablehook = hook
 
 
 @contextlib.contextmanager

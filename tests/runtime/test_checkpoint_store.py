@@ -6,6 +6,9 @@ import contextlib
 import logging
 import re
 import shutil
+import sys
+import time
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -174,7 +177,9 @@ def test_other_damage_is_noticed_too(copy, damage):
         checksums.write_text("".join(checksums.read_text().splitlines(keepends=True)[3:]))
     else:
         shutil.copy(step / "model" / "manifest.ocdbt", largest)
-    with pytest.raises(WeightsError, match=r"\((model/.*|checksums.sha256) is (missing|damaged).*; no older one is left"):
+    with pytest.raises(
+        WeightsError, match=r"\((model/.*|checksums.sha256) is (missing|damaged).*; no older one is left"
+    ):
         read_checkpoint(copy, "model")
 
 
@@ -217,3 +222,22 @@ def test_a_stray_in_the_place_of_a_checkpoint_is_moved_aside(copy, kind, caplog)
         assert store.latest() == 3 and store.read(3, "model")["b"] == 3
     left, two, three = sorted(names(copy), key=len, reverse=True)
     assert left.startswith("3.stray-") and {two, three} == {"2", "3"}
+
+
+def test_a_failed_write_leaves_nothing_of_its_event_loop(tmp_path, monkeypatch):
+    """A full disk printed thirty tracebacks. Other errors that nobody catches are printed as before."""
+    printed: list[Any] = []
+    monkeypatch.setattr(sys, "unraisablehook", printed.append)
+    many: dict[str, Any] = {"model": {str(i): np.ones((200, 500), np.float32) * i for i in range(20)}}
+    for _ in range(2):
+        with (
+            no_file_longer_than(1 << 10),
+            pytest.raises(QueryDetError, match="File too large"),
+            opened(tmp_path) as store,
+        ):
+            store.save(1, many)
+    time.sleep(0.1)
+    assert not printed
+    other: Any = types.SimpleNamespace(exc_value=RuntimeError("another"))
+    sys.unraisablehook(other)
+    assert printed == [other]

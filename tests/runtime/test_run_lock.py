@@ -26,7 +26,9 @@ def test_a_second_training_names_the_first_and_a_killed_one_keeps_nothing(tmp_pa
     other = subprocess.Popen([sys.executable, "-c", HOLD, str(run)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     try:
         assert other.stdout is not None and other.stdout.readline() == "held\n"
-        with pytest.raises(ConfigError, match=rf"run: host .+, process {other.pid}, since .+ trains in this folder; wait"):
+        with pytest.raises(
+            ConfigError, match=rf"run: host .+, process {other.pid}, since .+ trains in this folder; wait"
+        ):
             with run_lock(run):
                 pass
     finally:
@@ -41,7 +43,9 @@ def test_a_second_training_names_the_first_and_a_killed_one_keeps_nothing(tmp_pa
     assert (run / FILE).read_text() == ""
 
 
-@pytest.mark.parametrize("text", ["", f"host here, process {os.getpid()}, since ever\n", "host x, process 1\n", "\0\xff"])
+@pytest.mark.parametrize(
+    "text", ["", f"host here, process {os.getpid()}, since ever\n", "host x, process 1\n", "\0\xff"]
+)
 def test_what_a_lock_file_says_keeps_nobody_out(tmp_path, text):
     """Only the system's lock does: a process number may have been given to another process."""
     (tmp_path / FILE).write_text(text, encoding="latin-1")
