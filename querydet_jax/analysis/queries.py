@@ -154,7 +154,7 @@ def _cascade(
     for targets, shape, margin in zip(fired, shapes, margins, strict=True):
         keys = children(targets if keys is None else targets & keys, shape)
         rings = grow(keys, CONTEXTS[-1])
-        active = jnp.stack([jnp.sum(ring.astype(jnp.int32), axis=(1, 2)) for ring in rings], axis=1)
+        active = jnp.stack([jnp.sum(ring, axis=(1, 2), dtype=jnp.int32) for ring in rings], axis=1)
         room = jax.vmap(lambda one, margin=margin: room_needed(one[None], margin, options))(keys)
         out.append((keys, active, room))
     return out

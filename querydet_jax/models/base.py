@@ -57,7 +57,7 @@ class DenseDetector(nnx.Module):
         self.config = config
         self.dtype = jnp.dtype(config.dtype)
         mean, std = pixel_statistics(config.backbone.flavor)
-        self.pixel_mean, self.pixel_std = Frozen(jnp.asarray(mean)), Frozen(jnp.asarray(std))
+        self.pixel_mean, self.pixel_std = Frozen(jnp.asarray(mean, jnp.float32)), Frozen(jnp.asarray(std, jnp.float32))
         self.backbone = build_backbone(config.backbone, self.dtype, rng)
         self.fpn = FPN(config.fpn, self.backbone.out_channels, config.min_level, config.max_level, self.dtype, rng)
         if not query_branch:
@@ -152,8 +152,8 @@ class DenseDetector(nnx.Module):
         x = (x - self.pixel_mean[...][None, None, None]) / self.pixel_std[...][None, None, None]
         height, width = x.shape[1:3]
         if sizes is not None:
-            inside = (jnp.arange(height)[None, :, None] < sizes[:, 0, None, None]) & (
-                jnp.arange(width)[None, None, :] < sizes[:, 1, None, None]
+            inside = (jnp.arange(height, dtype=jnp.int32)[None, :, None] < sizes[:, 0, None, None]) & (
+                jnp.arange(width, dtype=jnp.int32)[None, None, :] < sizes[:, 1, None, None]
             )
             x = x * inside[..., None].astype(x.dtype)
         padding = (-height % SIZE_DIVISOR, -width % SIZE_DIVISOR)
@@ -221,7 +221,7 @@ class DenseDetector(nnx.Module):
         weights = jnp.asarray(level_weights(self.config), jnp.float32)
         per_level = {name: jnp.stack(values) for name, values in sums.items()}
         terms = {name: jnp.sum(weights * values) / divisor for name, values in per_level.items()}
-        terms["query"] = jnp.zeros(())
+        terms["query"] = jnp.zeros((), jnp.float32)
         if query is not None:
             per_level["query"] = query
             query_weights = jnp.asarray(self.config.loss.query_weights, jnp.float32)

@@ -62,10 +62,10 @@ def best_values(values: Array, cells: Cells, *, topk: int, per_key: int) -> Best
         best, row, column = top_scores(
             values, jnp.where(mine, row_best, -jnp.inf), k, cells.index, most_rows=height * width
         )
-        limit = per_key * jnp.sum(mine.astype(jnp.int32))
-        return Best(jnp.where(jnp.arange(len(row)) < limit, best, -jnp.inf), row, column)
+        limit = per_key * jnp.sum(mine, dtype=jnp.int32)
+        return Best(jnp.where(jnp.arange(len(row), dtype=jnp.int32) < limit, best, -jnp.inf), row, column)
 
-    found = jax.vmap(of_image)(jnp.arange(batch))
+    found = jax.vmap(of_image)(jnp.arange(batch, dtype=jnp.int32))
     missing = ((0, 0), (0, k - found.row.shape[1]))  # a small buffer holds fewer pairs than the dense map would
     return Best(
         jnp.pad(found.value, missing, constant_values=-jnp.inf),

@@ -137,7 +137,7 @@ class FasterRCNN(DenseDetector):
 
     def count_foreground(self, size: tuple[int, int], boxes: Array, classes: Array) -> Array:
         """Return 0: no loss is divided by the foreground."""
-        return jnp.zeros(())
+        return jnp.zeros((), jnp.float32)
 
     # First stage ---------------------------------------------------------------------------
 
@@ -172,7 +172,7 @@ class FasterRCNN(DenseDetector):
         regression = jnp.sum(smooth_l1(difference, beta=self.config.loss.smooth_l1_beta), axis=-1)
 
         def by_level(values: Array) -> list[Array]:
-            return list(jnp.zeros((len(cells),)).at[level_of[index].reshape(-1)].add(values.reshape(-1)))
+            return list(jnp.zeros((len(cells),), jnp.float32).at[level_of[index].reshape(-1)].add(values.reshape(-1)))
 
         return {"rpn_cls": by_level(entropy), "rpn_box": by_level(regression)}
 
@@ -235,7 +235,7 @@ class FasterRCNN(DenseDetector):
         proposals = self.proposals(found, sizes)
         probability, deltas = self.classify(features, proposals.boxes, proposals.valid)
         num_classes = self.config.num_classes
-        boxes = decode(proposals.boxes[:, :, None], deltas / jnp.asarray(DELTA_WEIGHTS)[None, None, None])
+        boxes = decode(proposals.boxes[:, :, None], deltas / jnp.asarray(DELTA_WEIGHTS, jnp.float32)[None, None, None])
         boxes = jax.vmap(clip)(boxes.reshape(len(boxes), -1, 4), sizes)
         scores = jnp.where(proposals.valid[..., None], probability[..., :num_classes], -jnp.inf)
         classes = jnp.broadcast_to(jnp.arange(num_classes, dtype=jnp.int32)[None, None], scores.shape)
@@ -270,7 +270,7 @@ class FasterRCNN(DenseDetector):
         mine = jnp.take_along_axis(deltas, learnt[..., None, None], axis=2)[:, :, 0]
         foreground = found.valid & (found.labels < config.num_classes)
         difference = jnp.where(foreground[..., None], mine - found.deltas, 0.0)
-        count, num_foreground, parts = jnp.sum(found.valid), jnp.sum(foreground), 1
+        count, num_foreground, parts = jnp.sum(found.valid, dtype=jnp.int32), jnp.sum(foreground, dtype=jnp.int32), 1
         if axis_name is not None:
             count, num_foreground = lax.psum((count, num_foreground), axis_name)
             parts = lax.axis_size(axis_name)

@@ -139,7 +139,7 @@ class FCOS(DenseDetector):
             label, box, center = (part.reshape(*x.shape[:3], *part.shape[2:]) for part in target)
             height, width = x.shape[1:3]
             logits, outputs = self.head(x)
-            one_hot = label[..., None] == jnp.arange(config.num_classes)[None, None, None]
+            one_hot = label[..., None] == jnp.arange(config.num_classes, dtype=jnp.int32)[None, None, None]
             focal = focal_loss(logits, one_hot, alpha=loss.focal_alpha, gamma=loss.focal_gamma)
             sides = jax.nn.relu(outputs[..., :_BOX]) * stride
             giou = giou_loss(boxes_around(grid_points(height, width, stride)[None], sides), box)
@@ -176,7 +176,7 @@ class FCOS(DenseDetector):
         def assign(boxes: Array, classes: Array) -> PointTargets:
             labels, matched = assign_points(points, strides, ranges, boxes, classes, center_radius=config.center_radius)
             if boxes.shape[0] == 0:
-                return PointTargets(labels, background, jnp.zeros(labels.shape))
+                return PointTargets(labels, background, jnp.zeros(labels.shape, jnp.float32))
             # Background gets a non-empty box, so that its masked loss and gradients stay finite.
             foreground = labels >= 0
             target = jnp.where(foreground[:, None], boxes[matched], background)

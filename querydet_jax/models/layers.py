@@ -34,10 +34,10 @@ class FrozenNorm(nnx.Module):
 
     def __init__(self, channels: int, epsilon: float = 1e-5):
         self.epsilon = epsilon
-        self.scale = Frozen(jnp.ones((channels,)))
-        self.bias = Frozen(jnp.zeros((channels,)))
-        self.mean = Frozen(jnp.zeros((channels,)))
-        self.var = Frozen(jnp.full((channels,), 1.0 - epsilon))
+        self.scale = Frozen(jnp.ones((channels,), jnp.float32))
+        self.bias = Frozen(jnp.zeros((channels,), jnp.float32))
+        self.mean = Frozen(jnp.zeros((channels,), jnp.float32))
+        self.var = Frozen(jnp.full((channels,), 1.0 - epsilon, jnp.float32))
 
     def __call__(self, x: Array) -> Array:
         scale = self.scale[...] * lax.rsqrt(self.var[...] + self.epsilon)

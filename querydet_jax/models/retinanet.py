@@ -60,7 +60,7 @@ class RetinaNet(DenseDetector):
         def level_sums(x: Array, label: Array, target: Array) -> tuple[Array, Array]:
             cls, box = self._heads(x)
             label, target = label.reshape(cls.shape[:-1]), target.reshape(box.shape)
-            one_hot = label[..., None] == jnp.arange(config.num_classes)[None, None, None, None]
+            one_hot = label[..., None] == jnp.arange(config.num_classes, dtype=jnp.int32)[None, None, None, None]
             focal = focal_loss(cls, one_hot, alpha=loss.focal_alpha, gamma=loss.focal_gamma)
             difference = jnp.where((label >= 0)[..., None], box - target, 0.0)
             return (

@@ -38,7 +38,7 @@ class Linear(nnx.Module):
         rng: np.random.Generator,
     ):
         self.kernel = nnx.Param(jnp.asarray(init(rng, (size, size, in_channels, outputs))))
-        self.bias = nnx.Param(jnp.zeros((outputs,)))
+        self.bias = nnx.Param(jnp.zeros((outputs,), jnp.float32))
         self.dtype = dtype
 
     def __call__(self, x: Array) -> Array:
@@ -118,7 +118,10 @@ def sample_proposals(
         count=config.roi_samples,
         fraction=config.roi_foreground,
     )
-    deltas = matched_deltas(proposals[found.index], boxes, matched[found.index]) * jnp.asarray(DELTA_WEIGHTS)[None]
+    deltas = (
+        matched_deltas(proposals[found.index], boxes, matched[found.index])
+        * jnp.asarray(DELTA_WEIGHTS, jnp.float32)[None]
+    )
     return SampledProposals(
         jnp.where(found.valid[:, None], proposals[found.index], 0.0),
         jnp.where(found.foreground, labels[found.index], num_classes),

@@ -36,7 +36,7 @@ def anchors_at(cells: Array, y: Array, x: Array, stride: int) -> Array:
 
 def grid_anchors(cells: Array | np.ndarray, height: int, width: int, stride: int) -> Array:
     """Return all anchors ``[h, w, A, 4]`` of an ``h x w`` level."""
-    y, x = jnp.meshgrid(jnp.arange(height), jnp.arange(width), indexing="ij")
+    y, x = jnp.meshgrid(jnp.arange(height, dtype=jnp.int32), jnp.arange(width, dtype=jnp.int32), indexing="ij")
     return anchors_at(jnp.asarray(cells), y, x, stride)
 
 

@@ -62,7 +62,7 @@ def match_anchors(
     blocks = jnp.pad(boxes, ((0, padding), (0, 0))).reshape(-1, _BLOCK, 4)
     valid = jnp.pad(classes >= 0, (0, padding)).reshape(-1, _BLOCK)
     # The loader pads boxes at the end, so skip the blocks after the last box.
-    used = jnp.max(jnp.where(valid.any(axis=1), jnp.arange(len(blocks)) + 1, 0))
+    used = jnp.max(jnp.where(valid.any(axis=1), jnp.arange(1, len(blocks) + 1, dtype=jnp.int32), 0))
 
     def iou_with(box: Array, is_box: Array) -> Array:
         return jnp.where(is_box, pairwise_iou(anchors, box[None]), 0.0)
@@ -160,7 +160,7 @@ def assign_points(
     sizes, centers = areas(boxes), 0.5 * (boxes[:, :2] + boxes[:, 2:])
     reach = center_radius * strides
     # The loader pads boxes at the end, so skip everything after the last box.
-    used = jnp.max(jnp.where(classes >= 0, jnp.arange(num_boxes) + 1, 0))
+    used = jnp.max(jnp.where(classes >= 0, jnp.arange(1, num_boxes + 1, dtype=jnp.int32), 0))
 
     def assign(g: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
         smallest, matched = state
@@ -171,7 +171,7 @@ def assign_points(
         better = fits & (classes[g] >= 0) & (sizes[g] < smallest)
         return jnp.where(better, sizes[g], smallest), jnp.where(better, g, matched)
 
-    start = (jnp.full((num_points,), jnp.inf), jnp.zeros((num_points,), jnp.int32))
+    start = (jnp.full((num_points,), jnp.inf, jnp.float32), jnp.zeros((num_points,), jnp.int32))
     smallest, matched = lax.fori_loop(0, used, assign, start)
     return jnp.where(smallest < jnp.inf, classes.astype(jnp.int32)[matched], BACKGROUND), matched
 
@@ -221,7 +221,7 @@ def query_targets(
         closer = is_small & (distance < best)
         return (jnp.where(closer, distance, best), jnp.where(closer, own_radius, reach)), None
 
-    start = (jnp.full((height, width), jnp.inf), jnp.zeros((height, width)))
+    start = (jnp.full((height, width), jnp.inf, jnp.float32), jnp.zeros((height, width), jnp.float32))
     (best, reach), _ = lax.scan(nearest, start, (centers, small, radii), unroll=min(4, boxes.shape[0]))
     return best < reach * factor
 

@@ -75,7 +75,7 @@ def settle(boxes: Array, classes: Array, present: Array, *, iou_threshold: float
     Returns:
       bool ``[N]``, true for kept candidates.
     """
-    order = jnp.arange(len(classes))
+    order = jnp.arange(len(classes), dtype=jnp.int32)
     beats = suppressed_by(boxes, classes, boxes, classes, iou_threshold=iou_threshold)
     # 0 and 1 in float32, so that "any" over a column is a matrix product, which is fast on every backend.
     beats = (beats & (order[:, None] < order[None])).astype(jnp.float32)
@@ -119,7 +119,7 @@ def class_wise_nms(
         return _no_detections(max_detections)
     considered = min(_CONSIDERED, len(scores))
     settled = min(_SETTLED, considered)
-    order = jnp.arange(len(scores))
+    order = jnp.arange(len(scores), dtype=jnp.int32)
 
     def unfinished(state: tuple[Array, ...]) -> Array:
         count, remaining, *_ = state
@@ -132,19 +132,19 @@ def class_wise_nms(
         free = (values > -jnp.inf) & ~jnp.any(overlaps, axis=0)
 
         # Positions of the first free candidates; past the end if there are fewer.
-        place = jnp.searchsorted(jnp.cumsum(free), jnp.arange(1, settled + 1))
+        place = jnp.searchsorted(jnp.cumsum(free, dtype=jnp.int32), jnp.arange(1, settled + 1, dtype=jnp.int32))
         present = place < considered
         place = jnp.minimum(place, considered - 1)
         chosen = best[place]
         chosen_boxes, chosen_classes = boxes[chosen], classes[chosen]
         kept = settle(chosen_boxes, chosen_classes, present, iou_threshold=iou_threshold)
-        slot = jnp.where(kept, count + jnp.cumsum(kept) - 1, max_detections)
+        slot = jnp.where(kept, count + jnp.cumsum(kept, dtype=jnp.int32) - 1, max_detections)
 
         # Candidates after the last decided one remain.
         last_value, last = values[place[-1]], best[place[-1]]
         after = (remaining < last_value) | ((remaining == last_value) & (order > last))
         return (
-            jnp.minimum(count + jnp.sum(kept), max_detections),
+            jnp.minimum(count + jnp.sum(kept, dtype=jnp.int32), max_detections),
             jnp.where(after, remaining, -jnp.inf),
             keep.at[slot].set(chosen.astype(jnp.int32), mode="drop"),
             kept_boxes.at[slot].set(chosen_boxes, mode="drop"),
@@ -161,7 +161,7 @@ def class_wise_nms(
         jnp.zeros((max_detections,), classes.dtype),
     )
     count, _, keep, *_ = lax.while_loop(unfinished, iterate, start)
-    return keep, jnp.arange(max_detections) < count
+    return keep, jnp.arange(max_detections, dtype=jnp.int32) < count
 
 
 def soft_nms(
@@ -233,7 +233,7 @@ def soft_nms(
         jnp.zeros((max_detections,), jnp.float32),
     )
     count, _, _, _, keep, decayed = lax.while_loop(unfinished, iterate, start)
-    return keep, jnp.arange(max_detections) < count, decayed
+    return keep, jnp.arange(max_detections, dtype=jnp.int32) < count, decayed
 
 
 def _no_detections(max_detections: int) -> tuple[Array, Array]:

@@ -16,7 +16,7 @@ def points_at(y: Array, x: Array, stride: int) -> Array:
 
 def grid_points(height: int, width: int, stride: int) -> Array:
     """Return all points ``[height, width, 2]``, (x, y) in px, of a level of ``height`` x ``width`` cells."""
-    y, x = jnp.meshgrid(jnp.arange(height), jnp.arange(width), indexing="ij")
+    y, x = jnp.meshgrid(jnp.arange(height, dtype=jnp.int32), jnp.arange(width, dtype=jnp.int32), indexing="ij")
     return points_at(y, x, stride)
 
 

@@ -145,7 +145,7 @@ def _weights(axis: _Axis, window: Array, bins: _Bins) -> Array:
     extent = axis.extent[:, None, None].astype(jnp.float32)
     counts = (step < axis.points[:, None, None]) & (at >= -1.0) & (at <= extent)
     at = jnp.clip(at, 0.0, extent - 1.0)
-    cell = (axis.origin + window * _WINDOW)[:, None] + jnp.arange(_WINDOW)[None]
+    cell = (axis.origin + window * _WINDOW)[:, None] + jnp.arange(_WINDOW, dtype=jnp.int32)[None]
     near = jnp.maximum(1.0 - jnp.abs(at[..., None] - cell[:, None, None].astype(jnp.float32)), 0.0)
     return jnp.sum(jnp.where(counts[..., None], near, 0.0), axis=2) / points
 

@@ -29,12 +29,12 @@ def sample_balanced(key: Array, foreground: Array, background: Array, *, count: 
       count: M.
       fraction: largest share of foreground.
     """
-    order = jax.random.uniform(key, foreground.shape)
+    order = jax.random.uniform(key, foreground.shape, jnp.float32)
     most = int(count * fraction)
     first = _top_indices(jnp.where(foreground, order, -1.0), most)
     rest = _top_indices(jnp.where(background, order, -1.0), count)
-    num_foreground = jnp.minimum(jnp.sum(foreground.astype(jnp.int32)), most)
-    num_background = jnp.minimum(jnp.sum(background.astype(jnp.int32)), count - num_foreground)
+    num_foreground = jnp.minimum(jnp.sum(foreground, dtype=jnp.int32), most)
+    num_background = jnp.minimum(jnp.sum(background, dtype=jnp.int32), count - num_foreground)
     place = jnp.arange(count, dtype=jnp.int32)
     is_foreground = place < num_foreground
     index = jnp.where(is_foreground, jnp.pad(first, (0, count - most)), rest[jnp.maximum(place - num_foreground, 0)])

@@ -110,8 +110,8 @@ def _run_level(
     computed = METHODS[options.method](level, keys, stacks, select_and_gate, options)
     selected, next_logits = computed.selected
     stats = LevelStats(
-        queries=jnp.sum(fired.astype(jnp.int32)),
-        keys=jnp.sum(keys.astype(jnp.int32)),
+        queries=jnp.sum(fired, dtype=jnp.int32),
+        keys=jnp.sum(keys, dtype=jnp.int32),
         active=computed.count,
         capacity=computed.capacity,
         overflowed=computed.overflowed | capped,
@@ -146,7 +146,7 @@ def cap_queries(logits: Array, fired: Array, needed: Callable[[Array], Array], c
             fits = needed(first(middle)) <= capacity
             return jnp.where(fits, middle, low), jnp.where(fits, high, middle)
 
-        start = (jnp.int32(0), jnp.sum(fired.astype(jnp.int32)))
+        start = (jnp.int32(0), jnp.sum(fired, dtype=jnp.int32))
         low, _ = lax.fori_loop(0, logits.size.bit_length(), halve, start)
         return first(low)
 

@@ -197,7 +197,7 @@ def crop_stacks(features: Array, sites: Sites, stacks: Sequence[Stack], *, chunk
             outputs.append(x[:, 0, 0])
         return outputs
 
-    outputs = [jnp.zeros((sites.capacity, stack[-1].kernel.shape[-1])) for stack in stacks]
+    outputs = [jnp.zeros((sites.capacity, stack[-1].kernel.shape[-1]), jnp.float32) for stack in stacks]
     return in_chunks(sites.counts[0], chunk, outputs, compute)
 
 

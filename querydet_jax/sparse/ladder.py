@@ -42,7 +42,7 @@ def run_ladder(
       the result; the capacity that ran, int32 ``[]`` (0: dense); whether it overflowed, bool ``[]``.
     """
     limits = jnp.asarray(capacities, jnp.int32)
-    over = jnp.sum(count > limits)
+    over = jnp.sum(count > limits, dtype=jnp.int32)
     rungs = [partial(sparse, capacity) for capacity in capacities] + ([] if dense is None else [dense])
     rung = jnp.minimum(over, len(rungs) - 1)
     result = lax.switch(rung, rungs)

@@ -147,4 +147,4 @@ def _flat(outputs: list[Array]) -> list[Array]:
 
 
 def _count(mask: Array) -> Array:
-    return jnp.sum(mask.astype(jnp.int32))
+    return jnp.sum(mask, dtype=jnp.int32)

@@ -44,7 +44,7 @@ class Sites:
     @property
     def is_key(self) -> Array:
         """Bool ``[N]``."""
-        return jnp.arange(self.capacity) < self.counts[0]
+        return jnp.arange(self.capacity, dtype=jnp.int32) < self.counts[0]
 
     @property
     def cells(self) -> Cells:
@@ -99,7 +99,7 @@ def select_sites(within: list[Array], capacity: int) -> Sites:
     num_cells = within[-1].size
     rings = [within[0]] + [outer & ~inner for inner, outer in zip(within, within[1:], strict=False)]
     flat = jnp.concatenate([ring.reshape(-1) for ring in rings])
-    totals = jnp.cumsum(flat.astype(jnp.int32))
+    totals = jnp.cumsum(flat, dtype=jnp.int32)
     slot = jnp.where(flat, totals - 1, capacity)
     cell = jnp.tile(jnp.arange(num_cells, dtype=jnp.int32), len(rings))
     index = jnp.full((capacity,), num_cells, jnp.int32).at[slot].set(cell, mode="drop")

@@ -49,14 +49,14 @@ def grid_shape(shape: tuple[int, int, int], side: int) -> tuple[int, int, int]:
 
 def tile_count(mask: Array, side: int) -> Array:
     """Count the tiles with a true cell in ``mask [B, h, w]``, int32 ``[]``."""
-    return jnp.sum(_occupied(mask, side).astype(jnp.int32))
+    return jnp.sum(_occupied(mask, side), dtype=jnp.int32)
 
 
 def select_tiles(mask: Array, capacity: int, side: int) -> Tiles:
     """Select the tiles that cover ``mask [B, h, w]``; ``count`` counts all of them, also above ``capacity``."""
     batch, height, width = mask.shape
     occupied = _occupied(mask, side).reshape(-1)
-    totals = jnp.cumsum(occupied.astype(jnp.int32))
+    totals = jnp.cumsum(occupied, dtype=jnp.int32)
     slot = jnp.where(occupied, totals - 1, capacity)
     numbers = jnp.arange(occupied.size, dtype=jnp.int32)
     index = jnp.full((capacity,), occupied.size, jnp.int32).at[slot].set(numbers, mode="drop")

@@ -22,9 +22,11 @@ def learning_rate(config: TrainConfig) -> optax.Schedule:
         warmup = float(max(config.warmup_steps, 1))
         ramp = config.warmup_factor + (1.0 - config.warmup_factor) * jnp.minimum(t / warmup, 1.0)
         if config.warmup_steps == 0:
-            ramp = jnp.ones(())
+            ramp = jnp.ones((), jnp.float32)
         if config.schedule == "steps":
-            reached = sum(((t >= boundary).astype(jnp.float32) for boundary in config.decay_steps), jnp.zeros(()))
+            reached = sum(
+                ((t >= boundary).astype(jnp.float32) for boundary in config.decay_steps), jnp.zeros((), jnp.float32)
+            )
             decay = jnp.power(config.decay_factor, reached)
         else:
             span = max(config.steps - config.warmup_steps, 1)

@@ -161,7 +161,7 @@ def make_step(
     def image_keys(step: Array, number: int) -> Array:
         first = 0 if axis_name is None else lax.axis_index(axis_name) * number
         of_step = jax.random.fold_in(jax.random.key(seed), step)
-        return jax.vmap(partial(jax.random.fold_in, of_step))(first + jnp.arange(number))
+        return jax.vmap(partial(jax.random.fold_in, of_step))(first + jnp.arange(number, dtype=jnp.int32))
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         batch = {**batch, "keys": image_keys(state.step, len(batch["images"]))}
@@ -179,7 +179,8 @@ def make_step(
         ema = state.ema
         if ema is not None:
             # Otherwise the average of a short run would be mostly its random initial parameters.
-            decay = jnp.minimum(ema_decay, (1.0 + state.step) / (10.0 + state.step))
+            number = state.step.astype(jnp.float32)
+            decay = jnp.minimum(ema_decay, (1.0 + number) / (10.0 + number))
             ema = jax.tree.map(lambda average, x: average + (1.0 - decay) * (x - average), ema, params)
         return TrainState(params, rest, opt_state, normalizer, state.step + 1, ema), metrics
 
