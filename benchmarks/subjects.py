@@ -11,8 +11,7 @@ from benchmarks.query_layout import LAYOUT_LEVEL, at_level, density, script_quer
 from querydet_jax.config import Config, InferenceConfig, ModelConfig, load_config, override
 from querydet_jax.config.loading import config_path
 from querydet_jax.config.rules import backbone_flavors
-from querydet_jax.data import Dataset, open_dataset
-from querydet_jax.data.sources import check_classes
+from querydet_jax.data import Dataset, open_split
 from querydet_jax.inference.detector import Detector
 from querydet_jax.inference.runs import open_model
 from querydet_jax.models import DenseDetector, build_model
@@ -23,9 +22,7 @@ def open_run(run: str) -> tuple[Config, DenseDetector, Dataset]:
     """Return the configuration, trained model and validation data of a run folder."""
     config = load_config(config_path(run))
     model = open_model(config, run)
-    dataset = open_dataset(config.data, "val")
-    check_classes(config, dataset)
-    return config, model, dataset
+    return config, model, open_split(config, "val", run)
 
 
 def random_model(backbone: str, classes: int, channels: int = 256, **changes: Any) -> DenseDetector:

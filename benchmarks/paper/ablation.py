@@ -13,7 +13,7 @@ from benchmarks.paper import numbers as paper
 from benchmarks.report import Column, Report, Row, decimals
 from querydet_jax.config import Config, ModelConfig, load_config, override
 from querydet_jax.config.loading import config_path
-from querydet_jax.data import open_dataset
+from querydet_jax.data import open_split
 from querydet_jax.data.sources import check_classes
 from querydet_jax.inference.detector import Detector
 from querydet_jax.inference.runs import open_model
@@ -69,7 +69,7 @@ def _ablation(name: str, title: str, arguments: _Runs) -> None:
     )
     if base not in configs:
         raise ConfigError(f"--base {base}: is not one of --runs {' '.join(configs)}")
-    dataset = open_dataset(configs[base].data, "val")
+    dataset = open_split(configs[base], "val", base)
     short = {run: Path(run).name for run in configs}
     if len(set(short.values())) < len(short):
         short = {run: run for run in configs}

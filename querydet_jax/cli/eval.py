@@ -14,7 +14,7 @@ import numpy as np
 from querydet_jax.cli.arguments import parse
 from querydet_jax.cli.main import SUMMARIES
 from querydet_jax.config import Config
-from querydet_jax.data import check_classes, open_dataset
+from querydet_jax.data import open_split
 from querydet_jax.evaluation.output import write_scores
 from querydet_jax.evaluation.runner import (
     Evaluation,
@@ -55,8 +55,7 @@ def evaluate(words: Sequence[str], program: str) -> None:
     machine.keep_compiled_programs()
     join(arguments.hosts)
     model = open_model(config, source, arguments.weights or None)
-    dataset = on_every(lambda: open_dataset(config.data, "val"))
-    check_classes(config, dataset)
+    dataset = on_every(lambda: open_split(config, "val", str(source)))
     out = Path(arguments.out or (source if source.is_dir() else f"runs/{config.name}"))
     detectors = detectors_to_compare(model, config, arguments.methods)
     indices = first_images(dataset, arguments.images)

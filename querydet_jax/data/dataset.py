@@ -33,7 +33,9 @@ class Dataset(abc.ABC):
     """
 
     classes: tuple[str, ...]
-    category_ids: tuple[int, ...]  # category id of class k in annotation and result files
+    # Category id of class k in annotation and result files; None: these files lack the class.
+    category_ids: tuple[int | None, ...]
+    origin: str = "the data set"  # file or folder that names the classes, for messages
 
     @abc.abstractmethod
     def __len__(self) -> int:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Literal
 
 from querydet_jax.config import Config, DataConfig
+from querydet_jax.data.classes import check_distinct, match_classes, plain, report_unused, without
 from querydet_jax.data.dataset import Dataset
 from querydet_jax.data.readers.coco import CocoDataset
 from querydet_jax.data.readers.visdrone import VisDroneDataset
 from querydet_jax.data.readers.yolo import YoloDataset, labels_beside, read_names
 from querydet_jax.runtime.errors import DataError
+
+_log = logging.getLogger("querydet_jax")
 
 # Image folders of the data sets as distributed; {} is the split.
 _IMAGES = {"coco": "{}2017", "visdrone": "VisDrone2019-DET-{}", "yolo": "images/{}"}
@@ -23,13 +27,59 @@ def open_dataset(data: DataConfig, split: Literal["train", "val"]) -> Dataset:
       data: ``source`` "coco", "visdrone" and "yolo" read the split's folders under ``root`` ("" is
         the current directory); "tfds" reads ``tfds_name`` in the TFDS data directory ``root`` ("" is
         TFDS's default); "scenes" reads generated images under ``root`` ("" is ``datasets``) and
-        draws them first if they are missing.
+        draws them first if they are missing. Categories in ``ignore_classes`` are left out.
       split: "train" or "val".
 
     Raises:
       ConfigError, DataError: see ``CocoDataset``, ``VisDroneDataset``, ``YoloDataset``, ``read_names``,
         ``TfdsCocoDataset`` and ``ScenesDataset``.
     """
+    return without(_open(data, split), data.ignore_classes)
+
+
+def open_split(config: Config, split: Literal["train", "val"], named_by: str = "the configuration") -> Dataset:
+    """Open one split with the classes of a configuration, matched by name.
+
+    If ``config.classes`` is empty, the classes are the data set's own, in its order.
+
+    Args:
+      named_by: the file that names ``config.classes``, for messages.
+
+    Raises:
+      ConfigError, DataError: see ``open_dataset`` and ``match_classes``; two categories share a name; the number of
+        classes is not ``model.num_classes``.
+    """
+    dataset = open_dataset(config.data, split)
+    check_distinct(dataset)
+    if config.classes:
+        dataset = match_classes(dataset, config.classes, named_by)
+    check_classes(config, dataset)
+    if split == "train":
+        report_unused(dataset)
+    elif not config.classes:
+        _log.info(
+            "classes in the order of %s, since the weights name none: %s; give another order with --classes",
+            dataset.origin, ", ".join(dataset.classes),
+        )  # fmt: skip
+    return dataset
+
+
+def check_classes(config: Config, dataset: Dataset) -> None:
+    """Raise DataError if the classes of an opened split are not the model's."""
+    if config.classes and tuple(map(plain, config.classes)) != tuple(map(plain, dataset.classes)):
+        raise DataError(
+            f"{dataset.origin} has the classes {', '.join(dataset.classes)}, the configuration has "
+            f"{', '.join(config.classes)}: compare models of the same classes in the same order"
+        )
+    if len(dataset.classes) != config.model.num_classes:
+        raise DataError(
+            f"{dataset.origin} has {len(dataset.classes)} categories ({', '.join(dataset.classes[:8])}), "
+            f"model.num_classes is {config.model.num_classes}: to train, set it to {len(dataset.classes)}; to evaluate "
+            "weights, name the classes they were trained with, in order: --classes NAME NAME ..."
+        )
+
+
+def _open(data: DataConfig, split: Literal["train", "val"]) -> Dataset:
     if data.source == "scenes":
         from querydet_jax.data.scenes.builder import ScenesDataset, scene_config  # slow import
 
@@ -50,17 +100,3 @@ def open_dataset(data: DataConfig, split: Literal["train", "val"]) -> Dataset:
     if data.source == "visdrone":
         return VisDroneDataset(images, patches=data.patches and split == "train")
     return YoloDataset(images, root / annotations if annotations else labels_beside(images), read_names(root))
-
-
-def check_classes(config: Config, dataset: Dataset) -> None:
-    """Raise DataError if the data set's categories differ from the model's classes."""
-    if len(dataset.classes) != config.model.num_classes:
-        raise DataError(
-            f"the data set has {len(dataset.classes)} categories ({', '.join(dataset.classes[:8])}), "
-            f"model.num_classes is {config.model.num_classes}: set it to {len(dataset.classes)}"
-        )
-    if config.classes and tuple(config.classes) != tuple(dataset.classes):
-        raise DataError(
-            f"the data set's categories ({', '.join(dataset.classes)}) are not the configuration's classes "
-            f"({', '.join(config.classes)}): correct `classes`, or leave it empty to take the data set's"
-        )

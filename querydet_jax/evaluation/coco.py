@@ -57,12 +57,12 @@ class ImageDetections:
             )
 
 
-def to_coco_results(detections: Iterable[ImageDetections], category_ids: Sequence[int]) -> list[dict[str, Any]]:
+def to_coco_results(detections: Iterable[ImageDetections], category_ids: Sequence[int | None]) -> list[dict[str, Any]]:
     """Convert to COCO's list of results: ``image_id``, ``category_id``, ``bbox`` [x, y, w, h], ``score``.
 
     Args:
       detections: one entry per image.
-      category_ids: the data set's category id of each class, [K].
+      category_ids: the data set's category id of each class, [K]; detections of a class without one are left out.
 
     Raises:
       DataError: a class is outside 0..K-1.
@@ -78,9 +78,9 @@ def to_coco_results(detections: Iterable[ImageDetections], category_ids: Sequenc
             )
         xywh = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1).tolist()
         for box, score, label in zip(xywh, np.asarray(image.scores).tolist(), classes.tolist(), strict=True):
-            results.append(
-                {"image_id": image.image_id, "category_id": category_ids[label], "bbox": box, "score": score}
-            )
+            identifier = category_ids[label]
+            if identifier is not None:
+                results.append({"image_id": image.image_id, "category_id": identifier, "bbox": box, "score": score})
     return results
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -86,6 +87,11 @@ def score(
     results = to_coco_results(detections, dataset.category_ids)
     chosen = [dataset.image_id(i) for i in positions]
     coco = evaluate(dataset.coco_ground_truth(), results, image_ids=chosen, size_bins=size_bins)
+    left_out = sum(len(image.scores) for image in detections) - len(results)
+    if left_out:
+        absent = [name for name, i in zip(dataset.classes, dataset.category_ids, strict=True) if i is None]
+        note = f"left out {left_out:,} detections of {', '.join(absent)}, which {dataset.origin} does not have"
+        coco = dataclasses.replace(coco, notes=(*coco.notes, note))
     of_image = {image.image_id: image for image in detections}
     images = []
     for i, image_id in zip(positions, chosen, strict=True):
@@ -98,10 +104,12 @@ def score(
     return Scores(coco, results, official, {image.name: image.detections for image in images})
 
 
-def _rows(image: ImageDetections, category_ids: Sequence[int]) -> np.ndarray:
-    """Return rows float64 [m,6]: x, y, w, h, score, category."""
+def _rows(image: ImageDetections, category_ids: Sequence[int | None]) -> np.ndarray:
+    """Return rows float64 [m,6] of the classes that have a category id: x, y, w, h, score, category."""
     boxes = image.boxes.astype(np.float64)
-    categories = np.asarray(category_ids)[np.asarray(image.classes, np.int64)]
-    return np.concatenate(
+    numbers = np.array([np.nan if i is None else i for i in category_ids])
+    categories = numbers[np.asarray(image.classes, np.int64)]
+    rows = np.concatenate(
         [boxes[:, :2], boxes[:, 2:] - boxes[:, :2], np.asarray(image.scores)[:, None], categories[:, None]], axis=1
     )
+    return rows[~np.isnan(categories)]

@@ -14,13 +14,12 @@ from pathlib import Path
 
 import jax
 
-from querydet_jax.config import Config, save_config
-from querydet_jax.data import open_dataset, train_batches
+from querydet_jax.config import Config, load_config, save_config
+from querydet_jax.data import open_split, train_batches
 from querydet_jax.data.dataset import Dataset
-from querydet_jax.data.sources import check_classes
 from querydet_jax.models import DenseDetector, build_model
 from querydet_jax.runtime.errors import ConfigError, Preempted
-from querydet_jax.runtime.hosts import is_first, on_every
+from querydet_jax.runtime.hosts import from_first, is_first, on_every
 from querydet_jax.training.checkpoint import Checkpoints
 from querydet_jax.training.compiled import CompileWatch, Programs
 from querydet_jax.training.guards import FiniteLoss, preemption
@@ -74,12 +73,14 @@ def train(
             raise ConfigError(f"{run}: already holds checkpoints; add --resume to go on, or choose another --run")
 
         # Data.
-        dataset = on_every(lambda: open_dataset(config.data, "train"))
-        check_classes(config, dataset)
+        if resume and not config.classes:
+            config = dataclasses.replace(config, classes=from_first(lambda: _classes_of(run)))
+        named_by = str(run / "config.json") if resume else "the configuration"
+        dataset = on_every(lambda: open_split(config, "train", named_by))
         config = dataclasses.replace(config, classes=dataset.classes)  # the model can then be used without the data
         validation = None
         if evaluate is not None and settings.eval_every:
-            validation = on_every(lambda: open_dataset(config.data, "val"))
+            validation = on_every(lambda: open_split(config, "val", dataset.origin))
 
         # Model, optimiser and state, from scratch or from the newest checkpoint.
         model = build_model(config.model, settings.seed)
@@ -175,3 +176,8 @@ def train(
             log.close(batches.skipped)
         merge_into(model, devices.unreplicate(state))
         return model
+
+
+def _classes_of(run: Path) -> tuple[str, ...]:
+    """Return the class names that a run was trained with so far."""
+    return load_config(run).classes if (run / "config.json").is_file() else ()

@@ -44,9 +44,10 @@ class CocoDataset(Dataset):
             )
         self._ids, self._names, self._sizes = _images(content["images"], self._path)
         self._categories = _categories(content["categories"], self._path)
-        self.category_ids = tuple(c["id"] for c in self._categories)
+        self.category_ids = category_ids = tuple(c["id"] for c in self._categories)
         self.classes = tuple(c["name"] for c in self._categories)
-        self._entries = _annotations(content["annotations"], self._path, self._ids, self._sizes, self.category_ids)
+        self.origin = str(self._path)
+        self._entries = _annotations(content["annotations"], self._path, self._ids, self._sizes, category_ids)
         self._index()
 
     def _index(self) -> None:

@@ -73,6 +73,7 @@ class TfdsCocoDataset(Dataset):
             raise self._damaged(error) from None
         self._check_layout(builder)
         self.classes, self.category_ids = self._categories(builder)
+        self.origin = str(self._folder)
         self._records = Records(self._folder, self._split)
         index = self._open_index(builder)
         self._ids, self._names, self._sizes = index.ids, index.names, index.sizes

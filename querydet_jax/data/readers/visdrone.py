@@ -61,7 +61,7 @@ class VisDroneDataset(Dataset):
     category_ids = tuple(range(1, len(CLASSES) + 1))
 
     def __init__(self, folder: str | Path, *, patches: bool = False):
-        self.folder, self.patches = Path(folder), patches
+        self.folder, self.patches, self.origin = Path(folder), patches, str(folder)
         for name in ("images", "annotations"):
             if not (self.folder / name).is_dir():
                 raise DataError(

@@ -42,7 +42,7 @@ class YoloDataset(Dataset):
 
     def __init__(self, images: str | Path, labels: str | Path, classes: tuple[str, ...]):
         self._folder, labels = Path(images), Path(labels)
-        self.classes, self.category_ids = classes, tuple(range(len(classes)))
+        self.classes, self.category_ids, self.origin = classes, tuple(range(len(classes))), str(labels)
         if not self._folder.is_dir():
             raise DataError(
                 f"{self._folder}: no such image folder; correct data.root and data.train_images or val_images"
