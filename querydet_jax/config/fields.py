@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from typing import Any, Literal
 
-from querydet_jax.runtime.errors import ConfigError
+from querydet_jax.runtime.errors import ConfigError, shown
+
+_LARGEST = 2**63  # of a number; the array libraries have no larger integers
 
 
 def replace_field(node: Any, key: str, value: Any, root: type) -> Any:
@@ -88,6 +91,7 @@ def _from_dict(cls: type, raw: Any, where: str, prefix: str, root: type) -> Any:
     hints = typing.get_type_hints(cls)
     for key in raw:
         if key not in hints:
+            key = key if key.isidentifier() else shown(key)
             raise ConfigError(f"{where}: " + _unknown_key(prefix + key, key, list(hints), prefix, root))
     values = {}
     for key, value in raw.items():
@@ -104,26 +108,28 @@ def _typed(hint: Any, value: Any, key: str) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         if value not in args:
-            near = difflib.get_close_matches(str(value), [str(a) for a in args], n=1)
+            near = difflib.get_close_matches(value if isinstance(value, str) else "", [str(a) for a in args], n=1)
             raise ConfigError(
-                f"{key}: {value!r} is not one of {', '.join(map(str, args))}"
+                f"{key}: {shown(value)} is not one of {', '.join(map(str, args))}"
                 + (f"; did you mean {near[0]}?" if near else "")
             )
         return value
     if origin is tuple:
         if not isinstance(value, (list, tuple)):
-            raise ConfigError(f"{key}: expected a sequence, got {value!r}")
+            raise ConfigError(f"{key}: expected a sequence, got {shown(value)}")
         if len(args) == 2 and args[1] is Ellipsis:
             return tuple(_typed(args[0], v, key) for v in value)
         if len(value) != len(args):
-            raise ConfigError(f"{key}: expected {len(args)} values, got {value!r}")
+            raise ConfigError(f"{key}: expected {len(args)} values, got {shown(value)}")
         return tuple(_typed(a, v, key) for a, v in zip(args, value, strict=True))
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in args:
             return None
         return _typed(next(a for a in args if a is not type(None)), value, key)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        value = float(value) if abs(value) < _LARGEST else math.inf
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        raise ConfigError(f"{key}: expected {hint.__name__}, got {value!r}")
+        raise ConfigError(f"{key}: expected {hint.__name__}, got {shown(value)}")
+    if isinstance(value, (int, float)) and not abs(value) < _LARGEST:  # nan, too
+        raise ConfigError(f"{key}: expected a finite number, got {shown(value)}")
     return value

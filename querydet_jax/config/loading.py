@@ -8,9 +8,10 @@ its folder.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import json
 import runpy
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,6 +22,7 @@ from querydet_jax.config.rules import check
 from querydet_jax.config.schema import Config
 from querydet_jax.runtime.errors import ConfigError
 from querydet_jax.runtime.files import write_json
+from querydet_jax.runtime.reading import read_json
 
 Group = TypeVar("Group")
 
@@ -37,15 +39,13 @@ def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Co
     """
     path = config_path(path)
     if path.suffix == ".json":
-        try:
-            fields = json.loads(path.read_text())
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path}: not readable as JSON ({error}); restore the file") from None
+        fields = read_json(path, ConfigError)
     else:
         config = _run(path).get("config")
         if not isinstance(config, Config):
             raise ConfigError(f"{path}: does not define `config = Config(...)`; see configs/demo.py")
-        fields = dataclasses.asdict(config)
+        with _user_code(path):
+            fields = dataclasses.asdict(config)
     # Check Python files like JSON, because dataclasses do not check the types of their fields.
     return override(from_dict(Config, fields, where=str(path)), overrides or {})
 
@@ -65,11 +65,19 @@ def load_card(path: str | Path) -> Card:
 
 def _run(path: Path) -> dict[str, Any]:
     """Run an experiment file and return its variables."""
-    try:
+    with _user_code(path):
         return runpy.run_path(str(path))
-    except Exception as error:  # a user's program can raise anything
+
+
+@contextlib.contextmanager
+def _user_code(path: Path) -> Iterator[None]:
+    """Turn whatever the block raises into a ConfigError: a user's program, and values in it, can raise anything."""
+    try:
+        yield
+    except (Exception, SystemExit) as error:
         raise ConfigError(
-            f"{path}: {type(error).__name__}: {error}; fix the file (field names are in querydet_jax/config/schema.py)"
+            f"{path}: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}; fix the file (field names "
+            "are in querydet_jax/config/schema.py)"
         ) from None
 
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from querydet_jax.data.readers.folders import SUFFIXES, by_stem, image_sizes, read_text
+from querydet_jax.data.readers.folders import SUFFIXES, by_stem, image_sizes
 from querydet_jax.data.readers.visdrone import parse_annotations
 from querydet_jax.evaluation.coco import evaluate
 from querydet_jax.evaluation.metrics import CocoMetrics
@@ -18,6 +16,7 @@ from querydet_jax.evaluation.visdrone import VisDroneImage, evaluate_visdrone
 from querydet_jax.evaluation.visdrone_files import read_result_file
 from querydet_jax.evaluation.visdrone_results import VisDroneMetrics
 from querydet_jax.runtime.errors import DataError
+from querydet_jax.runtime.reading import read_json, read_text
 
 # An image size beyond any box, so that no region or box is cut at the image's edge.
 _BOUNDLESS = (1 << 30, 1 << 30)
@@ -81,7 +80,7 @@ def score_coco(
     Raises:
       DataError: a file is not readable, or an entry is malformed.
     """
-    truth, found = _json(Path(annotations)), _json(Path(results))
+    truth, found = read_json(annotations), read_json(results)
     if not isinstance(found, list):
         raise DataError(f"{results}: not a list of detections; give COCO results, as eval.py writes them")
     try:
@@ -109,10 +108,3 @@ def _sizes(folder: Path, annotations: Path, truth: dict[str, str]) -> list[tuple
                 f"{annotations / name}: there is no image {folder / stem}.jpg; give the images of the same split"
             )
     return image_sizes([folder / names[stem] for stem in truth], upright=False)
-
-
-def _json(path: Path) -> Any:
-    try:
-        return json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}: not readable as JSON ({error}); restore the file") from None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path, PurePath
 
@@ -12,8 +11,10 @@ from numpy.typing import ArrayLike
 from querydet_jax.data.readers.folders import SUFFIXES
 from querydet_jax.runtime.errors import DataError
 from querydet_jax.runtime.files import written_aside
+from querydet_jax.runtime.reading import numbers, read_text
 
 _COLUMNS = "x,y,w,h,score,category"
+_LARGEST = 1e9  # areas of larger boxes would not fit float32, in which the protocol computes
 
 
 def read_result_file(path: str | Path) -> np.ndarray:
@@ -24,21 +25,12 @@ def read_result_file(path: str | Path) -> np.ndarray:
     Raises:
       DataError: the file cannot be read, or a line is malformed.
     """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not a text file"
-        raise DataError(f"{path}: {reason}; give one text file per image, empty if it has no detections") from None
     rows = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(read_text(path).splitlines(), 1):
         if not line.strip():
             continue
         # Some official annotation files end their lines with a comma.
-        fields = line.strip().removesuffix(",").split(",")
-        try:
-            row = [float(field) for field in fields]
-        except ValueError:
-            row = []
+        row = numbers(line.strip().removesuffix(",").split(","))
         problem = _problem(row)
         if problem:
             raise DataError(f"{path}: line {number}: {problem}; expected {_COLUMNS},truncation,occlusion")
@@ -101,12 +93,16 @@ def checked_rows(values: ArrayLike, name: str) -> np.ndarray:
     Raises:
       DataError: the shape or a row is malformed; the message begins with ``name``.
     """
-    rows = np.asarray(values, np.float64)
+    try:
+        rows = np.asarray(values, np.float64)
+    except (TypeError, ValueError, OverflowError):
+        raise DataError(f"{name}: not an array of numbers; give [n,6..8], {_COLUMNS}") from None
     if rows.size == 0:
         return np.zeros((0, 8))
     if rows.ndim != 2 or not 6 <= rows.shape[1] <= 8:
         raise DataError(f"{name}: shape {list(rows.shape)}, expected [n,6..8], {_COLUMNS}")
-    bad = ~np.isfinite(rows[:, :6]).all(axis=1) | (rows[:, 2:4] < 0).any(axis=1) | ~np.isin(rows[:, 5], np.arange(12))
+    fine = (np.abs(rows) <= _LARGEST).all(axis=1)  # false for nan, too
+    bad = ~fine | (rows[:, 2:4] < 0).any(axis=1) | ~np.isin(rows[:, 5], np.arange(12))
     if bad.any():
         index = int(np.argmax(bad))
         raise DataError(f"{name}: row {index}: {_problem(rows[index].tolist())}; expected {_COLUMNS}")
@@ -116,9 +112,9 @@ def checked_rows(values: ArrayLike, name: str) -> np.ndarray:
 def _problem(row: list[float]) -> str:
     """Describe what is wrong with a row; return "" if it is valid."""
     if not 6 <= len(row) <= 8:
-        return "not 6 to 8 numbers"
-    if not all(map(math.isfinite, row[:6])):
-        return "a number that is not finite"
+        return "not 6 to 8 numbers, all finite"
+    if not all(abs(value) <= _LARGEST for value in row):
+        return f"a number that is not finite or beyond {_LARGEST:g}"
     if min(row[2:4]) < 0:
         return f"negative width or height {row[2]:g}, {row[3]:g}"
     if row[5] not in range(12):

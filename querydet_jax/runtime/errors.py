@@ -4,6 +4,21 @@ Every message names the file or field at fault and the remedy. A command shows a
 below it raises one of these wherever input can be bad.
 """
 
+import reprlib
+from typing import Any
+
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxtuple, _SHORT.maxdict = 3, 6, 6, 3
+_SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = 60
+
+
+def shown(value: Any) -> str:
+    """Return a value for a message: as Python writes it, on one line, and cut if it is long."""
+    try:
+        return " ".join(_SHORT.repr(value).split())
+    except ValueError:  # an integer of thousands of digits
+        return "an integer of thousands of digits"
+
 
 class QueryDetError(ValueError):
     """Base of all errors that bad input can cause."""

@@ -15,7 +15,7 @@ from querydet_jax.config import (
     override,
     save_config,
 )
-from querydet_jax.runtime.errors import ConfigError, QueryDetError
+from querydet_jax.runtime.errors import ConfigError, QueryDetError, shown
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -236,9 +236,17 @@ def load_text(tmp_path: Path, name: str, text: str | bytes) -> str:
         ('{"train": 3}', "train must be a group of fields"),
         ("[1, 2]", "the file must be a group of fields"),
         ('{"train": {"st', "not readable as JSON"),
-        (b"\xff\xfe\x00", "not readable as JSON"),
+        (b"\xff\xfe\x00", "not text in UTF-8 or UTF-16"),
+        ('{"train": {"steps": 3, "steps": 4}}', "not readable as JSON (an object has the key 'steps' twice)"),
+        ('{"train": ' + "[" * 100_000 + "]" * 100_000 + "}", "not readable as JSON (nested too deeply)"),
+        ('{"train": {"learning_rate": NaN}}', "train.learning_rate: expected a finite number, got nan"),
+        ('{"train": {"learning_rate": 1e999}}', "train.learning_rate: expected a finite number, got inf"),
+        ('{"train": {"learning_rate": 1' + "0" * 5000 + "}}", "train.learning_rate: expected a finite number, got inf"),
+        ('{"train": {"steps": 1' + "0" * 400 + "}}", "train.steps: expected a finite number, got 1000"),
+        ('{"a\\nb": 1}', "unknown configuration key 'a\\nb'"),
         ("", "not readable as JSON"),
     ],
+    ids=shown,
 )
 def test_json_that_cannot_be_used(tmp_path: Path, text: str | bytes, error: str) -> None:
     assert load_text(tmp_path, "config.json", text).startswith(error)
@@ -267,6 +275,9 @@ HEADER = "from querydet_jax.config import *\n"
             "model.backbone.name: ",
         ),
         (HEADER + "config = Config(model=None)\n", "model must be a group of fields"),
+        (HEADER + "config = Config(classes=(c for c in 'ab'))\n", "TypeError: cannot pickle 'generator' object"),
+        (HEADER + "config = Config(train=TrainConfig(ema=float('nan')))\n", "train.ema: expected a finite number"),
+        ("raise SystemExit('usage:\\n ...')\n", "SystemExit: usage:; fix the file"),
     ],
 )
 def test_python_that_cannot_be_used(tmp_path: Path, text: str, error: str) -> None:

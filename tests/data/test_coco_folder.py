@@ -141,7 +141,7 @@ def test_bad_files(folder, tmp_path):
         with pytest.raises(DataError, match=rf"cut.json: .*{message}"):
             CocoDataset(path, folder.images)
     path.write_bytes(b"\xff\xfe\x00\xd8")
-    with pytest.raises(DataError, match="not readable as JSON"):
+    with pytest.raises(DataError, match="not text in UTF-8 or UTF-16"):
         CocoDataset(path, folder.images)
     folder.open()
     with pytest.raises(DataError, match=r"nowhere: no such image folder"):

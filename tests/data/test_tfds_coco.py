@@ -332,6 +332,24 @@ def to_tfrecord(folder: Path, out: Path) -> None:
     (out / "dataset_info.json").write_text(json.dumps({**info, "fileFormat": "tfrecord"}))
 
 
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"name": "../../coco"}, r"\(name '../../coco'\)"),
+        ({"name": None}, "has no attribute 'isidentifier'"),
+        ({"splits": None}, "not iterable"),
+        ({"splits": [{"name": "train", "shardLengths": ["1e3"]}]}, "invalid literal for int"),
+        ({"splits": [{"name": "train", "shardLengths": [float("inf")]}]}, "infinity"),
+        ({"splits": [{"name": "train", "shardLengths": [-5]}]}, r"\(shardLengths {'train': \[-5\]}\)"),
+    ],
+)
+def test_a_damaged_description_of_a_copy_is_named(tmp_path, change, problem):
+    info = {"name": "coco", "splits": []} | change
+    (tmp_path / "dataset_info.json").write_text(json.dumps(info))
+    with pytest.raises(DataError, match=f"dataset_info.json: not readable as TFDS's description .*{problem}"):
+        prepare_coco(tmp_path, tmp_path / "out")
+
+
 def test_a_copy_in_tfrecord_is_converted(folder, prepared, tmp_path, capsys):
     source, out = tmp_path / "first" / COPY, tmp_path / "second"
     to_tfrecord(prepared / COPY, source)
@@ -361,7 +379,7 @@ def test_a_copy_in_tfrecord_is_converted(folder, prepared, tmp_path, capsys):
         assert not [p for p in (tmp_path / "third").rglob("*") if p.is_file()]
     info = source / "dataset_info.json"
     for text, message in (
-        ("{", "not readable as TFDS's"),
+        ("{", "not readable as JSON"),
         ('{"name": "coco", "splits": []}', "lists the splits ; need"),
     ):
         info.write_text(text)

@@ -13,7 +13,7 @@ from PIL import Image
 from querydet_jax.config import DataConfig
 from querydet_jax.data import Dataset, open_dataset
 from querydet_jax.data.readers.yolo import labels_beside, read_names
-from querydet_jax.runtime.errors import DataError
+from querydet_jax.runtime.errors import DataError, shown
 
 
 @pytest.fixture
@@ -127,11 +127,17 @@ def test_invalid_folders_are_refused(root):
         ("nc: 2\nnames:\n  - car\n  - boat # afloat\n", ("car", "boat")),
         ("names:\n  1: boat\n  0: car\n", ("car", "boat")),
         ("names: {0: car, 1: 'a, b'}", ("car", "a, b")),
+        ("names: [0x10, 1_000, 1e3, 2020-13-45]", ("0x10", "1_000", "1e3", "2020-13-45")),  # as written
+        ("classes: &all [car, boat]\nnames: *all", ("car", "boat")),
     ],
 )
 def test_names_of_data_yaml(tmp_path, text, names):
     (tmp_path / "data.yaml").write_text(text)
     assert read_names(tmp_path) == names
+
+
+# Each line has nine times the elements of the one before.
+LAUGHS = "a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 10))
 
 
 @pytest.mark.parametrize(
@@ -143,7 +149,20 @@ def test_names_of_data_yaml(tmp_path, text, names):
         ("names: {1: car}", r"names has the keys \[1\]; number the classes"),
         ("names: [no]", "the name of class 0 is False; write it in quotes"),
         ("nc: 2\nnames: [car\n", "line 3 is not readable as YAML"),
+        ("names:\n\t- car", "line 2 is not readable as YAML"),
+        ("[" * 10_000 + "]" * 10_000, r"is not readable as YAML \(nested deeper than 20\)"),
+        ("names: !!int x", "is not readable as YAML"),
+        ("names: !!timestamp x", "is not readable as YAML"),
+        ("names: !!bool x", "is not readable as YAML"),
+        ("names: !!python/name:os.system", "line 1 is not readable as YAML"),
+        ("? [a, {b: c}]\n: 1", "line 1 is not readable as YAML"),
+        ("names: *absent", "line 1 is not readable as YAML"),
+        (LAUGHS, r"is not readable as YAML \(more than 10 aliases\); correct the file"),
+        ("names: &a [*a]", r"the name of class 0 is \[\[\[\[...\]\]\]\]; write it in quotes"),
+        ("names: [car, ['" + "x" * 100_000 + "']]", r"the name of class 1 is \['xxx.{0,60}xxx'\]; write it in quotes"),
+        ("names: [car, '']", "the name of class 1 is ''; write it in quotes"),
     ],
+    ids=shown,
 )
 def test_names_that_are_refused(tmp_path, text, message):
     (tmp_path / "data.yaml").write_text(text)

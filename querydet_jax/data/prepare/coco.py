@@ -8,7 +8,6 @@ from tfrecord, TFDS's default format.
 from __future__ import annotations
 
 import functools
-import json
 import os
 import shutil
 import struct
@@ -26,9 +25,10 @@ from querydet_jax.data.readers.images import stored_size
 from querydet_jax.data.readers.records import quiet
 from querydet_jax.data.readers.tfds_coco import IDS_KEY, SPLITS, TfdsCocoDataset
 from querydet_jax.data.sources import open_dataset
-from querydet_jax.runtime.errors import DataError
-from querydet_jax.runtime.files import folder_written_aside, write_json
+from querydet_jax.runtime.errors import DataError, shown
+from querydet_jax.runtime.files import folder_written_aside, reason, write_json
 from querydet_jax.runtime.progress import progress
+from querydet_jax.runtime.reading import read_json
 
 NAME, VERSION = "coco/2017", "1.1.0"
 _INFO = "dataset_info.json"
@@ -85,8 +85,8 @@ def _check_target(folder: Path, source: Path, overwrite: bool) -> None:
     if folder == source:
         raise DataError(f"{folder}: is the source of the images; give --out another folder")
     try:
-        ours = json.loads((folder / _INFO).read_text()).get("fileFormat") == "array_record"
-    except (OSError, ValueError, AttributeError):
+        ours = read_json(folder / _INFO).get("fileFormat") == "array_record"
+    except (DataError, AttributeError):
         ours = False
     if not ours:  # never delete what this command did not write
         raise DataError(f"{folder}: exists and is not an ArrayRecord copy; give --out another folder")
@@ -205,14 +205,20 @@ def _example(dataset: CocoDataset, i: int) -> dict[str, Any]:
 def _convert(source: Path, aside: Path) -> None:
     """Convert the train and validation records of a tfrecord copy to ArrayRecord in the folder ``aside``."""
     path = source / _INFO
+    info = read_json(path)
     try:
-        info = json.loads(path.read_text())
         stored = info.get("fileFormat", "tfrecord")
         splits = {s["name"]: s for s in info["splits"] if s["name"] in SPLITS.values()}
         lengths = {name: [int(n) for n in s["shardLengths"]] for name, s in splits.items()}
         name = info["name"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path}: not readable as TFDS's description of a data set ({error}); restore it") from None
+        if not name.isidentifier():  # it begins the names of files
+            raise ValueError(f"name {shown(name)}")
+        if not all(0 <= count < 2**31 for counts in lengths.values() for count in counts):
+            raise ValueError(f"shardLengths {shown(lengths)}")
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        raise DataError(
+            f"{path}: not readable as TFDS's description of a data set ({reason(error)}); restore it"
+        ) from None
     if stored != "tfrecord":
         raise DataError(f"{path}: the copy is stored as {stored}; give a copy in tfrecord, the only convertible format")
     if set(splits) != set(SPLITS.values()):

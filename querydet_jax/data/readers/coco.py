@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from pathlib import Path
@@ -14,6 +13,7 @@ from querydet_jax.data.dataset import Annotation, Dataset
 from querydet_jax.data.readers.images import read_image
 from querydet_jax.data.transforms import MIN_SIDE
 from querydet_jax.runtime.errors import DataError
+from querydet_jax.runtime.reading import read_json
 
 _log = logging.getLogger("querydet_jax")
 
@@ -119,16 +119,11 @@ class CocoDataset(Dataset):
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_bytes())
-    except FileNotFoundError:
+    if not path.exists():
         raise DataError(
             f"{path}: no such annotation file; correct data.root and data.train_annotations or val_annotations"
-        ) from None
-    except OSError as error:
-        raise DataError(f"{path}: not readable ({error.strerror}); check the path and its permissions") from None
-    except ValueError as error:  # invalid JSON or text encoding
-        raise DataError(f"{path}: not readable as JSON ({error}); restore the file") from None
+        )
+    content = read_json(path)
     if not isinstance(content, dict):
         raise DataError(f"{path}: not a COCO annotation file (the top level is not an object); export it as COCO json")
     for key in ("images", "annotations", "categories"):

@@ -1,4 +1,4 @@
-"""Helpers for image folders with one text file per image: listing, reading text, image sizes."""
+"""Helpers for image folders with one text file per image: listing, image sizes."""
 
 from __future__ import annotations
 
@@ -37,20 +37,6 @@ def by_stem(folder: Path, suffixes: Collection[str]) -> dict[str, str]:
             )
         found[stem] = name.as_posix()
     return found
-
-
-def read_text(path: Path) -> str:
-    """Read a UTF-8 text file, with or without byte order mark.
-
-    Raises:
-      DataError: the file is not readable or not UTF-8 text.
-    """
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise DataError(f"{path}: not readable ({error.strerror}); check the file and its permissions") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not text in UTF-8 ({error.reason} at byte {error.start}); restore the file") from None
 
 
 def image_sizes(paths: Sequence[Path], *, upright: bool) -> list[tuple[int, int]]:

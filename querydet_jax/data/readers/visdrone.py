@@ -15,10 +15,11 @@ from pathlib import Path
 import numpy as np
 
 from querydet_jax.data.dataset import Annotation, Dataset
-from querydet_jax.data.readers.folders import SUFFIXES, by_stem, image_sizes, read_text
+from querydet_jax.data.readers.folders import SUFFIXES, by_stem, image_sizes
 from querydet_jax.data.readers.images import read_image
 from querydet_jax.data.transforms import clip
 from querydet_jax.runtime.errors import DataError
+from querydet_jax.runtime.reading import read_text
 
 _log = logging.getLogger("querydet_jax")
 

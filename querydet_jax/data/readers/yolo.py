@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +10,19 @@ import numpy as np
 import yaml
 
 from querydet_jax.data.dataset import Annotation, Dataset
-from querydet_jax.data.readers.folders import SUFFIXES, by_stem, image_sizes, read_text
+from querydet_jax.data.readers.folders import SUFFIXES, by_stem, image_sizes
 from querydet_jax.data.readers.images import read_image
 from querydet_jax.data.transforms import clip
-from querydet_jax.runtime.errors import DataError
+from querydet_jax.runtime.errors import DataError, shown
+from querydet_jax.runtime.files import reason
+from querydet_jax.runtime.reading import numbers, read_text
 
 _log = logging.getLogger("querydet_jax")
 
 _NAMES = "classes.txt"  # LabelImg writes it, also among the labels
 _SLACK = 1e-3  # how far rounding may push a coordinate outside 0..1
+_ALIASES, _DEPTH = 10, 20  # most in data.yaml
+_TYPED = ("bool", "null", "merge")
 
 
 class YoloDataset(Dataset):
@@ -128,25 +131,47 @@ def read_names(root: str | Path) -> tuple[str, ...]:
     return names
 
 
+class _Loader(yaml.SafeLoader):
+    """Leaves numbers and dates as the text that the file has: as names of classes they are meant so."""
+
+    yaml_implicit_resolvers = {
+        first: [pair for pair in pairs if pair[0].rpartition(":")[2] in _TYPED]
+        for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+def _check_events(text: str) -> None:
+    """Raise ValueError for text whose loading could take all memory (nested aliases) or hours (nested brackets)."""
+    depth = aliases = 0
+    for event in yaml.parse(text, Loader=_Loader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        aliases += isinstance(event, yaml.AliasEvent)
+        if depth > _DEPTH or aliases > _ALIASES:
+            raise ValueError(f"nested deeper than {_DEPTH}" if depth > _DEPTH else f"more than {_ALIASES} aliases")
+
+
 def _yaml_names(path: Path) -> tuple[str, ...]:
+    text = read_text(path)
     try:
-        content = yaml.safe_load(read_text(path))
-    except yaml.YAMLError as error:
+        _check_events(text)
+        content = yaml.load(text, _Loader)
+    except Exception as error:  # besides its own, PyYAML lets through those of the conversions behind a tag
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1} is" if mark else "is"
-        reason = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise DataError(f"{path}: {where} not readable as YAML ({reason}); correct the file") from None
+        problem = getattr(error, "problem", None) or reason(error)
+        raise DataError(f"{path}: {where} not readable as YAML ({problem}); correct the file") from None
     names: Any = content.get("names") if isinstance(content, dict) else None
     if isinstance(names, dict):
-        if set(names) != set(range(len(names))):
-            raise DataError(f"{path}: names has the keys {list(names)}; number the classes 0, 1, ... without gaps")
-        names = [names[k] for k in range(len(names))]
+        if set(names) != {str(k) for k in range(len(names))}:
+            keys = ", ".join(map(str, list(names)[:20]))
+            raise DataError(f"{path}: names has the keys [{keys}]; number the classes 0, 1, ... without gaps")
+        names = [names[str(k)] for k in range(len(names))]
     if not isinstance(names, list) or not names:
         raise DataError(f"{path}: has no list `names`; give the class names (names: [car, boat])")
     for k, name in enumerate(names):
-        if not isinstance(name, (str, int, float)) or isinstance(name, bool):  # YAML reads a bare `no` as false
-            raise DataError(f"{path}: the name of class {k} is {name!r}; write it in quotes")
-    return tuple(map(str, names))
+        if not isinstance(name, str) or not name.strip():  # YAML reads a bare `no` as false
+            raise DataError(f"{path}: the name of class {k} is {shown(name)}; write it in quotes")
+    return tuple(names)
 
 
 def parse_labels(text: str, name: str, classes: tuple[str, ...]) -> np.ndarray:
@@ -166,24 +191,21 @@ def parse_labels(text: str, name: str, classes: tuple[str, ...]) -> np.ndarray:
         if not words:
             continue
         where = f"{name}: line {number}"
-        try:
-            row = [float(word) for word in words]
-        except ValueError:
-            row = []
-        if len(row) != 5 or not all(map(math.isfinite, row)):
+        row = numbers(words)
+        if len(row) != 5:
             raise DataError(
                 f"{where} is {line.strip()[:80]!r}; a line has five numbers, class x y width height: correct it, or "
                 "export boxes instead of outlines or key points"
             )
         if row[0] not in range(len(classes)):
             raise DataError(
-                f"{where} has class {words[0]}, but only 0 to {len(classes) - 1} have names; correct it, or name the "
-                "class in data.yaml"
+                f"{where} has class {words[0][:80]}, but only 0 to {len(classes) - 1} have names; correct it, or name "
+                "the class in data.yaml"
             )
         if min(row[1:]) < -_SLACK or max(row[1:]) > 1 + _SLACK:
             raise DataError(
-                f"{where} has {' '.join(words[1:])}, not all between 0 and 1; give centre x and width as fractions of "
-                "the image's width, centre y and height as fractions of its height"
+                f"{where} has {' '.join(words[1:])[:80]}, not all between 0 and 1; give centre x and width as "
+                "fractions of the image's width, centre y and height as fractions of its height"
             )
         rows.append(row)
     return np.array(rows, np.float64).reshape(-1, 5)
