@@ -40,6 +40,7 @@ class Findings:
       config, split: the configuration and the split measured.
       names: names of the images, [I].
       classes: class names.
+      exif: how many pictures have an EXIF orientation, and what is done about it; empty if none has.
       truth: the boxes.
       view: the images as resized for training or inference, depending on the split.
       best: {finest level: IoU of each box with its best anchor on that level or a coarser one, float32 [N]}; empty
@@ -53,6 +54,7 @@ class Findings:
     split: str
     names: tuple[str, ...]
     classes: tuple[str, ...]
+    exif: str
     truth: Truth
     view: View
     best: dict[int, np.ndarray]
@@ -73,6 +75,7 @@ def measure(dataset: Dataset, config: Config, split: Literal["train", "val"]) ->
         split,
         tuple(dataset.file_name(i) for i in range(len(dataset))),
         dataset.classes,
+        dataset.exif_note,
         truth,
         view,
         _best_ious(truth, view, config.model) if config.model.detector != "fcos" else {},
@@ -100,6 +103,7 @@ def results(found: Findings) -> dict[str, Any]:
         "config": found.config.name,
         "split": found.split,
         "rule": found.view.rule,
+        "exif": found.exif,
         "images": _images(found),
         "boxes_an_image": _boxes_per_image(found),
         "classes": _classes(found),

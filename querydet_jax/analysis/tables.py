@@ -26,6 +26,8 @@ def _lines(found: dict[str, Any], config: Config) -> Iterator[str]:
         + (f", {images['ignored']:,} ignored regions and other objects" if images["ignored"] else "")
     )
     yield f"resized as at {found['rule']}"
+    if found["exif"]:
+        yield found["exif"]
     yield from ("", _classes(found["classes"], images["objects"]))
     yield from ("", _boxes_per_image(found["boxes_an_image"], training=found["split"] == "train"))
     yield from (

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from querydet_jax.cli.arguments import parse, parse_alone, source_of
 from querydet_jax.config import DataConfig, override
 from querydet_jax.data.plan import both_orientations
+from querydet_jax.data.readers.images import Reading
 from querydet_jax.data.readers.pictures import Pictures
 from querydet_jax.inference.detector import Detector
 from querydet_jax.inference.export.artifact import Artifact, ArtifactError
@@ -87,7 +88,13 @@ def predict(words: Sequence[str], program: str) -> None:
 def _of_artifact(artifact: Artifact) -> _Subject:
     manifest = artifact.manifest
     resize, inference = manifest["preprocessing"], manifest["inference"]
-    data = DataConfig(test_short=resize["test_short"], test_max=resize["test_max"], test_canvases=artifact.canvases)
+    data = DataConfig(
+        test_short=resize["test_short"],
+        test_max=resize["test_max"],
+        test_canvases=artifact.canvases,
+        exif=resize.get("exif", "auto"),  # artifacts of 0.1.0 lack it and the next one
+        bit_depth=resize.get("bit_depth", ""),
+    )
     batch_size = min(artifact.batch_sizes or (1,))
     name, query, threshold = manifest["name"], inference["query"], inference["threshold"]
     return _Subject(artifact, name, artifact.classes, data, query, threshold, batch_size)
@@ -96,7 +103,7 @@ def _of_artifact(artifact: Artifact) -> _Subject:
 def _predict(subject: _Subject, arguments: PredictArguments) -> None:
     if not arguments.images:
         raise DataError("--images: name at least one picture or folder")
-    pictures = Pictures(arguments.images, subject.classes)
+    pictures = Pictures(arguments.images, subject.classes, Reading.of(subject.resizing))
     out = Path(arguments.out)
     entries, used = [], set()
     for result in run_on_images(subject.detector, pictures, subject.resizing, batch_size=subject.batch_size):
@@ -112,6 +119,8 @@ def _predict(subject: _Subject, arguments: PredictArguments) -> None:
         count = len(entries[-1]["detections"])
         print(f"{file}: {count} objects; {', '.join(sorted(drawn))} -> {out}/{stem}_*.jpg", flush=True)
     write_json(out / "detections.json", {"images": entries, "model": subject.name, "query": subject.query}, indent=2)
+    if pictures.broken:
+        raise DataError(f"{len(pictures.broken)} pictures were left out: {'; '.join(pictures.broken)}")
 
 
 def _entry(file: Path, result: ImageResult, names: Sequence[str], min_score: float) -> dict[str, Any]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
 from querydet_jax.cli.main import SUMMARIES
+from querydet_jax.config import DataConfig
+from querydet_jax.data.readers.images import Reading
 
 
 def prepare(words: Sequence[str], program: str) -> None:
@@ -28,6 +30,9 @@ def _prepare_visdrone(
     out: Annotated[str, tyro.conf.arg(metavar="FOLDER")],
     patches: bool = False,
     overwrite: bool = False,
+    exif: Literal["auto", "apply", "ignore"] = "auto",
+    bit_depth: str = "",
+    max_pixels: int = DataConfig.max_pixels,
 ) -> None:
     """Write a split of VisDrone once for training: images, instances.json (COCO) and annotations.
 
@@ -36,16 +41,22 @@ def _prepare_visdrone(
       out: Folder to create; it appears when it is complete.
       patches: Cut each image into its four quarters, as QueryDet trains on them.
       overwrite: Replace a folder that was prepared before.
+      exif: EXIF orientation, as data.exif.
+      bit_depth: How more than 8 bits per channel become the 8 bits of a patch, as data.bit_depth.
+      max_pixels: Refuse larger pictures (0: none), as data.max_pixels.
     """
     from querydet_jax.data.prepare.visdrone import prepare_visdrone
 
-    print(prepare_visdrone(folder, out, patches=patches, overwrite=overwrite))
+    reading = Reading.of(DataConfig(exif=exif, bit_depth=bit_depth, max_pixels=max_pixels))
+    print(prepare_visdrone(folder, out, patches=patches, overwrite=overwrite, reading=reading))
 
 
 def _prepare_coco(
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="COCO_FOLDER")],
     out: Annotated[str, tyro.conf.arg(metavar="DATA_DIR")],
     overwrite: bool = False,
+    exif: Literal["auto", "apply", "ignore"] = "auto",
+    max_pixels: int = DataConfig.max_pixels,
 ) -> None:
     """Write COCO 2017 once in ArrayRecord, laid out as tensorflow_datasets' coco/2017, for --data.source tfds.
 
@@ -54,7 +65,10 @@ def _prepare_coco(
         folder of a copy that tensorflow_datasets made in tfrecord (DATA_DIR/coco/2017/1.1.0).
       out: The TFDS data directory to write coco/2017/1.1.0 in; it appears when it is complete.
       overwrite: Replace a copy in ArrayRecord that is there.
+      exif: EXIF orientation, as data.exif; the copy remembers it.
+      max_pixels: Refuse larger pictures (0: none), as data.max_pixels.
     """
     from querydet_jax.data.prepare.coco import prepare_coco
 
-    print(prepare_coco(source, out, overwrite=overwrite))
+    reading = Reading.of(DataConfig(exif=exif, max_pixels=max_pixels))
+    print(prepare_coco(source, out, overwrite=overwrite, reading=reading))

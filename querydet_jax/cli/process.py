@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -18,6 +19,8 @@ def run(command: Callable[[], None]) -> None:
     # force: libraries imported by now have set up handlers of their own.
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr, force=True)
     logging.getLogger("querydet_jax").setLevel(logging.INFO)
+    # About odd tags of pictures that are read well; those that are not have a message of their own.
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
     try:
         command()
     except Preempted as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from querydet_jax.config.bit_depth import parse_bit_depth
 from querydet_jax.config.schema import Config, ModelConfig
 from querydet_jax.runtime.errors import ConfigError
 
@@ -122,6 +123,9 @@ def check(config: Config) -> None:
             "data.train_annotations, train_images, val_annotations, val_images: source tfds reads data.tfds_name under "
             "data.root; leave them empty"
         )
+    parse_bit_depth(data.bit_depth)
+    if data.max_pixels < 0:
+        raise ConfigError(f"data.max_pixels {data.max_pixels}: must be 0 (any number) or more")
     if config.classes and len(config.classes) != model.num_classes:
         raise ConfigError(
             f"classes has {len(config.classes)} names, model.num_classes is {model.num_classes}: make them agree"

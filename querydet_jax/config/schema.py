@@ -190,6 +190,13 @@ class DataConfig:
     flip: float = 0.5  # probability of a horizontal flip
     keep_empty: bool = False  # also train on images without boxes (crowd boxes do not count)
     max_boxes: int = 100  # G: ground-truth boxes kept per image; further ones are dropped with a warning
+    # EXIF orientation. auto: by the sizes that annotations state where these tell, otherwise as the format's tools do
+    # (applied; ignored for visdrone and tfds).
+    exif: Literal["auto", "apply", "ignore"] = "auto"
+    # How more than 8 bits per channel become 8. Empty: the upper 8 bits. LOW:HIGH: these values become 0 and 255, such
+    # as 0:16383. LOW%:HIGH%: these percentiles of each picture. file: each picture's smallest and largest value.
+    bit_depth: str = ""
+    max_pixels: int = 178_956_970  # refuse larger pictures, because a small file can claim any size; 0: any number
     threads: int = 4  # decoding threads
     processes: int = 0  # decoding worker processes (0: threads of this process only)
     # scenes: number of generated images and their size (height, width)

@@ -36,6 +36,7 @@ class Dataset(abc.ABC):
     # Category id of class k in annotation and result files; None: these files lack the class.
     category_ids: tuple[int | None, ...]
     origin: str = "the data set"  # file or folder that names the classes, for messages
+    exif_note: str = ""  # how many pictures have an EXIF orientation, and what is done about it; empty if none has
 
     @abc.abstractmethod
     def __len__(self) -> int:

@@ -10,6 +10,7 @@ from querydet_jax.config import Config, DataConfig
 from querydet_jax.data.classes import check_distinct, match_classes, plain, report_unused, without
 from querydet_jax.data.dataset import Dataset
 from querydet_jax.data.readers.coco import CocoDataset
+from querydet_jax.data.readers.images import Reading
 from querydet_jax.data.readers.visdrone import VisDroneDataset
 from querydet_jax.data.readers.yolo import YoloDataset, labels_beside, read_names
 from querydet_jax.runtime.errors import DataError
@@ -86,17 +87,19 @@ def _open(data: DataConfig, split: Literal["train", "val"]) -> Dataset:
         val_size = data.scenes_val_size if any(data.scenes_val_size) else data.scenes_size
         config = scene_config(data.scenes_train, data.scenes_val, data.scenes_size, val_size, data.scenes_seed)
         return ScenesDataset(data.root or "datasets", split, config)
+    reading = Reading.of(data)
     if data.source == "tfds":
         from querydet_jax.data.readers.tfds_coco import TfdsCocoDataset  # as above
 
-        return TfdsCocoDataset(data.root, data.tfds_name, split)
+        return TfdsCocoDataset(data.root, data.tfds_name, split, reading=reading)
     root = Path(data.root)
     images, annotations = (
         (data.train_images, data.train_annotations) if split == "train" else (data.val_images, data.val_annotations)
     )
     images = root / (images or _IMAGES[data.source].format(split))
     if data.source == "coco":
-        return CocoDataset(root / (annotations or f"annotations/instances_{split}2017.json"), images)
+        return CocoDataset(root / (annotations or f"annotations/instances_{split}2017.json"), images, reading=reading)
     if data.source == "visdrone":
-        return VisDroneDataset(images, patches=data.patches and split == "train")
-    return YoloDataset(images, root / annotations if annotations else labels_beside(images), read_names(root))
+        return VisDroneDataset(images, patches=data.patches and split == "train", reading=reading)
+    labels = root / annotations if annotations else labels_beside(images)
+    return YoloDataset(images, labels, read_names(root), reading=reading)

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from querydet_jax.data.readers.folders import SUFFIXES, by_stem, image_sizes
+from querydet_jax.data.readers.folders import SUFFIXES, by_stem
+from querydet_jax.data.readers.images import read_headers
 from querydet_jax.data.readers.visdrone import parse_annotations
 from querydet_jax.evaluation.coco import evaluate
 from querydet_jax.evaluation.metrics import CocoMetrics
@@ -107,4 +108,4 @@ def _sizes(folder: Path, annotations: Path, truth: dict[str, str]) -> list[tuple
             raise DataError(
                 f"{annotations / name}: there is no image {folder / stem}.jpg; give the images of the same split"
             )
-    return image_sizes([folder / names[stem] for stem in truth], upright=False)
+    return [header.stored for header in read_headers([folder / names[stem] for stem in truth])]  # as VisDrone's tools

@@ -405,7 +405,7 @@ def test_the_command_prepares_once_and_leaves_no_partial_copy(folder, tmp_path, 
     assert len(TfdsCocoDataset(out, "coco/2017", "val")) == 3  # the former one
     assert [p.name for p in (out / COPY).parent.iterdir()] == ["1.1.0"]
     (source / "val2017" / "000000000001.jpg").write_bytes(encoded(1, 72, 48, "JPEG"))
-    with pytest.raises(DataError, match=r"stored as 48x72 .* say 72x48; correct .* without EXIF rotation"):
+    with pytest.raises(DataError, match=r"image is 48x72 .* say 72x48; correct .* without EXIF orientation"):
         command("--overwrite")
     (source / "val2017" / "000000000001.jpg").write_bytes(encoded(8, 48, 72, "JPEG"))
     command("--overwrite")

@@ -21,9 +21,10 @@ from array_record.python.array_record_module import ArrayRecordWriter
 
 from querydet_jax.config import DataConfig
 from querydet_jax.data.readers.coco import CocoDataset
-from querydet_jax.data.readers.images import stored_size
+from querydet_jax.data.readers.folders import open_regular
+from querydet_jax.data.readers.images import DEFAULT, Reading, read_header
 from querydet_jax.data.readers.records import quiet
-from querydet_jax.data.readers.tfds_coco import IDS_KEY, SPLITS, TfdsCocoDataset
+from querydet_jax.data.readers.tfds_coco import EXIF_KEY, IDS_KEY, SPLITS, TfdsCocoDataset
 from querydet_jax.data.sources import open_dataset
 from querydet_jax.runtime.errors import DataError, shown
 from querydet_jax.runtime.files import folder_written_aside, reason, write_json
@@ -37,7 +38,7 @@ _SHARD = 1000  # images per file, about 160 MB of COCO; TFDS holds one file in m
 Examples = Callable[[], Iterator[tuple[int, dict[str, Any]]]]
 
 
-def prepare_coco(source: str | Path, out: str | Path, *, overwrite: bool = False) -> str:
+def prepare_coco(source: str | Path, out: str | Path, *, overwrite: bool = False, reading: Reading = DEFAULT) -> str:
     """Write ``out/coco/2017/1.1.0`` as ArrayRecord, with the features of TFDS's ``coco/2017``.
 
     From a COCO folder, keep the image order of the annotation file and the encoded bytes, clip boxes
@@ -51,6 +52,7 @@ def prepare_coco(source: str | Path, out: str | Path, *, overwrite: bool = False
         ``train2017/``, ``val2017/``), or the version folder of a TFDS copy (with ``dataset_info.json``).
       out: the TFDS data directory.
       overwrite: whether to replace an existing ArrayRecord copy.
+      reading: whether boxes are drawn on pictures turned by their EXIF orientation, stored in ``metadata.json``.
 
     Returns:
       One line that reports what was written.
@@ -65,7 +67,7 @@ def prepare_coco(source: str | Path, out: str | Path, *, overwrite: bool = False
     _check_target(folder, source, overwrite)
     write = functools.partial(_convert, source)
     if not (source / _INFO).is_file():
-        write = functools.partial(_write, _open(source))
+        write = functools.partial(_write, _open(source, reading))
     try:
         with folder_written_aside(folder) as aside:
             write(aside)
@@ -94,8 +96,8 @@ def _check_target(folder: Path, source: Path, overwrite: bool) -> None:
         raise DataError(f"{folder}: is prepared already; add --overwrite to replace it, or use it")
 
 
-def _open(source: Path) -> dict[str, CocoDataset]:
-    data = DataConfig(source="coco", root=str(source))
+def _open(source: Path, reading: Reading) -> dict[str, CocoDataset]:
+    data = DataConfig(source="coco", root=str(source), exif=reading.exif, max_pixels=reading.max_pixels)
     datasets: dict[str, Any] = {theirs: open_dataset(data, ours) for ours, theirs in SPLITS.items()}
     train, val = datasets["train"], datasets["validation"]
     if (train.category_ids, train.classes) != (val.category_ids, val.classes):
@@ -137,7 +139,15 @@ class _Coco(tfds.core.ShardBasedBuilder, skip_registration=True):
                     "objects": tfds.features.Sequence(objects),
                 }
             ),
-            metadata=tfds.core.MetadataDict({IDS_KEY: list(train.category_ids)}),
+            metadata=tfds.core.MetadataDict(
+                {
+                    IDS_KEY: list(train.category_ids),
+                    EXIF_KEY: {
+                        split: "apply" if dataset.reading.upright else "ignore"
+                        for split, dataset in self._datasets.items()
+                    },
+                }
+            ),
         )
 
     def _shard_iterators_per_split(self, dl_manager: tfds.download.DownloadManager) -> dict[str, list[Examples]]:
@@ -171,15 +181,15 @@ def _shards(dataset: CocoDataset, bar: Iterator[int]) -> list[Examples]:
 
 def _example(dataset: CocoDataset, i: int) -> dict[str, Any]:
     path, (h, w) = dataset.image_path(i), dataset.size(i)
-    try:
-        encoded = path.read_bytes()
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such image file; restore it or remove its entry from the annotations") from None
-    stored = stored_size(encoded, str(path))
-    if stored != (h, w):
+    with open_regular(path) as file:
+        encoded = file.read()
+    upright = dataset.reading.upright
+    found = read_header(encoded, str(path), dataset.reading).size(upright=upright)
+    if found != (h, w):
         raise DataError(
-            f"{path}: the image is stored as {stored[1]}x{stored[0]} (width x height) but the annotations say {w}x{h}; "
-            "correct width and height there, or store the image upright, without EXIF rotation"
+            f"{path}: the image is {found[1]}x{found[0]} (width x height, EXIF orientation "
+            f"{'applied' if upright else 'ignored'}) but the annotations say {w}x{h}; correct width and height there, "
+            "or store the image upright, without EXIF orientation"
         )
     truth, objects = dataset.annotation(i), []
     for entry, k, crowd in zip(dataset.entries(i), truth.classes.tolist(), truth.crowd.tolist(), strict=True):

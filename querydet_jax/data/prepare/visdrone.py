@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from querydet_jax.data.readers.coco import EXIF
+from querydet_jax.data.readers.images import DEFAULT, Reading
 from querydet_jax.data.readers.visdrone import PATCHES, PREPARED, VisDroneDataset
 from querydet_jax.runtime.errors import DataError
 from querydet_jax.runtime.files import folder_written_aside, write_json
@@ -19,7 +21,14 @@ _CONTENTS = {PREPARED, "images", "annotations"}
 _QUALITY = 95  # JPEG quality: OpenCV's default, which the published code uses for its patches
 
 
-def prepare_visdrone(folder: str | Path, out: str | Path, *, patches: bool = False, overwrite: bool = False) -> str:
+def prepare_visdrone(
+    folder: str | Path,
+    out: str | Path,
+    *,
+    patches: bool = False,
+    overwrite: bool = False,
+    reading: Reading = DEFAULT,
+) -> str:
     """Write a split of VisDrone, or its patches, with annotations in COCO form and in VisDrone's own.
 
     ``out`` receives ``images/``, ``instances.json`` (file names relative to ``images/``; without
@@ -33,6 +42,7 @@ def prepare_visdrone(folder: str | Path, out: str | Path, *, patches: bool = Fal
       out: the folder to create.
       patches: whether to cut the images.
       overwrite: whether to replace an ``out`` that this function wrote.
+      reading: how files become pixels: of patches, and for the sizes in ``instances.json``.
 
     Returns:
       One line that reports what was written.
@@ -42,13 +52,13 @@ def prepare_visdrone(folder: str | Path, out: str | Path, *, patches: bool = Fal
     """
     out, source = Path(out).resolve(), Path(folder).resolve()
     _check_target(out, source, overwrite)
-    dataset = VisDroneDataset(folder, patches=patches)
+    dataset = VisDroneDataset(folder, patches=patches, reading=reading)
     try:
         with folder_written_aside(out) as aside:
             for name in ("images", "annotations"):
                 (aside / name).mkdir()
             _write_images(dataset, aside)
-            truth = dataset.coco_ground_truth()
+            truth = {"info": {EXIF: "apply" if dataset.reading.upright else "ignore"}, **dataset.coco_ground_truth()}
             write_json(aside / PREPARED, truth)
     except OSError as error:
         raise DataError(

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import logging
 import math
-from pathlib import Path
+import os
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
 
+from querydet_jax.data.classes import plain
 from querydet_jax.data.dataset import Annotation, Dataset
-from querydet_jax.data.readers.images import read_image
+from querydet_jax.data.readers.folders import SUFFIXES, list_files, near
+from querydet_jax.data.readers.images import DEFAULT, Reading, headers_if_readable, read_image
+from querydet_jax.data.readers.orientation import decide, spread
 from querydet_jax.data.transforms import MIN_SIDE
 from querydet_jax.runtime.errors import DataError
 from querydet_jax.runtime.reading import read_json
 
 _log = logging.getLogger("querydet_jax")
+
+# Key in info of files that this package writes: whether boxes are drawn on turned pictures ("apply" or "ignore").
+EXIF = "exif"
 
 
 class CocoDataset(Dataset):
@@ -29,13 +38,14 @@ class CocoDataset(Dataset):
     Args:
       annotations: the JSON file.
       images: the folder that its ``file_name`` entries are relative to.
+      reading: how files become pixels.
 
     Raises:
       DataError: the file or folder is missing, the JSON is damaged, or an entry is missing,
         contradictory or impossible.
     """
 
-    def __init__(self, annotations: str | Path, images: str | Path):
+    def __init__(self, annotations: str | Path, images: str | Path, *, reading: Reading = DEFAULT):
         self._path, self._folder = Path(annotations), Path(images)
         content = _read(self._path)
         if not self._folder.is_dir():
@@ -49,6 +59,20 @@ class CocoDataset(Dataset):
         self.origin = str(self._path)
         self._entries = _annotations(content["annotations"], self._path, self._ids, self._sizes, category_ids)
         self._index()
+        self._decide_orientation(reading, content.get("info"))
+
+    def _decide_orientation(self, reading: Reading, info: Any) -> None:
+        looked_at = spread(len(self._ids))
+        told = info.get(EXIF) if isinstance(info, dict) and info.get(EXIF) in ("apply", "ignore") else None
+        rule = decide(
+            str(self._path),
+            reading.exif,
+            headers_if_readable([self._found(i) for i in looked_at], reading),
+            convention=(told != "ignore", f"as info.{EXIF} says" if told else "most tools that read COCO apply it"),
+            stated=[self._sizes[i] for i in looked_at],
+            names=[self._names[i] for i in looked_at],
+        )
+        self.reading, self.exif_note = dataclasses.replace(reading, upright=rule.upright), rule.note
 
     def _index(self) -> None:
         """Collect the boxes of all images in one array, ordered by image, with each image's range."""
@@ -89,11 +113,35 @@ class CocoDataset(Dataset):
         return [self._entries[n] for n in self._order[self._starts[i] : self._starts[i + 1]]]
 
     def image_path(self, i: int) -> Path:
-        return self._folder / self._names[i]
+        """Return the file of image i, also if its name differs in how accents are stored or in the suffix's case.
+
+        Raises:
+          DataError: there is none.
+        """
+        path, name = self._found(i), self._names[i]
+        if path is not None:
+            return path
+        hint = near(plain(name), self._on_disk.values())
+        if "\\" in name:
+            hint = " (its name has backslashes; write / in their place)"
+        raise DataError(
+            f"{self._folder / name}: no such image file{hint}; restore it or remove its entry from {self._path}"
+        )
+
+    def _found(self, i: int) -> Path | None:
+        path = self._folder / self._names[i]
+        if os.path.exists(path):
+            return path
+        name = self._on_disk.get(_key(self._names[i]))
+        return None if name is None else self._folder / name
+
+    @functools.cached_property
+    def _on_disk(self) -> dict[str, str]:
+        return {_key(name): name for name in list_files(self._folder, SUFFIXES)}
 
     def load(self, i: int) -> np.ndarray:
         path = self.image_path(i)
-        return read_image(path, str(path), self._sizes[i])
+        return read_image(path, str(path), self._sizes[i], self.reading)
 
     def coco_ground_truth(self) -> dict[str, Any]:
         """Return the ground truth with the file's own boxes, not clipped, and areas (of segmentations, if present).
@@ -116,6 +164,12 @@ class CocoDataset(Dataset):
             for number, e in enumerate(self._entries, start=1)
         ]
         return {"images": images, "annotations": annotations, "categories": list(self._categories)}
+
+
+def _key(name: str) -> str:
+    """Return a file's name to compare: accents in one form, the suffix in lower case, no parts that change nothing."""
+    path = PurePath(plain(name))
+    return path.with_suffix(path.suffix.lower()).as_posix() if path.name else name
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -1,65 +1,147 @@
-"""Helpers for image folders with one text file per image: listing, image sizes."""
+"""List folders of pictures and labels, and open pictures: one way for every reader."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import logging
 import os
-from collections.abc import Collection, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import stat
+from collections import Counter, deque
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path, PurePath
+from typing import IO
 
-from PIL import ExifTags, Image
+from PIL import (
+    AvifImagePlugin,
+    BmpImagePlugin,
+    GifImagePlugin,
+    Image,
+    Jpeg2KImagePlugin,
+    JpegImagePlugin,
+    MpoImagePlugin,
+    PngImagePlugin,
+    PpmImagePlugin,
+    TiffImagePlugin,
+    WebPImagePlugin,
+)
 
+from querydet_jax.data.classes import plain
 from querydet_jax.runtime.errors import DataError
 
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"})
-_SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
-_READERS = 8  # threads; opening thousands of files is mostly waiting, above all on network disks
+_log = logging.getLogger("querydet_jax")
+
+# The formats that are read. Pillow's others need programs (EPS runs Ghostscript), hold no photographs, or are rare.
+FORMATS = tuple(
+    str(plugin.format)
+    for plugin in (
+        JpegImagePlugin.JpegImageFile,
+        PngImagePlugin.PngImageFile,
+        BmpImagePlugin.BmpImageFile,
+        GifImagePlugin.GifImageFile,
+        WebPImagePlugin.WebPImageFile,
+        TiffImagePlugin.TiffImageFile,
+        PpmImagePlugin.PpmImageFile,
+        Jpeg2KImagePlugin.Jpeg2KImageFile,
+        AvifImagePlugin.AvifImageFile,
+    )
+)
+SUFFIXES = frozenset(
+    suffix for suffix, kind in Image.EXTENSION.items() if kind in (*FORMATS, MpoImagePlugin.MpoImageFile.format)
+)
+
+
+def list_files(folder: Path, suffixes: Collection[str], *, deep: bool = True) -> list[str]:
+    """List the files below ``folder`` with one of ``suffixes`` (in any case), relative to it, sorted by name.
+
+    Links are followed; a folder that is reached twice is listed once, under its own name rather than a link's. Names
+    that begin with a dot and ``__MACOSX`` are passed over, because systems and archives add them, and so are broken
+    links. One line of the log counts what was passed over, by reason.
+
+    Args:
+      deep: whether to list the files in subfolders.
+
+    Raises:
+      DataError: a folder cannot be read.
+    """
+    found: list[str] = []
+    passed: Counter[str] = Counter()
+    seen: set[tuple[int, int]] = set()
+    folders, links = [PurePath()], deque[PurePath]()
+    while folders or links:
+        inside = folders.pop() if folders else links.popleft()
+        try:
+            about = os.stat(folder / inside)
+            if (about.st_dev, about.st_ino) in seen:  # also ends a loop of links
+                passed["linked twice"] += 1
+                continue
+            seen.add((about.st_dev, about.st_ino))
+            entries = sorted(os.scandir(folder / inside), key=lambda entry: entry.name)
+        except OSError as error:
+            raise DataError(
+                f"{folder / inside}: not readable ({error.strerror}); check the folder and its permissions"
+            ) from None
+        for entry in entries:
+            name, suffix = inside / entry.name, PurePath(entry.name).suffix.lower()
+            if entry.name.startswith(".") or entry.name == "__MACOSX":
+                passed["hidden"] += 1
+            elif entry.is_dir() and not deep:
+                passed["subfolder"] += 1
+            elif entry.is_dir():
+                (links if entry.is_symlink() else folders).append(name)
+            elif suffix not in suffixes:
+                passed[suffix or "without suffix"] += 1
+            elif entry.is_symlink() and not os.path.exists(entry.path):
+                passed["broken link"] += 1
+            else:
+                found.append(name.as_posix())
+    if passed:
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in passed.most_common())
+        _log.info("%s: passed over %s; read %s", folder, reasons, f"{len(found):,} files")
+    return sorted(found)
 
 
 def by_stem(folder: Path, suffixes: Collection[str]) -> dict[str, str]:
-    """List the files at any depth below ``folder`` as {name without suffix: name}, relative to it, sorted by name.
-
-    Skip names that begin with a dot, because macOS adds such files to archives.
+    """List files as ``list_files``, as {name without suffix, as ``plain``: name}.
 
     Raises:
-      DataError: two files differ only in their suffix.
+      DataError: two files differ only in their suffix, or in how an accent is stored; a folder cannot be read.
     """
     found: dict[str, str] = {}
-    names = []
-    for above, _, files in os.walk(folder):
-        inside = PurePath(above).relative_to(folder)
-        names += [inside / f for f in files if not f.startswith(".") and PurePath(f).suffix.lower() in suffixes]
-    for name in sorted(names):
-        stem = name.with_suffix("").as_posix()
+    for name in list_files(folder, suffixes):
+        stem = plain(PurePath(name).with_suffix("").as_posix())
         if stem in found:
-            raise DataError(
-                f"{folder}: {found[stem]} and {name.as_posix()} differ only in their suffix; rename or remove one"
-            )
-        found[stem] = name.as_posix()
+            raise DataError(f"{folder}: {found[stem]} and {name} differ only in their suffix; rename or remove one")
+        found[stem] = name
     return found
 
 
-def image_sizes(paths: Sequence[Path], *, upright: bool) -> list[tuple[int, int]]:
-    """Read (height, width) of image files in pixels from their headers, without decoding.
+def near(name: str, names: Iterable[str]) -> str:
+    """Return a hint for a message if one of ``names`` is ``name`` but for upper and lower case, otherwise ""."""
+    same = next((other for other in names if other.casefold() == name.casefold()), None)
+    return f" (there is {same})" if same else ""
 
-    Args:
-      paths: the files.
-      upright: whether to apply the EXIF orientation; otherwise return the stored size.
+
+@contextlib.contextmanager
+def open_regular(path: Path) -> Iterator[IO[bytes]]:
+    """Open a regular file to read; a pipe, socket or device, which could block or never end, is refused at once.
 
     Raises:
-      DataError: a file is not a readable image.
+      DataError: the path is no regular file.
+      OSError: it cannot be opened.
     """
+    try:
+        number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno == errno.ENXIO:  # a socket, or a pipe that nobody writes to
+            raise _irregular(path) from None
+        raise
+    if not stat.S_ISREG(os.fstat(number).st_mode):
+        os.close(number)
+        raise _irregular(path)
+    with os.fdopen(number, "rb") as file:
+        yield file
 
-    def size(path: Path) -> tuple[int, int]:
-        try:
-            with Image.open(path) as image:
-                sideways = upright and image.getexif().get(ExifTags.Base.Orientation) in _SIDEWAYS
-                return (image.width, image.height) if sideways else (image.height, image.width)
-        except Exception as error:  # PIL's readers raise many kinds of errors for damaged files
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise DataError(
-                f"{path}: not readable as an image ({reason}); restore the file, or remove it and its annotation"
-            ) from None
 
-    with ThreadPoolExecutor(_READERS) as pool:
-        return list(pool.map(size, paths))
+def _irregular(path: Path) -> DataError:
+    return DataError(f"{path}: is a folder, pipe, socket or device, not a regular file; remove it or leave it out")

@@ -1,87 +1,220 @@
-"""Decode image files of any common kind to uint8 RGB."""
+"""Decode picture files of any common kind to uint8 RGB."""
 
 from __future__ import annotations
 
 import io
-import struct
+import re
+import threading
+import warnings
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, Literal, TypeVar
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, TiffImagePlugin
 
+from querydet_jax.config import DataConfig
+from querydet_jax.data.readers.agreement import check_filled, check_tiles, png_exif
+from querydet_jax.data.readers.deep import deep_pixels, to_8_bits, wanted
+from querydet_jax.data.readers.folders import FORMATS, open_regular
+from querydet_jax.data.readers.orientation import TAG, TURNS, Header, parse_orientation, valid
 from querydet_jax.runtime.errors import DataError
 
-_ORIENTATION = 0x0112  # EXIF tag
-_SIDEWAYS = (5, 6, 7, 8)  # its values that swap width and height
-# PIL's errors for truncated or damaged files; they vary with the format and the place of the damage.
-_BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+_READERS = 8  # threads; opening thousands of files is mostly waiting, above all on network disks
+_quiet = threading.Lock()
+Result = TypeVar("Result")
 
 
-def read_image(source: Path | bytes, name: str, size: tuple[int, int] | None = None) -> np.ndarray:
-    """Decode an image file to RGB.
+@dataclass(frozen=True)
+class Reading:
+    """How files become pixels: ``DataConfig.exif``, ``bit_depth`` and ``max_pixels``.
 
-    Convert grey, palette, CMYK and transparent images (transparency is dropped); keep the upper 8
-    bits of 16-bit grey. Apply the EXIF orientation, unless ``size`` is the size of the stored,
-    unrotated pixels: the annotations, boxes included, then refer to the unrotated pixels.
+    Attributes:
+      upright: whether the EXIF orientation is applied; with ``exif`` auto, a size that the annotations state decides
+        for its own picture where it can tell.
+    """
+
+    exif: Literal["auto", "apply", "ignore"] = "auto"
+    bit_depth: str = ""
+    max_pixels: int = DataConfig.max_pixels
+    upright: bool = True
+
+    @classmethod
+    def of(cls, data: DataConfig) -> Reading:
+        return cls(data.exif, data.bit_depth, data.max_pixels, data.exif != "ignore")
+
+
+DEFAULT = Reading()
+
+
+def read_image(
+    source: Path | bytes, name: str, size: tuple[int, int] | None = None, reading: Reading = DEFAULT
+) -> np.ndarray:
+    """Decode a picture to RGB: grey, palette, CMYK and transparent ones too (transparency is dropped).
 
     Args:
       source: path, or the encoded bytes.
-      name: the image's name in messages.
+      name: the picture's name in messages.
       size: the (height, width) that the annotations state; None accepts any.
+      reading: orientation, depth and largest size.
 
     Returns:
       uint8 [H, W, 3].
 
     Raises:
-      DataError: the image is missing or damaged, has 32-bit pixels, or is not of ``size``.
+      DataError: the picture is missing, damaged, of a format that is not read, too large, not of ``size``, or of
+        32-bit numbers without ``bit_depth``.
     """
+
+    def read(file: IO[bytes]) -> np.ndarray:
+        image = _open(file, name, reading)
+        kind, stored = image.format, _stored_size(image)
+        check_tiles(image, stored)
+        deep = deep_pixels(image, lambda: _open(file, name, reading), wanted=wanted(reading.bit_depth))
+        pixels = _to_rgb(image) if deep is None else to_8_bits(deep, name, reading.bit_depth)
+        if pixels.shape[:2] != stored:
+            raise ValueError(f"header says {stored[1]}x{stored[0]}, data are {pixels.shape[1]}x{pixels.shape[0]}")
+        header = Header(stored, _orientation(image))  # after decoding, because PNG may store it behind the pixels
+        check_filled(kind, file, pixels, lambda data: _to_rgb(_open(io.BytesIO(data), name, reading)))
+        if _upright(header, size, name, reading) and header.orientation != 1:
+            pixels = np.array(Image.fromarray(pixels).transpose(TURNS[header.orientation]))
+        return pixels
+
+    return _read(read, source, name)
+
+
+def read_header(source: Path | bytes, name: str, reading: Reading = DEFAULT) -> Header:
+    """Read a picture's size and orientation without decoding it; raise like ``read_image``."""
+
+    def read(file: IO[bytes]) -> Header:
+        image = _open(file, name, reading)
+        late = image.format == "PNG" and "exif" not in image.info
+        return Header(_stored_size(image), parse_orientation(png_exif(file)) if late else _orientation(image))
+
+    return _read(read, source, name)
+
+
+def read_headers(paths: Sequence[Path], reading: Reading = DEFAULT) -> list[Header]:
+    """Read the headers of many files in parallel; raise like ``read_header``."""
+    with ThreadPoolExecutor(_READERS) as pool:
+        return list(pool.map(lambda path: read_header(path, str(path), reading), paths))
+
+
+def headers_if_readable(paths: Sequence[Path | None], reading: Reading = DEFAULT) -> list[Header | None]:
+    """As ``read_headers``, with None for no path and for files that cannot be read: reading them whole reports that."""
+
+    def read(path: Path | None) -> Header | None:
+        try:
+            return None if path is None else read_header(path, str(path), reading)
+        except DataError:
+            return None
+
+    with ThreadPoolExecutor(_READERS) as pool:
+        return list(pool.map(read, paths))
+
+
+def _read(read: Callable[[IO[bytes]], Result], source: Path | bytes, name: str) -> Result:
+    """Call ``read`` on the opened file, and turn whatever goes wrong into a DataError."""
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-            stored = (image.height, image.width)
-            sideways = image.getexif().get(_ORIENTATION) in _SIDEWAYS
-            shown = stored[::-1] if sideways else stored
-            if size is not None and size not in (stored, shown):
-                raise DataError(
-                    f"{name}: the image is {shown[1]}x{shown[0]} (width x height) but the annotations say "
-                    f"{size[1]}x{size[0]}; correct width and height there, or restore the image they were made for"
-                )
-            image.load()
-            upright = image if size is not None and size != shown else ImageOps.exif_transpose(image)
-            return _to_rgb(upright, name)
-    except FileNotFoundError:
-        raise DataError(f"{name}: no such image file; restore it or remove its entry from the annotations") from None
+        if isinstance(source, bytes):
+            return _without_warnings(read, io.BytesIO(source))
+        with open_regular(source) as file:
+            return _without_warnings(read, file)
     except DataError:
         raise
-    except _BROKEN as error:
-        raise _unreadable(name, error) from None
+    except FileNotFoundError:
+        raise DataError(f"{name}: no such image file; restore it, or leave it out") from None
+    except Exception as error:  # Pillow's readers raise many kinds of errors for damaged files
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(f"{name}: not readable as an image ({reason}); restore the file, or leave it out") from None
 
 
-def stored_size(encoded: bytes, name: str) -> tuple[int, int]:
-    """Return the stored (height, width) of an encoded image, before any EXIF rotation, without decoding it.
-
-    Raises:
-      DataError: the bytes are not a readable image.
-    """
+def _without_warnings(read: Callable[[IO[bytes]], Result], file: IO[bytes]) -> Result:
+    """Call ``read``; where warnings are errors, Pillow's (about odd tags of good pictures) still are none."""
     try:
-        with Image.open(io.BytesIO(encoded)) as image:
-            return image.height, image.width
-    except _BROKEN as error:
-        raise _unreadable(name, error) from None
+        return read(file)
+    except Warning:
+        with _quiet, warnings.catch_warnings():  # which is not for several threads at once
+            warnings.simplefilter("ignore")
+            return read(file)
 
 
-def _unreadable(name: str, error: BaseException) -> DataError:
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+class _StoredTiff(TiffImagePlugin.TiffImageFile):
+    """A TIFF as stored. Pillow's own turns it while decoding, and then reads tags that may be damaged."""
+
+    def load_end(self) -> None:
+        self._size = self.tag_v2[TiffImagePlugin.IMAGEWIDTH], self.tag_v2[TiffImagePlugin.IMAGELENGTH]
+
+
+def _open(file: IO[bytes], name: str, reading: Reading) -> ImageFile.ImageFile:
+    """Open a picture of one of ``FORMATS``, and check its size, without decoding it."""
+    limit = reading.max_pixels
+    if Image.MAX_IMAGE_PIXELS is not None and (not limit or limit > 2 * Image.MAX_IMAGE_PIXELS):
+        Image.MAX_IMAGE_PIXELS = limit or None  # as asked for; some of Pillow's readers check it themselves
+    file.seek(0)
+    start = file.read(16)
+    for kind in FORMATS:
+        factory, accepts = Image.OPEN[kind]
+        accepted = accepts is None or accepts(start)
+        if isinstance(accepted, str):  # Pillow was built without this format
+            raise ValueError(accepted)
+        if accepted:
+            file.seek(0)
+            try:
+                # Not Image.open, which would warn of 89 megapixels, and try every other format.
+                image = _StoredTiff(file, None) if kind == "TIFF" else factory(file, b"")
+            except Image.DecompressionBombError as error:
+                found = re.search(r"\((\d+) pixels\)", str(error))
+                raise _too_large(name, int(found[1]) if found else 0, limit) from None
+            if limit and image.width * image.height > limit:
+                raise _too_large(name, image.width * image.height, limit)
+            return image
+    raise ValueError(f"none of {', '.join(FORMATS)}")
+
+
+def _too_large(name: str, pixels: int, limit: int) -> DataError:
     return DataError(
-        f"{name}: not readable as an image ({reason}); restore the file or remove its entry from the annotations"
+        f"{name}: too large, {pixels:,} pixels where {limit:,} are allowed; set data.max_pixels to {pixels} (0: any "
+        "number), or make the picture smaller"
     )
 
 
-def _to_rgb(image: Image.Image, name: str) -> np.ndarray:
-    if image.mode.startswith("I;16"):
-        grey = (np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8)
-        return np.repeat(grey[:, :, None], 3, axis=2)
-    if image.mode in ("I", "F"):
-        raise DataError(f"{name}: pixels are 32-bit numbers (mode {image.mode}); convert to 8 bits per channel")
+def _stored_size(image: ImageFile.ImageFile) -> tuple[int, int]:
+    """Return (height, width) as stored."""
+    if isinstance(image, TiffImagePlugin.TiffImageFile):  # whose size Pillow states as turned
+        return image.tag_v2[TiffImagePlugin.IMAGELENGTH], image.tag_v2[TiffImagePlugin.IMAGEWIDTH]
+    return image.height, image.width
+
+
+def _orientation(image: ImageFile.ImageFile) -> int:
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        return valid(image.tag_v2.get(TAG))
+    return parse_orientation(image.info.get("exif", b""))
+
+
+def _upright(header: Header, size: tuple[int, int] | None, name: str, reading: Reading) -> bool:
+    """Return whether to apply a picture's orientation; raise DataError if the size stated is not the picture's."""
+    upright = reading.upright
+    if size is None or size == header.size(upright=upright):
+        return upright
+    if size == header.size(upright=not upright):
+        if reading.exif == "auto":
+            return not upright
+        raise DataError(
+            f"{name}: the annotations say {size[1]}x{size[0]} (width x height), the size of the picture "
+            f"{'before' if upright else 'after'} its EXIF orientation is applied, but data.exif is {reading.exif}; "
+            f"set it to auto or {'ignore' if upright else 'apply'}"
+        )
+    h, w = header.size(upright=upright)
+    raise DataError(
+        f"{name}: the image is {w}x{h} (width x height) but the annotations say {size[1]}x{size[0]}; correct width and "
+        "height there, or restore the image they were made for"
+    )
+
+
+def _to_rgb(image: Image.Image) -> np.ndarray:
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
-    return np.array(image.convert("RGB"))
+    return np.array(image if image.mode == "RGB" else image.convert("RGB"))

@@ -2,42 +2,65 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from querydet_jax.data.dataset import Annotation, Dataset
-from querydet_jax.data.readers.folders import SUFFIXES
-from querydet_jax.data.readers.images import read_image
+from querydet_jax.data.readers.folders import SUFFIXES, list_files
+from querydet_jax.data.readers.images import DEFAULT, Reading, read_header, read_image
+from querydet_jax.data.readers.orientation import decide
 from querydet_jax.runtime.errors import DataError
 
 
 class Pictures(Dataset):
     """Image files, in the order given; a folder stands for the images directly in it, sorted by name.
 
+    Args:
+      paths: files and folders.
+      classes: the class names.
+      reading: how files become pixels; EXIF orientation is applied by default.
+
+    Attributes:
+      broken: a message for each file that is left out because its header cannot be read. Damage behind the header
+        shows when ``load`` reads the file.
+
     Raises:
-      DataError: a path does not exist, a folder holds no images, or a file cannot be read.
+      DataError: a path does not exist, a folder holds no images, or no file can be read.
     """
 
-    def __init__(self, paths: Sequence[str | Path], classes: tuple[str, ...]):
+    def __init__(self, paths: Sequence[str | Path], classes: tuple[str, ...], reading: Reading = DEFAULT):
         self.classes = classes
         self.category_ids = tuple(range(1, len(classes) + 1))
-        self._files: list[Path] = []
+        files: list[Path] = []
         for path in map(Path, paths):
             if path.is_dir():
-                inside = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES)
+                inside = list_files(path, SUFFIXES, deep=False)
                 if not inside:
-                    raise DataError(f"{path}: no pictures in this folder ({', '.join(sorted(SUFFIXES))})")
-                self._files += inside
-            elif path.is_file():
-                self._files.append(path)
+                    raise DataError(f"{path}: no pictures directly in this folder ({', '.join(sorted(SUFFIXES))})")
+                files += [path / name for name in inside]
+            elif path.exists():
+                files.append(path)
             else:
                 raise DataError(f"{path}: no such picture or folder")
-        if not self._files:
+        if not files:
             raise DataError("no pictures given; name a picture or a folder")
-        # Decoding gives the size after EXIF rotation; images to predict on are few.
-        self._sizes = [read_image(path, str(path)).shape[:2] for path in self._files]
+        self.broken: list[str] = []
+        self._files: list[Path] = []
+        headers = []
+        for path in files:
+            try:
+                headers.append(read_header(path, str(path), reading))
+                self._files.append(path)
+            except DataError as error:
+                self.broken.append(str(error))
+        if not headers:
+            raise DataError(self.broken[0])
+        rule = decide("pictures", reading.exif, headers, convention=(True, "viewers show pictures turned"))
+        self._reading = dataclasses.replace(reading, upright=rule.upright)
+        self._sizes = [header.size(upright=rule.upright) for header in headers]
 
     def __len__(self) -> int:
         return len(self._files)
@@ -49,11 +72,10 @@ class Pictures(Dataset):
         return str(self._files[i])
 
     def size(self, i: int) -> tuple[int, int]:
-        height, width = self._sizes[i]
-        return height, width
+        return self._sizes[i]
 
     def annotation(self, i: int) -> Annotation:
         return Annotation(np.zeros((0, 4), np.float32), np.zeros((0,), np.int32), np.zeros((0,), bool))
 
     def load(self, i: int) -> np.ndarray:
-        return read_image(self._files[i], str(self._files[i]))
+        return read_image(self._files[i], str(self._files[i]), reading=self._reading)

@@ -6,6 +6,7 @@ and boxes means reading every image. They are read once and stored in an index b
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,7 +17,8 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.core.constants import DATA_DIR
 
 from querydet_jax.data.dataset import Annotation, Dataset
-from querydet_jax.data.readers.images import read_image, stored_size
+from querydet_jax.data.readers.images import DEFAULT, Reading, read_header, read_image
+from querydet_jax.data.readers.orientation import Header, decide
 from querydet_jax.data.readers.records import Records, quiet
 from querydet_jax.data.transforms import MIN_SIDE
 from querydet_jax.runtime.errors import DataError
@@ -40,7 +42,9 @@ COCO_CLASSES = (
     "hair drier", "toothbrush",
 )  # fmt: skip
 
-IDS_KEY = "category_ids"  # key in metadata.json of copies written by prepare_coco
+# Keys in metadata.json of copies written by prepare_coco: the ids, and {split: whether boxes are drawn on pictures
+# turned by their EXIF orientation, "apply" or "ignore"}.
+IDS_KEY, EXIF_KEY = "category_ids", "exif"
 SPLITS: dict[Literal["train", "val"], str] = {"train": "train", "val": "validation"}  # our name: TFDS's name
 _DECIMALS = 3  # of pixel coordinates, see pixel_boxes
 _REMEDY = "prepare the copy again: querydet prepare coco --help"
@@ -52,18 +56,20 @@ class TfdsCocoDataset(Dataset):
     Images are in the order of the records. The copy must be in ArrayRecord (see ``prepare_coco``).
     Sizes and boxes come from ``querydet_index-SPLIT.npz`` in the copy's folder. That file is written
     if it is missing or belongs to other records; if the folder is read-only, every opening reads all
-    records again. EXIF rotation is not applied, because boxes refer to the stored pixels.
+    records again. EXIF orientation is not applied by default, because boxes refer to the stored pixels, unless
+    ``prepare_coco`` noted another rule in ``metadata.json``.
 
     Args:
       root: the TFDS data directory; "" is TFDS's default, ``~/tensorflow_datasets``.
       name: builder and configuration, ``coco/2017`` (newest version) or ``coco/2017:1.1.0``.
       split: "train" or "val" ("validation" in TFDS).
+      reading: how files become pixels.
 
     Raises:
       DataError: the copy is missing, not in ArrayRecord, not laid out like ``coco/2017``, or damaged.
     """
 
-    def __init__(self, root: str | Path, name: str, split: Literal["train", "val"]):
+    def __init__(self, root: str | Path, name: str, split: Literal["train", "val"], *, reading: Reading = DEFAULT):
         self._folder = _version_folder(Path(root or DATA_DIR), name)
         self._split, self._name = SPLITS[split], name
         try:
@@ -76,9 +82,17 @@ class TfdsCocoDataset(Dataset):
         self.origin = str(self._folder)
         self._records = Records(self._folder, self._split)
         index = self._open_index(builder)
-        self._ids, self._names, self._sizes = index.ids, index.names, index.sizes
+        headers = [
+            Header((h, w), k) for (h, w), k in zip(index.sizes.tolist(), index.orientations.tolist(), strict=True)
+        ]
+        told = ((builder.info.metadata or {}).get(EXIF_KEY) or {}).get(self._split)
+        why = "as metadata.json says" if told else "TFDS's tools do not apply it"
+        rule = decide(str(self._folder), reading.exif, headers, convention=(told == "apply", why))
+        self.reading, self.exif_note = dataclasses.replace(reading, upright=rule.upright), rule.note
+        self._ids, self._names = index.ids, index.names
+        self._sizes = np.array([header.size(upright=rule.upright) for header in headers], np.int32)
         owner = np.repeat(np.arange(len(index.counts)), index.counts)
-        boxes = pixel_boxes(index.shares, index.sizes[owner])
+        boxes = pixel_boxes(index.shares, self._sizes[owner])
         kept = np.all((boxes[:, 2:] - boxes[:, :2]) > MIN_SIDE, axis=1)
         if not kept.all():
             _log.warning(
@@ -152,13 +166,13 @@ class TfdsCocoDataset(Dataset):
         return index
 
     def _make_index(self) -> _Index:
-        sizes, objects, ids, names = [], [], [], []
+        headers, objects, ids, names = [], [], [], []
         try:
             records = range(len(self._records))
             for i in progress(records, f"indexing {self._name} {self._split}", " images"):
                 record = self._records[i]
                 name = _decoded(record["image/filename"])
-                sizes.append(stored_size(record["image"], f"{self._folder} {name}"))
+                headers.append(read_header(record["image"], f"{self._folder} {name}"))
                 objects.append(record["objects"])
                 ids.append(int(record["image/id"]))
                 names.append(name)
@@ -174,7 +188,8 @@ class TfdsCocoDataset(Dataset):
         return _Index(
             ids=np.array(ids, np.int64),
             names=np.array(names, str),
-            sizes=np.array(sizes, np.int32).reshape(-1, 2),
+            sizes=np.array([header.stored for header in headers], np.int32).reshape(-1, 2),
+            orientations=np.array([header.orientation for header in headers], np.int8),
             counts=np.array([len(o["label"]) for o in objects], np.int64),
             shares=joined("bbox", np.float32, 4),
             labels=joined("label", np.int64),
@@ -214,7 +229,7 @@ class TfdsCocoDataset(Dataset):
             encoded = self._records[i]["image"]
         except Exception as error:  # as above
             raise self._damaged(error) from None
-        return read_image(encoded, f"{self._folder} {self.file_name(i)}", self.size(i))
+        return read_image(encoded, f"{self._folder} {self.file_name(i)}", self.size(i), self.reading)
 
     def _truth_boxes(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         part = slice(self._starts[i], self._starts[i + 1])
@@ -229,7 +244,8 @@ class _Index:
 
     ids: np.ndarray  # int64 [n]
     names: np.ndarray  # str [n]
-    sizes: np.ndarray  # int32 [n, 2], (height, width) in pixels
+    sizes: np.ndarray  # int32 [n, 2], (height, width) in stored pixels
+    orientations: np.ndarray  # int8 [n], EXIF's
     counts: np.ndarray  # int64 [n], boxes per image
     shares: np.ndarray  # float32 [m, 4], y0 x0 y1 x1 as fractions of the image's sides
     labels: np.ndarray  # int64 [m]
@@ -237,7 +253,7 @@ class _Index:
     areas: np.ndarray  # int64 [m], px^2
 
 
-_FORM = "1"  # version of the index; raise it whenever _Index changes
+_FORM = "2"  # version of the index; raise it whenever _Index changes
 
 
 def pixel_boxes(shares: np.ndarray, sizes: np.ndarray) -> np.ndarray:

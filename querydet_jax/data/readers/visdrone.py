@@ -8,6 +8,7 @@ objects. ``rows`` below hold these columns as int32 [n, 8].
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import re
 from pathlib import Path
@@ -15,8 +16,9 @@ from pathlib import Path
 import numpy as np
 
 from querydet_jax.data.dataset import Annotation, Dataset
-from querydet_jax.data.readers.folders import SUFFIXES, by_stem, image_sizes
-from querydet_jax.data.readers.images import read_image
+from querydet_jax.data.readers.folders import SUFFIXES, by_stem, near
+from querydet_jax.data.readers.images import DEFAULT, Reading, read_headers, read_image
+from querydet_jax.data.readers.orientation import decide
 from querydet_jax.data.transforms import clip
 from querydet_jax.runtime.errors import DataError
 from querydet_jax.runtime.reading import read_text
@@ -41,7 +43,7 @@ class VisDroneDataset(Dataset):
     Boxes are those of ``training_rows``, clipped to the image; boxes without area are dropped (one
     warning gives their number). The COCO ground truth has no crowd boxes and no ignored regions, so
     there a detection inside an ignored region counts as false. Only the official evaluation, which
-    reads ``official_truth``, ignores it. As in the official tools, EXIF rotation is not applied.
+    reads ``official_truth``, ignores it. As in the official tools, EXIF orientation is not applied by default.
     Images, or patches, are sorted by name, and image ids count from 1 in this order.
 
     With ``patches``, entries 4 i .. 4 i + 3 are the four patches of image i, cut as in
@@ -51,6 +53,7 @@ class VisDroneDataset(Dataset):
     Args:
       folder: the split's folder, with ``images/`` and ``annotations/``.
       patches: whether to serve the quarters as the images.
+      reading: how files become pixels.
 
     Raises:
       DataError: a folder is missing or empty; an image has no annotation file or the reverse; two
@@ -61,7 +64,7 @@ class VisDroneDataset(Dataset):
     classes = CLASSES
     category_ids = tuple(range(1, len(CLASSES) + 1))
 
-    def __init__(self, folder: str | Path, *, patches: bool = False):
+    def __init__(self, folder: str | Path, *, patches: bool = False, reading: Reading = DEFAULT):
         self.folder, self.patches, self.origin = Path(folder), patches, str(folder)
         for name in ("images", "annotations"):
             if not (self.folder / name).is_dir():
@@ -75,7 +78,10 @@ class VisDroneDataset(Dataset):
                 f"{self.folder}: its images are patches already; leave out --patches, or set --data.no-patches"
             )
         # Read all sizes and boxes now: training needs all boxes before its first step.
-        self._sizes = image_sizes([self.folder / "images" / name for name in self._names], upright=False)
+        headers = read_headers([self.folder / "images" / name for name in self._names], reading)
+        rule = decide(str(self.folder), reading.exif, headers, convention=(False, "VisDrone's tools do not apply it"))
+        self.reading, self.exif_note = dataclasses.replace(reading, upright=rule.upright), rule.note
+        self._sizes = [header.size(upright=rule.upright) for header in headers]
         if patches and min(map(min, self._sizes)) < 2:
             tiny = next(name for name, size in zip(self._names, self._sizes, strict=True) if min(size) < 2)
             raise DataError(f"{self.folder / 'images' / tiny}: is too small for four patches; remove it")
@@ -103,13 +109,13 @@ class VisDroneDataset(Dataset):
             if stem not in images:
                 raise DataError(
                     f"{self.folder / 'annotations' / texts[stem]}: there is no image images/{stem}.jpg for this "
-                    "annotation file; restore the image or remove the file"
+                    f"annotation file{near(stem, images)}; restore the image or remove the file"
                 )
         for stem in images:
             if stem not in texts:
                 raise DataError(
                     f"{self.folder / 'images' / images[stem]}: there is no annotation file annotations/{stem}.txt for "
-                    "this image; restore it (empty if the image has no objects) or remove the image"
+                    f"this image{near(stem, texts)}; restore it (empty if the image has no objects) or remove the image"
                 )
         return list(images.values()), [texts[stem] for stem in images]
 
@@ -164,7 +170,7 @@ class VisDroneDataset(Dataset):
     def load_whole(self, i: int) -> np.ndarray:
         """Return the image of ``image_path(i)``, uint8 RGB [H, W, 3]; raise like ``load``."""
         path = self.image_path(i)
-        return read_image(path, str(path), self._sizes[self._whole(i)])
+        return read_image(path, str(path), self._sizes[self._whole(i)], self.reading)
 
     def cut(self, whole: np.ndarray, i: int) -> np.ndarray:
         """Return patch i, cut out of ``whole``, the result of ``load_whole(i)``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,9 @@ import numpy as np
 import yaml
 
 from querydet_jax.data.dataset import Annotation, Dataset
-from querydet_jax.data.readers.folders import SUFFIXES, by_stem, image_sizes
-from querydet_jax.data.readers.images import read_image
+from querydet_jax.data.readers.folders import SUFFIXES, by_stem, near
+from querydet_jax.data.readers.images import DEFAULT, Reading, read_headers, read_image
+from querydet_jax.data.readers.orientation import decide
 from querydet_jax.data.transforms import clip
 from querydet_jax.runtime.errors import DataError, shown
 from querydet_jax.runtime.files import reason
@@ -29,7 +31,7 @@ class YoloDataset(Dataset):
     """Images at any depth of a folder, and label files at the same relative paths of another.
 
     Each line of a label file is an object: class number from 0, then centre x, centre y, width and
-    height as fractions of the upright image (EXIF rotation applied). An image without label file has
+    height as fractions of the upright image (EXIF orientation applied by default). An image without label file has
     no objects. Boxes are clipped to the image; those without area are dropped (one warning gives
     their number). Category ids are the class numbers; image ids count from 1, sorted by name.
 
@@ -37,13 +39,14 @@ class YoloDataset(Dataset):
       images: folder of the images.
       labels: folder of the label files.
       classes: the class names, see ``read_names``.
+      reading: how files become pixels.
 
     Raises:
       DataError: a folder is missing; there are no images; two images differ only in suffix; a label
         file has no image; a line is malformed; a file is not an image.
     """
 
-    def __init__(self, images: str | Path, labels: str | Path, classes: tuple[str, ...]):
+    def __init__(self, images: str | Path, labels: str | Path, classes: tuple[str, ...], *, reading: Reading = DEFAULT):
         self._folder, labels = Path(images), Path(labels)
         self.classes, self.category_ids, self.origin = classes, tuple(range(len(classes))), str(labels)
         if not self._folder.is_dir():
@@ -61,11 +64,14 @@ class YoloDataset(Dataset):
         for stem, name in texts.items():
             if stem not in pictures and Path(name).name != _NAMES:
                 raise DataError(
-                    f"{labels / name}: there is no image {self._folder / stem}.* for these labels; restore the image "
-                    "or remove the file"
+                    f"{labels / name}: there is no image {self._folder / stem}.* for these labels"
+                    f"{near(stem, pictures)}; restore the image or remove the file"
                 )
         self._names = list(pictures.values())
-        self._sizes = image_sizes([self._folder / name for name in self._names], upright=True)
+        headers = read_headers([self._folder / name for name in self._names], reading)
+        rule = decide(str(self._folder), reading.exif, headers, convention=(True, "YOLO tools apply it"))
+        self.reading, self.exif_note = dataclasses.replace(reading, upright=rule.upright), rule.note
+        self._sizes = [header.size(upright=rule.upright) for header in headers]
         self._annotations, empty, total = [], 0, 0
         for stem, size in zip(pictures, self._sizes, strict=True):
             rows = np.zeros((0, 5))
@@ -95,7 +101,7 @@ class YoloDataset(Dataset):
 
     def load(self, i: int) -> np.ndarray:
         path = self._folder / self._names[i]
-        return read_image(path, str(path), self._sizes[i])
+        return read_image(path, str(path), self._sizes[i], self.reading)
 
 
 def labels_beside(images: Path) -> Path:

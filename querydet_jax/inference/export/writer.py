@@ -84,6 +84,8 @@ def write_artifact(
             "test_max px; bilinear, antialiased",
             "test_short": config.data.test_short,
             "test_max": config.data.test_max,
+            "exif": config.data.exif,
+            "bit_depth": config.data.bit_depth,
             "padding": "below and to the right, to the smallest canvas that holds the image; sizes tells what is image",
         },
         "inference": _settings(detector.config),
