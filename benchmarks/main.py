@@ -18,6 +18,7 @@ from benchmarks.speed.end_to_end import EndToEnd, end_to_end
 from benchmarks.speed.precision import Precision, precision
 from benchmarks.speed.static_vs_dynamic import StaticVsDynamic, static_vs_dynamic
 from benchmarks.speed.train_step import TrainStep, train_step
+from querydet_jax.runtime import machine
 
 COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "accelerator": (Accelerator, accelerator),
@@ -45,5 +46,7 @@ def main(words: Sequence[str] | None = None, program: str = "benchmark.py") -> N
     )
     kind: Any = Annotated[subcommands, tyro.conf.ConsolidateSubcommandArgs]
     arguments = tyro.cli(kind, args=words, prog=program, description=__doc__)
+    if not isinstance(arguments, Accelerator):  # that one compiles for devices that are not here
+        machine.check_devices()
     run = {kind: function for kind, function in COMMANDS.values()}[type(arguments)]
     run(arguments)

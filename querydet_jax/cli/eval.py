@@ -52,8 +52,8 @@ class EvalArguments:
 def evaluate(words: Sequence[str], program: str) -> None:
     """Evaluate a trained detector, densely and with Cascade Sparse Query."""
     arguments, config, source = parse(EvalArguments, SUMMARIES["eval"], words, program)
-    machine.keep_compiled_programs()
     join(arguments.hosts)
+    machine.prepare()
     model = open_model(config, source, arguments.weights or None)
     dataset = on_every(lambda: open_split(config, "val", str(source)))
     out = Path(arguments.out or (source if source.is_dir() else f"runs/{config.name}"))

@@ -40,7 +40,7 @@ def export(words: Sequence[str], program: str) -> None:
         words,
         program,
     )
-    machine.keep_compiled_programs()
+    machine.prepare()
     model = open_model(config, source, arguments.weights or None)
     canvases = config.data.test_canvases
     if arguments.both_orientations:

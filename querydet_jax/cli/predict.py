@@ -57,7 +57,6 @@ def predict(words: Sequence[str], program: str) -> None:
     source = source_of(words)
     if any(word.split("=")[0] == "--artifact" for word in words):
         raise ConfigError("--artifact: name the file in place of a run: predict FILE.zip --images PICTURE_OR_FOLDER")
-    machine.keep_compiled_programs()
     if source is not None and Path(source).is_file() and Path(source).suffix == ".zip":
         arguments = parse_alone(
             PredictArguments,
@@ -66,6 +65,7 @@ def predict(words: Sequence[str], program: str) -> None:
             f"{program} {source}",
             "fixed in an artifact; export again with it, or name a run",
         )
+        machine.prepare()
         if arguments.weights:
             raise ConfigError(f"--weights {arguments.weights}: an artifact holds its own; export again with these")
         try:
@@ -76,6 +76,7 @@ def predict(words: Sequence[str], program: str) -> None:
         arguments, config, path = parse(
             PredictArguments, _DESCRIPTION, words, program, source="CARD_OR_RUN_OR_ARTIFACT"
         )
+        machine.prepare()
         model = open_model(config, path, arguments.weights or None)
         data = override(config.data, {"test_canvases": both_orientations(config.data.test_canvases)})
         classes = config.classes or tuple(f"class {k}" for k in range(config.model.num_classes))

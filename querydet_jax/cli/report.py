@@ -13,6 +13,7 @@ from querydet_jax.analysis.findings import image_rows, measure, results
 from querydet_jax.analysis.tables import text
 from querydet_jax.cli.arguments import parse
 from querydet_jax.data import open_dataset
+from querydet_jax.runtime import machine
 from querydet_jax.runtime.files import write_csv, write_json, writing
 from querydet_jax.viz.plots import NEEDS, save_plot
 
@@ -33,6 +34,7 @@ def report(words: Sequence[str], program: str) -> None:
         words,
         program,
     )
+    machine.prepare()
     above = source if source.is_dir() else Path("runs") / config.name
     out = Path(arguments.out) if arguments.out else above / f"data-{arguments.split}"
     found = measure(open_dataset(config.data, arguments.split), config, arguments.split)

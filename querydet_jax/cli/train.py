@@ -31,8 +31,8 @@ class TrainArguments:
 def train(words: Sequence[str], program: str) -> None:
     """Train a detector."""
     arguments, config, source = parse(TrainArguments, SUMMARIES["train"], words, program)
-    machine.keep_compiled_programs()
     join(arguments.hosts, preemptible=True)
+    machine.prepare()
     run = Path(arguments.run or (source if source.is_dir() else f"runs/{config.name}"))
 
     detectors: dict[str, Detector] = {}

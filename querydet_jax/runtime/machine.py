@@ -6,12 +6,15 @@ import hashlib
 import logging
 import os
 import platform
+import tempfile
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import jax
+
+from querydet_jax.runtime.errors import ConfigError
 
 _log = logging.getLogger("querydet_jax")
 
@@ -53,6 +56,34 @@ def huge_pages() -> str:
     return {"always": "on", "never": "off"}.get(mode, "unknown")
 
 
+def prepare() -> None:
+    """Do what a command does before it computes: ``check_devices``, ``keep_compiled_programs``."""
+    check_devices()
+    keep_compiled_programs()
+
+
+def check_devices() -> None:
+    """Let jax find its devices.
+
+    Raises:
+      ConfigError: ``JAX_PLATFORMS`` or ``JAX_PLATFORM_NAME`` names what jax does not find here.
+    """
+    try:
+        jax.local_devices()
+    except (RuntimeError, AssertionError) as error:  # an assertion where the plugin of a known platform is missing
+        settings = {name: os.environ.get(name) for name in ("JAX_PLATFORMS", "JAX_PLATFORM_NAME")}
+        named = " ".join(f"{name}={value}" for name, value in settings.items() if value)
+        reason = (str(error).splitlines() or [""])[0].partition(" (set JAX_PLATFORMS")[0].partition("': ")[2]
+        if not reason or "known backend" in reason:
+            reason = "no such device"
+        jax.config.update("jax_platforms", None)
+        jax.config.update("jax_platform_name", "")
+        raise ConfigError(
+            f"{named or 'jax'}: {reason[:200]}; jax finds only {jax.default_backend()} here: unset it to use that, or "
+            "install jax for the device, see https://docs.jax.dev/en/latest/installation.html"
+        ) from None
+
+
 def keep_compiled_programs() -> None:
     """Keep programs that take a second or more to compile in ``~/.cache/querydet_jax``, for later runs.
 
@@ -62,20 +93,31 @@ def keep_compiled_programs() -> None:
     known: Any = jax.config
     if known.jax_compilation_cache_dir or os.environ.get("QUERYDET_COMPILE_CACHE") == "0":
         return
-    folder = compile_cache_folder(os.environ)
     try:
+        folder = compile_cache_folder(os.environ)
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
+        with tempfile.TemporaryFile(dir=folder):  # an old folder may have become read-only
+            pass
+    except (OSError, RuntimeError) as error:
         _log.info("compiled programs are not kept for later runs: %s", error)
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
 def compile_cache_folder(environment: Mapping[str, str]) -> Path:
-    """Return the folder for this kind of processor: machines that share a home must not run each other's programs."""
-    root = environment.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    """Return the folder for this kind of processor: machines that share a home must not run each other's programs.
+
+    Raises:
+      RuntimeError: there is no home directory.
+    """
+    root = Path(environment.get("XDG_CACHE_HOME", ""))
+    if not root.is_absolute():  # such values are to be ignored, says the XDG specification
+        home = Path.home()
+        if not home.is_absolute():
+            raise RuntimeError("HOME is not an absolute path")
+        root = home / ".cache"
     kind = hashlib.sha256(f"{_processor()} {_cpuinfo('flags')}".encode()).hexdigest()[:12]
-    return Path(root) / "querydet_jax" / kind
+    return root / "querydet_jax" / kind
 
 
 def _huge_page_mode() -> str:
