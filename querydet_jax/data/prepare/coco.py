@@ -193,13 +193,13 @@ def _example(dataset: CocoDataset, i: int) -> dict[str, Any]:
         )
     truth, objects = dataset.annotation(i), []
     for entry, k, crowd in zip(dataset.entries(i), truth.classes.tolist(), truth.crowd.tolist(), strict=True):
-        x, y, width, height = entry["bbox"]
+        x, y, width, height = entry.bbox
         y0, x0, y1, x1 = (min(max(v, 0.0), 1.0) for v in (y / h, x / w, (y + height) / h, (x + width) / w))
         objects.append(
             {
-                "area": int(entry.get("area", width * height)),
+                "area": int(entry.size),
                 "bbox": tfds.features.BBox(ymin=y0, xmin=x0, ymax=y1, xmax=x1),
-                "id": entry["id"],
+                "id": entry.id,
                 "is_crowd": crowd,
                 "label": k,
             }
