@@ -12,43 +12,19 @@ from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path, PurePath
 from typing import IO
 
-from PIL import (
-    AvifImagePlugin,
-    BmpImagePlugin,
-    GifImagePlugin,
-    Image,
-    Jpeg2KImagePlugin,
-    JpegImagePlugin,
-    MpoImagePlugin,
-    PngImagePlugin,
-    PpmImagePlugin,
-    TiffImagePlugin,
-    WebPImagePlugin,
-)
+from PIL import Image
 
 from querydet_jax.data.classes import plain
 from querydet_jax.runtime.errors import DataError
 
 _log = logging.getLogger("querydet_jax")
 
+Image.init()  # registers the formats that Pillow decodes here
 # The formats that are read. Pillow's others need programs (EPS runs Ghostscript), hold no photographs, or are rare.
 FORMATS = tuple(
-    str(plugin.format)
-    for plugin in (
-        JpegImagePlugin.JpegImageFile,
-        PngImagePlugin.PngImageFile,
-        BmpImagePlugin.BmpImageFile,
-        GifImagePlugin.GifImageFile,
-        WebPImagePlugin.WebPImageFile,
-        TiffImagePlugin.TiffImageFile,
-        PpmImagePlugin.PpmImageFile,
-        Jpeg2KImagePlugin.Jpeg2KImageFile,
-        AvifImagePlugin.AvifImageFile,
-    )
+    kind for kind in ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM", "JPEG2000", "AVIF") if kind in Image.OPEN
 )
-SUFFIXES = frozenset(
-    suffix for suffix, kind in Image.EXTENSION.items() if kind in (*FORMATS, MpoImagePlugin.MpoImageFile.format)
-)
+SUFFIXES = frozenset(suffix for suffix, kind in Image.EXTENSION.items() if kind in (*FORMATS, "MPO"))
 
 
 def list_files(folder: Path, suffixes: Collection[str], *, deep: bool = True) -> list[str]:

@@ -1,0 +1,516 @@
+"""Pixels of picture files: orientation, depth, formats, size limits, and files that lie about themselves."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import os
+import socket
+import struct
+import warnings
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+
+from querydet_jax.config import Config, DataConfig, override
+from querydet_jax.data import Dataset, open_dataset
+from querydet_jax.data.readers import deep
+from querydet_jax.data.readers.folders import FORMATS
+from querydet_jax.data.readers.images import Reading, read_header, read_image
+from querydet_jax.data.readers.orientation import TAG
+from querydet_jax.data.readers.pictures import Pictures
+from querydet_jax.runtime.errors import ConfigError, DataError
+
+# 8x16 and 12x12 pixels in which every orientation differs.
+WIDE = np.random.default_rng(0).integers(0, 256, (8, 16, 3), dtype=np.uint8)
+SQUARE = np.random.default_rng(1).integers(0, 256, (12, 12, 3), dtype=np.uint8)
+
+
+def save(path: Path, pixels: np.ndarray, orientation: int = 1) -> np.ndarray:
+    """Save a picture with an EXIF orientation; return its turned pixels as Pillow's own tool computes them."""
+    exif = Image.Exif()
+    exif[TAG] = orientation
+    Image.fromarray(pixels).save(path, exif=exif)
+    with Image.open(path) as image:
+        return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+
+
+def coco(folder, sizes: dict[str, tuple[int, int]], exif: str = "auto") -> Dataset:
+    """Open a COCO file that states these sizes (height, width) for pictures that are there already."""
+    folder.content["images"] = [
+        {"id": n, "file_name": name, "height": h, "width": w} for n, (name, (h, w)) in enumerate(sizes.items())
+    ]
+    folder.content["annotations"] = []
+    (folder.root / "instances.json").write_text(json.dumps(folder.content))
+    paths = {"train_annotations": "instances.json", "train_images": "images"}
+    return open_dataset(DataConfig(source="coco", root=str(folder.root), exif=exif, **paths), "train")
+
+
+# Orientation ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif", ".webp"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation_is_applied_or_ignored(tmp_path, orientation, suffix):
+    path = tmp_path / f"a{suffix}"
+    save(path, WIDE, orientation)
+    stored = read_image(path, "a", reading=Reading("ignore", upright=False))
+    if suffix != ".webp":  # which loses detail
+        np.testing.assert_array_equal(stored, WIDE)
+    turned = np.asarray(ImageOps.exif_transpose(_tagged(stored, orientation)))
+    np.testing.assert_array_equal(read_image(path, "a", reading=Reading("apply")), turned)
+    header = read_header(path, "a")
+    assert header.orientation == orientation
+    assert header.size(upright=False) == (8, 16) and header.size(upright=True) == turned.shape[:2]
+
+
+def _tagged(pixels: np.ndarray, orientation: int) -> Image.Image:
+    image = Image.fromarray(pixels)
+    image.getexif()[TAG] = orientation
+    return image
+
+
+@pytest.mark.parametrize("kept", [3, 2, 4])
+@pytest.mark.parametrize(("stated", "applied"), [((8, 16), False), ((16, 8), True)])
+def test_sizes_in_the_annotations_decide_for_the_whole_set(folder, caplog, kept, stated, applied):
+    turned = {
+        "a.png": save(folder.images / "a.png", WIDE, 6),  # whose size tells
+        "b.png": save(folder.images / "b.png", WIDE, kept),  # of the same size either way
+        "c.png": save(folder.images / "c.png", SQUARE, 8),
+    }
+    with caplog.at_level(logging.INFO, logger="querydet_jax"):
+        dataset = coco(folder, {"a.png": stated, "b.png": (8, 16), "c.png": (12, 12)})
+    for i, stored in enumerate((WIDE, WIDE, SQUARE)):
+        np.testing.assert_array_equal(dataset.load(i), turned[dataset.file_name(i)] if applied else stored)
+    (said,) = [r.getMessage() for r in caplog.records]
+    assert dataset.exif_note in said and "3 of 3 pictures have an EXIF orientation" in said
+    assert f"which is {'applied' if applied else 'ignored'}: the sizes in the annotations" in said
+
+
+@pytest.mark.parametrize(("exif", "applied"), [("auto", True), ("apply", True), ("ignore", False)])
+def test_a_set_whose_sizes_cannot_tell_follows_the_convention_or_the_option(folder, exif, applied):
+    turned = save(folder.images / "a.png", SQUARE, 6)
+    dataset = coco(folder, {"a.png": (12, 12)}, exif)
+    np.testing.assert_array_equal(dataset.load(0), turned if applied else SQUARE)
+
+
+def test_a_mixed_set_is_warned_of_and_each_picture_follows_its_own_size(folder, caplog):
+    turned = [save(folder.images / f"{name}.png", WIDE, 6) for name in "abc"]
+    dataset = coco(folder, {"a.png": (16, 8), "b.png": (16, 8), "c.png": (8, 16)})
+    warned = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert len(warned) == 1 and "say the opposite of 1 of these pictures (first c.png)" in warned[0]
+    np.testing.assert_array_equal(dataset.load(1), turned[1])
+    np.testing.assert_array_equal(dataset.load(2), WIDE)
+
+
+@pytest.mark.parametrize(
+    ("exif", "stated", "remedy"), [("apply", (8, 16), "auto or ignore"), ("ignore", (16, 8), "auto or apply")]
+)
+def test_an_option_that_contradicts_the_sizes_names_the_picture(folder, exif, stated, remedy):
+    save(folder.images / "a.png", WIDE, 6)
+    dataset = coco(folder, {"a.png": stated}, exif)
+    with pytest.raises(DataError, match=rf"a.png: the annotations say .* but data.exif is {exif}; set it to {remedy}"):
+        dataset.load(0)
+
+
+@pytest.mark.parametrize("source", ["visdrone", "yolo", "pictures"])
+@pytest.mark.parametrize("exif", ["auto", "apply", "ignore"])
+def test_formats_without_sizes_have_a_convention(tmp_path, source, exif, caplog):
+    images = tmp_path / ("images" if source == "visdrone" else "images/train")
+    labels = tmp_path / ("annotations" if source == "visdrone" else "labels/train")
+    for inside in (images, labels):
+        inside.mkdir(parents=True)
+    turned = [save(images / "a.png", WIDE, 6), save(images / "b.png", SQUARE, 3)]
+    for name in "ab":
+        (labels / f"{name}.txt").write_text("")
+    (tmp_path / "data.yaml").write_text("names: [car]")
+    applied = exif == "apply" or (exif == "auto" and source != "visdrone")
+    with caplog.at_level(logging.INFO, logger="querydet_jax"):
+        if source == "pictures":
+            dataset: Dataset = Pictures([images], ("car",), Reading.of(DataConfig(exif=exif)))
+        else:
+            place = {"train_images": "."} if source == "visdrone" else {}
+            dataset = open_dataset(DataConfig(source=source, root=str(tmp_path), exif=exif, **place), "train")
+    for i, stored in enumerate((WIDE, SQUARE)):
+        np.testing.assert_array_equal(dataset.load(i), turned[i] if applied else stored)
+        assert dataset.size(i) == dataset.load(i).shape[:2]
+    assert sum("2 of 2 pictures have an EXIF orientation" in r.getMessage() for r in caplog.records) == 1
+
+
+def _exif(entries: bytes, count: int) -> bytes:
+    return b"Exif\0\0MM\0*\0\0\0\x08" + struct.pack(">H", count) + entries + b"\0\0\0\0"
+
+
+_ROTATED = struct.pack(">HHIHH", TAG, 3, 1, 6, 0)
+
+
+@pytest.mark.parametrize(
+    ("exif", "orientation"),
+    [
+        (_exif(struct.pack(">HHII", 0x011A, 5, 1, 2**31) + _ROTATED, 2), 6),  # a resolution stored far outside
+        (_exif(struct.pack(">HHII", 0x8769, 4, 1, 2**31) + _ROTATED, 2), 6),  # further tags stored far outside
+        (_exif(struct.pack(">HHII", 0x9999, 99, 2**31, 0) + _ROTATED, 2), 6),  # no such type
+        (_exif(_ROTATED, 60_000), 6),  # more entries than there are
+        (_exif(struct.pack(">HHIHH", TAG, 3, 1, 77, 0), 1), 1),
+        (_exif(struct.pack(">HHII", TAG, 2, 1, 0x36000000), 1), 1),  # text
+        (_exif(_ROTATED, 1)[:-9], 1),
+        (b"Exif\0\0MM", 1),
+        (b"Exif\0\0XX\0*\0\0\0\x08", 1),
+        (b"nothing of the kind", 1),
+    ],
+)
+@pytest.mark.parametrize("fatal", [False, True])
+def test_odd_and_damaged_exif_costs_the_orientation_at_most(tmp_path, exif, orientation, fatal):
+    path = tmp_path / "a.jpg"
+    Image.new("RGB", (16, 8), (200, 100, 50)).save(path, exif=exif)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error" if fatal else "ignore")  # Pillow warns of some of these
+        image = read_image(path, "a.jpg")
+        assert read_header(path, "a.jpg").orientation == orientation
+    assert image.shape == ((16, 8, 3) if orientation == 6 else (8, 16, 3))
+    assert abs(image.astype(int) - (200, 100, 50)).max() < 10
+
+
+def test_exif_behind_the_pixels_of_a_png(tmp_path):
+    path = tmp_path / "a.png"
+    Image.fromarray(WIDE).save(path)
+    data = path.read_bytes()
+    block = _exif(_ROTATED, 1).removeprefix(b"Exif\0\0")
+    chunk = struct.pack(">I", len(block)) + b"eXIf" + block + struct.pack(">I", zlib.crc32(b"eXIf" + block))
+    path.write_bytes(data[:-12] + chunk + data[-12:])
+    assert read_header(path, "a").turned == (16, 8) == read_image(path, "a").shape[:2]
+
+
+# More than 8 bits -------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def nothing_said(monkeypatch):
+    monkeypatch.setattr(deep, "_said", deep.threading.Event())
+
+
+def png16(values: np.ndarray) -> bytes:
+    """Encode uint16 [H, W, C] with 1 to 4 channels, which Pillow cannot write."""
+    h, w, channels = values.shape
+    raw = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    header = struct.pack(">IIBBBBB", w, h, 16, (0, 4, 2, 6)[channels - 1], 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(raw)), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
+    )
+
+
+def tiff16(values: np.ndarray, order: str) -> bytes:
+    """Encode uint16 [H, W, 3] as an uncompressed TIFF of byte order "<" or ">"."""
+    h, w, _ = values.shape
+    bits = struct.pack(f"{order}3H", 16, 16, 16)
+    # Tags: width, height, bits, compression, RGB, strip, samples, rows, bytes.
+    tags = [(256, 4, 1, w), (257, 4, 1, h), (258, 3, 3, 200), (259, 4, 1, 1), (262, 4, 1, 2)]
+    tags += [(273, 4, 1, 206), (277, 4, 1, 3), (278, 4, 1, h), (279, 4, 1, values.size * 2)]
+    ifd = struct.pack(f"{order}H", len(tags)) + b"".join(struct.pack(f"{order}HHII", *tag) for tag in tags) + bytes(4)
+    start = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}I", 8)
+    return (start + ifd).ljust(200, b"\0") + bits + values.astype(f"{order}u2").tobytes()
+
+
+def saved(image: Image.Image, kind: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+THERMAL = np.linspace(28_000, 29_500, 6 * 5).round().astype(np.uint16).reshape(6, 5)
+COLOUR = np.random.default_rng(2).integers(28_000, 29_500, (6, 5, 3)).astype(np.uint16)
+COLOUR[0, 0] = 28_000, 29_500, 29_000
+ALPHA = np.full((6, 5, 1), 65535, np.uint16)
+
+
+@pytest.mark.parametrize(
+    ("values", "encoded"),
+    [
+        (THERMAL, png16(THERMAL[..., None])),
+        (THERMAL, saved(Image.fromarray(THERMAL), "TIFF")),
+        (THERMAL, saved(Image.fromarray(THERMAL), "TIFF", compression="tiff_lzw")),
+        (THERMAL, saved(Image.fromarray(THERMAL.astype(np.int32)), "TIFF")),
+        (THERMAL, saved(Image.fromarray(THERMAL.astype(np.float32)), "TIFF")),
+        (THERMAL, b"P5 5 6 65535\n" + THERMAL.astype(">u2").tobytes()),
+        (THERMAL, b"P5 5 6 30000\n" + THERMAL.astype(">u2").tobytes()),
+        (THERMAL, png16(np.concatenate([THERMAL[..., None], ALPHA], axis=2))),
+        (COLOUR, png16(COLOUR)),
+        (COLOUR, png16(np.concatenate([COLOUR, ALPHA], axis=2))),
+        (COLOUR, tiff16(COLOUR, "<")),
+        (COLOUR, tiff16(COLOUR, ">")),
+    ],
+)
+def test_bit_depth_scales_every_kind_of_deep_picture(values, encoded):
+    grey = values if values.ndim == 3 else np.repeat(values[..., None], 3, axis=2)
+
+    def expected(low: float, high: float) -> np.ndarray:
+        return np.rint(np.clip((grey.astype(np.float64) - low) / (high - low) * 255, 0, 255)).astype(np.uint8)
+
+    def read(bit_depth: str) -> np.ndarray:
+        return read_image(encoded, "a", reading=Reading(bit_depth=bit_depth))
+
+    np.testing.assert_array_equal(read("file"), expected(28_000, 29_500))
+    np.testing.assert_array_equal(read("28000:29000"), expected(28_000, 29_000))
+    low, high = np.percentile(values, (10, 90))
+    assert np.abs(read("10%:90%").astype(int) - expected(low, high)).max() <= 1  # float32
+    assert read("file").flags.writeable
+
+
+def test_without_bit_depth_one_line_gives_the_range(caplog):
+    for encoded in (png16(THERMAL[..., None]), png16(COLOUR)):
+        image = read_image(encoded, "a.png")
+        assert image.min() == 28_000 >> 8 and image.max() == 29_500 >> 8
+    (said,) = caplog.messages
+    assert said.startswith("a.png: pixels from 28,000 to 29,500 of 65,535 become 109 to 115 of 255; set data.bit_depth")
+
+
+def test_16_bit_colour_is_warned_of_too(caplog):
+    read_image(png16(COLOUR), "a.png")
+    assert "pixels from 28,000 to 29,500 of 65,535" in caplog.text
+
+
+@pytest.mark.parametrize("kind", [np.int32, np.float32])
+def test_32_bit_pixels_need_the_option(kind):
+    encoded = saved(Image.fromarray((THERMAL / 7).astype(kind)), "TIFF")
+    with pytest.raises(DataError, match=r"a: pixels are 32-bit numbers from 4000 to 421\d.*; set data.bit_depth"):
+        read_image(encoded, "a")
+
+
+@pytest.mark.parametrize("filler", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("bit_depth", ["file", "0:10", "0%:100%"])
+def test_numbers_that_are_not_finite_do_not_set_the_range(filler, bit_depth):
+    values = np.array([[0, 5], [10, filler]], np.float32)
+    image = read_image(saved(Image.fromarray(values), "TIFF"), "a", reading=Reading(bit_depth=bit_depth))
+    assert image[..., 0].tolist() == [[0, 128], [255, 255 if filler == np.inf else 0]]
+
+
+@pytest.mark.parametrize("value", [0, 700, np.nan])
+def test_a_picture_of_one_value_is_black(value):
+    encoded = saved(Image.fromarray(np.full((3, 4), value, np.float32)), "TIFF")
+    assert not read_image(encoded, "a", reading=Reading(bit_depth="file")).any()
+
+
+@pytest.mark.parametrize("bit_depth", ["", "file", "0:16383", "1%:99%"])
+def test_8_bit_pictures_do_not_change(bit_depth):
+    np.testing.assert_array_equal(
+        read_image(saved(Image.fromarray(WIDE), "PNG"), "a", reading=Reading(bit_depth=bit_depth)), WIDE
+    )
+
+
+@pytest.mark.parametrize(
+    "text", ["auto", "16", "5:5", "9:1", "1%:99", "1:99%", "0:nan", "0:inf", "a:b", "-1%:50%", "0%:101%", ":", "1:2:3"]
+)
+def test_a_bit_depth_that_says_nothing_is_refused(text):
+    with pytest.raises(ConfigError, match=r"data.bit_depth .*: give file, values LOW:HIGH such as"):
+        override(Config(), {"data.bit_depth": text})
+
+
+@pytest.mark.parametrize("text", ["", "file", "-40:120.5", "0:16383", "0.5%:99.5%", "-1e3:1e3"])
+def test_a_bit_depth_that_is_accepted(text):
+    assert override(Config(), {"data.bit_depth": text}).data.bit_depth == text
+
+
+# Formats and modes ------------------------------------------------------------------------------
+
+_GREEN = (0, 200, 0)
+
+
+def _animated(kind: str) -> bytes:
+    frames = [Image.new("RGB", (6, 4), colour) for colour in (_GREEN, (250, 0, 0))]
+    return saved(frames[0], kind, save_all=True, append_images=frames[1:])
+
+
+def _palette(**options) -> bytes:
+    picture = Image.new("P", (6, 4), 1)
+    picture.putpalette([0, 0, 0, *_GREEN])
+    return saved(picture, "PNG", **options)
+
+
+def _cmyk() -> Image.Image:
+    return Image.fromarray(np.broadcast_to(np.array([255, 55, 255, 0], np.uint8), (4, 6, 4)).copy(), "CMYK")
+
+
+@pytest.mark.parametrize(
+    ("encoded", "expected"),
+    [
+        *((_animated(kind), _GREEN) for kind in ("GIF", "PNG", "TIFF", "WEBP", "MPO")),
+        (_palette(), _GREEN),
+        (_palette(transparency=bytes([255, 0])), _GREEN),  # the colour behind full transparency
+        (_palette(transparency=1), _GREEN),
+        (saved(_cmyk(), "JPEG"), _GREEN),  # which Adobe, and Pillow, store inverted
+        (saved(_cmyk(), "TIFF"), _GREEN),
+        (saved(Image.new("RGBA", (6, 4), (*_GREEN, 0)), "PNG"), _GREEN),
+        (saved(Image.new("LA", (6, 4), (90, 10)), "PNG"), (90, 90, 90)),
+        (saved(Image.new("1", (6, 4), 1), "PNG"), (255, 255, 255)),
+        (saved(Image.new("L", (6, 4), 7), "BMP"), (7, 7, 7)),
+        *((saved(Image.new("RGB", (6, 4), _GREEN), kind), _GREEN) for kind in FORMATS),  # AVIF from Pillow 11.3 on
+    ],
+)
+def test_every_kind_of_picture_becomes_rgb_of_its_first_frame(encoded, expected):
+    image = read_image(encoded, "a")
+    assert image.shape == (4, 6, 3) and image.dtype == np.uint8 and image.flags.writeable
+    assert np.abs(image.astype(int) - expected).max() <= 6
+    assert read_header(encoded, "a").stored == (4, 6)
+
+
+# Files that are no pictures, or lie about themselves ----------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
+        b"%PDF-1.4\n",
+        saved(Image.new("RGB", (16, 16)), "ICO"),
+        saved(Image.new("RGB", (16, 16)), "TGA"),
+        saved(Image.new("RGB", (16, 16)), "PCX"),
+        b"SIMPLE  =                    T" + b" " * 60,
+        b"",
+        b"GIF89a",
+        b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+    ],
+)
+def test_other_formats_are_refused_whatever_their_name(tmp_path, content, monkeypatch):
+    monkeypatch.setattr("subprocess.Popen", lambda *a, **k: pytest.fail("a program was started"))
+    path = tmp_path / "a.jpg"
+    path.write_bytes(content)
+    for read in (read_image, read_header):
+        with pytest.raises(DataError, match=r"a.jpg: not readable as an image \(.*\); restore the file, or leave it"):
+            read(path, str(path))
+    with pytest.raises(DataError, match="a.jpg: not readable"):
+        Pictures([tmp_path], ("car",))
+
+
+def _fifo(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def _socket(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(path))
+
+
+def _device(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+@pytest.mark.parametrize("make", [_fifo, _socket, _device, Path.mkdir])
+def test_pipes_sockets_and_devices_are_refused_at_once(folder, tmp_path, make, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # a socket's path is short
+    dataset = folder.open()
+    (folder.images / "7.png").unlink()
+    make(Path("images/7.png"))
+    with pytest.raises(DataError, match=r"7.png: is a folder, pipe, socket or device, not a regular file; remove"):
+        dataset.load(0)
+    with pytest.raises(DataError, match=r"7.png: (is a folder, pipe|no such picture|no pictures)"):
+        Pictures(["images/7.png"], ("car",))
+    assert folder.open().load(1).shape == (50, 30, 3)  # opening passes over what it cannot read
+
+
+def _taller_png(data: bytes) -> bytes:
+    changed = data[:20] + struct.pack(">I", 400) + data[24:29]
+    return changed + struct.pack(">I", zlib.crc32(changed[12:29])) + data[33:]
+
+
+def _taller_jpeg(data: bytes) -> bytes:
+    at = max(data.find(b"\xff\xc0"), data.find(b"\xff\xc2"))
+    return data[: at + 5] + struct.pack(">H", 400) + data[at + 7 :]
+
+
+def _taller_tiff(data: bytes) -> bytes:
+    at = data.find(struct.pack("<HHI", 257, 4, 1))
+    return data[: at + 8] + struct.pack("<I", 400) + data[at + 12 :]
+
+
+_NOISE = Image.fromarray(np.random.default_rng(3).integers(0, 256, (40, 64, 3), dtype=np.uint8))
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [
+        _taller_png(saved(_NOISE, "PNG")),
+        _taller_png(saved(_NOISE.convert("P"), "PNG")),
+        _taller_jpeg(saved(_NOISE, "JPEG")),
+        _taller_jpeg(saved(_NOISE, "JPEG", progressive=True)),
+        _taller_jpeg(saved(_NOISE.convert("L"), "JPEG")),
+        _taller_tiff(saved(_NOISE, "TIFF")),
+        saved(_NOISE, "BMP").replace(struct.pack("<ii", 64, 40), struct.pack("<ii", 64, 400)),
+        saved(_NOISE, "PPM").replace(b"64 40", b"64 400"),
+    ],
+)
+def test_a_header_that_claims_more_than_the_data_is_refused(lie):
+    assert read_header(lie, "a").stored == (400, 64)
+    with pytest.raises(DataError, match=r"a: not readable as an image \((header says 64x400|image file is trun)"):
+        read_image(lie, "a")
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF"])
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"restart_marker_rows": 1}])
+def test_a_picture_with_a_plain_border_is_whole(kind, options):
+    framed = Image.new("RGB", (64, 120), (0, 0, 0))
+    framed.paste(_NOISE, (0, 0))
+    image = read_image(saved(framed, kind, **(options if kind == "JPEG" else {})), "a")
+    assert image.shape == (120, 64, 3) and not image[60:].any()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: data[: len(data) // 2],
+        lambda data: data[:20],
+        lambda data: data[:40] + bytes(30) + data[70:],
+        lambda data: data[:8] + data[8:][::-1],
+    ],
+)
+@pytest.mark.parametrize("kind", FORMATS)
+def test_damaged_pictures_are_one_line(damage, kind):
+    try:
+        read_image(damage(saved(_NOISE, kind)), "a")
+    except DataError as error:
+        assert str(error).startswith("a: ") and "\n" not in str(error)
+
+
+def test_a_huge_text_chunk_is_one_line():
+    data, text = saved(_NOISE, "PNG"), b"k\0\0" + zlib.compress(bytes(1 << 21))
+    chunk = struct.pack(">I", len(text)) + b"zTXt" + text + struct.pack(">I", zlib.crc32(b"zTXt" + text))
+    with pytest.raises(DataError, match=r"a: not readable as an image \("):
+        read_image(data[:33] + chunk + data[33:], "a")
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "BMP", "TIFF", "WEBP", "GIF"])
+def test_too_large_is_said_with_the_number_and_the_option(kind):
+    encoded, reading = saved(Image.new("RGB", (40, 30)), kind), Reading(max_pixels=1199)
+    for read in (lambda: read_image(encoded, "a", reading=reading), lambda: read_header(encoded, "a", reading)):
+        with pytest.raises(DataError, match=r"a: too large, 1,200 pixels where 1,199 are allowed; set data.max_pixels"):
+            read()
+    for allowed in (1200, 0):
+        assert read_image(encoded, "a", reading=Reading(max_pixels=allowed)).shape == (30, 40, 3)
+
+
+def _claims(width: int, height: int) -> bytes:
+    data = saved(_NOISE, "PNG")
+    changed = data[:16] + struct.pack(">II", width, height) + data[24:29]
+    return changed + struct.pack(">I", zlib.crc32(changed[12:29])) + data[33:]
+
+
+@pytest.mark.parametrize("size", [(13_380, 13_380), (100_000, 100_000), (2**31 - 1, 2**31 - 1)])
+def test_over_the_limit_of_pillow_nothing_is_called_damaged(size, monkeypatch):
+    pixels = size[0] * size[1]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(DataError, match=f"a: too large, {pixels:,} pixels where 178,956,970 are allowed"):
+            read_header(_claims(*size), "a")
+        assert read_header(_claims(10_000, 10_000), "a").stored == (10_000, 10_000)  # where Pillow warns
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
+        if pixels < 2**40:
+            assert read_header(_claims(*size), "a", Reading(max_pixels=0)).stored == size[::-1]
+
+
+def test_a_limit_below_nothing_is_refused():
+    with pytest.raises(ConfigError, match="data.max_pixels -1: must be 0"):
+        override(Config(), {"data.max_pixels": -1})
