@@ -26,6 +26,8 @@ FORMATS = tuple(
 )
 SUFFIXES = frozenset(suffix for suffix, kind in Image.EXTENSION.items() if kind in (*FORMATS, "MPO"))
 
+_REASONS = 6  # named in one line
+
 
 def list_files(folder: Path, suffixes: Collection[str], *, deep: bool = True) -> list[str]:
     """List the files below ``folder`` with one of ``suffixes`` (in any case), relative to it, sorted by name.
@@ -42,6 +44,7 @@ def list_files(folder: Path, suffixes: Collection[str], *, deep: bool = True) ->
     """
     found: list[str] = []
     passed: Counter[str] = Counter()
+    broken = ""
     seen: set[tuple[int, int]] = set()
     folders, links = [PurePath()], deque[PurePath]()
     while folders or links:
@@ -49,7 +52,7 @@ def list_files(folder: Path, suffixes: Collection[str], *, deep: bool = True) ->
         try:
             about = os.stat(folder / inside)
             if (about.st_dev, about.st_ino) in seen:  # also ends a loop of links
-                passed["linked twice"] += 1
+                passed["folder linked twice"] += 1
                 continue
             seen.add((about.st_dev, about.st_ino))
             entries = sorted(os.scandir(folder / inside), key=lambda entry: entry.name)
@@ -59,21 +62,27 @@ def list_files(folder: Path, suffixes: Collection[str], *, deep: bool = True) ->
             ) from None
         for entry in entries:
             name, suffix = inside / entry.name, PurePath(entry.name).suffix.lower()
+            # entry.is_dir would raise for a link to itself; for other entries it asks nothing of the file system.
+            is_folder = os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
             if entry.name.startswith(".") or entry.name == "__MACOSX":
                 passed["hidden"] += 1
-            elif entry.is_dir() and not deep:
+            elif is_folder and not deep:
                 passed["subfolder"] += 1
-            elif entry.is_dir():
+            elif is_folder:
                 (links if entry.is_symlink() else folders).append(name)
             elif suffix not in suffixes:
-                passed[suffix or "without suffix"] += 1
+                passed[(suffix if suffix.isprintable() else "") or "without suffix"] += 1
             elif entry.is_symlink() and not os.path.exists(entry.path):
                 passed["broken link"] += 1
+                broken = broken or name.as_posix()
             else:
                 found.append(name.as_posix())
     if passed:
-        reasons = ", ".join(f"{count:,} {reason}" for reason, count in passed.most_common())
-        _log.info("%s: passed over %s; read %s", folder, reasons, f"{len(found):,} files")
+        reasons = [f"{count:,} {reason}" for reason, count in passed.most_common(_REASONS)]
+        if len(passed) > _REASONS:
+            reasons.append(f"{sum(passed.values()) - sum(n for _, n in passed.most_common(_REASONS)):,} others")
+        named = f" (first broken link: {broken})" if broken else ""
+        _log.info("%s: passed over %s; took %s%s", folder, ", ".join(reasons), f"{len(found):,}", named)
     return sorted(found)
 
 
