@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import sys
@@ -12,12 +13,18 @@ from typing import NoReturn
 
 from querydet_jax.runtime.errors import Preempted, QueryDetError
 from querydet_jax.runtime.files import cannot_write
+from querydet_jax.runtime.names import one_line, printable
 
 
 def run(command: Callable[[], None]) -> None:
     """Call a command. Exit with 2 after bad input, 130 after Ctrl-C, 141 after SIGPIPE, 143 after SIGTERM."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a name that the terminal's encoding lacks ends no run
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Formatter("%(levelname)s: %(message)s"))
     # force: libraries imported by now have set up handlers of their own.
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr, force=True)
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger("querydet_jax").setLevel(logging.INFO)
     # About odd tags of pictures that are read well; those that are not have a message of their own.
     warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
@@ -49,8 +56,15 @@ def run(command: Callable[[], None]) -> None:
         _fail(line or f"{type(error).__name__} ({(str(error).splitlines() or [''])[0][:200]})", 2 if line else 1)
 
 
+class _Formatter(logging.Formatter):
+    """Escapes control characters, which names of files and classes may hold."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
 def _fail(line: str, status: int) -> NoReturn:
-    print("interrupted" if status == 130 else f"error: {line}", file=sys.stderr, flush=True)
+    print("interrupted" if status == 130 else f"error: {one_line(line)}", file=sys.stderr, flush=True)
     if _among_several_hosts():
         from querydet_jax.runtime import host_failures
 

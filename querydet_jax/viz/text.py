@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from querydet_jax.runtime.names import printable
+
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
     """Align columns two spaces apart, with a rule under the header; left-align the first ``left`` columns."""
+    rows = [[printable(cell) for cell in row] for row in rows]  # names of classes come from files
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
 
     def line(cells: Sequence[str]) -> str:
