@@ -26,8 +26,9 @@ from querydet_jax.evaluation.runner import (
 from querydet_jax.inference.results import run_on_images
 from querydet_jax.inference.runs import open_model
 from querydet_jax.runtime import machine
-from querydet_jax.runtime.files import write_json
+from querydet_jax.runtime.files import check_writable, write_json
 from querydet_jax.runtime.hosts import Hosts, is_first, join, on_every
+from querydet_jax.runtime.names import result_stems
 from querydet_jax.viz.draw import save_image
 from querydet_jax.viz.stages import cascade_pictures, overview
 
@@ -57,6 +58,8 @@ def evaluate(words: Sequence[str], program: str) -> None:
     model = open_model(config, source, arguments.weights or None)
     dataset = on_every(lambda: open_split(config, "val", str(source)))
     out = Path(arguments.out or (source if source.is_dir() else f"runs/{config.name}"))
+    if is_first():
+        check_writable(out)
     detectors = detectors_to_compare(model, config, arguments.methods)
     indices = first_images(dataset, arguments.images)
     runs = evaluate_detectors(
@@ -82,11 +85,11 @@ def evaluate(words: Sequence[str], program: str) -> None:
     names = config.classes or dataset.classes
     drawn = _spread(len(dataset) if indices is None else len(indices), arguments.pictures)
     if drawn:
+        stems = dict(zip(drawn, result_stems([dataset.file_name(i) for i in drawn]), strict=True))
         for result in run_on_images(list(detectors.values())[-1], dataset, config.data, drawn):
             truth = dataset.annotation(result.index).boxes
             pictures = cascade_pictures(result, names, config.inference.threshold, truth=truth)
-            path = out / "pictures" / f"{Path(dataset.file_name(result.index)).stem}.jpg"
-            save_image(path, overview(result.image, pictures))
+            save_image(out / "pictures" / f"{stems[result.index]}.jpg", overview(result.image, pictures))
     pictures_written = [f"pictures/ ({len(drawn)})"] if drawn else []
     print(f"wrote to {out}: {', '.join(['report.json', *written, *pictures_written])}")
 

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Literal, NamedTuple
+
+import numpy as np
 
 from querydet_jax.cli.arguments import parse, parse_alone, source_of
 from querydet_jax.config import DataConfig, override
 from querydet_jax.data.plan import both_orientations
 from querydet_jax.data.readers.images import Reading
 from querydet_jax.data.readers.pictures import Pictures
+from querydet_jax.inference.detections_file import DetectionsFile, entry
 from querydet_jax.inference.detector import Detector
 from querydet_jax.inference.export.artifact import Artifact, ArtifactError
-from querydet_jax.inference.results import ImageResult, run_on_images
+from querydet_jax.inference.results import run_on_images
 from querydet_jax.inference.runs import open_model
 from querydet_jax.runtime import machine
 from querydet_jax.runtime.errors import ConfigError, DataError, QueryDetError
-from querydet_jax.runtime.files import write_json
+from querydet_jax.runtime.names import printable, result_stems
 from querydet_jax.viz.draw import save_image
 from querydet_jax.viz.stages import cascade_pictures
+
+_log = logging.getLogger("querydet_jax")
 
 _DESCRIPTION = (
     "Detect objects in pictures and draw what was found and, for a run or a card, what was computed. "
@@ -33,11 +39,13 @@ class PredictArguments:
     images: tuple[str, ...] = ()
     """Pictures, or folders of pictures."""
     out: str = "predictions"
-    """Folder for the pictures and detections.json."""
+    """Folder for detections.json and the pictures drawn; inputs in it stay as they are."""
     weights: str = ""
     """Weight file or run folder, if the source is a card."""
     min_score: float = 0.3
     """Draw and list detections with at least this score."""
+    draw: Literal["none", "boxes", "queries"] = "boxes"
+    """Pictures to draw: none; the boxes; queries: also, by level, where the cascade looked (a second pass)."""
 
 
 class _Subject(NamedTuple):
@@ -104,40 +112,59 @@ def _of_artifact(artifact: Artifact) -> _Subject:
 def _predict(subject: _Subject, arguments: PredictArguments) -> None:
     if not arguments.images:
         raise DataError("--images: name at least one picture or folder")
+    if arguments.draw == "queries" and (isinstance(subject.detector, Artifact) or subject.query == "dense"):
+        raise ConfigError(
+            f"--draw queries: {subject.name} shows none, because "
+            + ("inference.query is dense" if subject.query == "dense" else "an artifact returns no maps; name the run")
+        )
     pictures = Pictures(arguments.images, subject.classes, Reading.of(subject.resizing))
+    files = [pictures.file_name(i) for i in range(len(pictures))]
+    stems, inputs = result_stems(files), {_identity(Path(file)) for file in files} - {None}
     out = Path(arguments.out)
-    entries, used = [], set()
-    for result in run_on_images(subject.detector, pictures, subject.resizing, batch_size=subject.batch_size):
-        file = Path(pictures.file_name(result.index))
-        stem = file.stem
-        while stem in used:  # pictures of one name from different folders
-            stem += "_"
-        used.add(stem)
-        drawn = cascade_pictures(result, subject.classes, subject.threshold, min_score=arguments.min_score)
-        for title, picture in drawn.items():
-            save_image(out / f"{stem}_{title}.jpg", picture)
-        entries.append(_entry(file, result, subject.classes, arguments.min_score))
-        count = len(entries[-1]["detections"])
-        print(f"{file}: {count} objects; {', '.join(sorted(drawn))} -> {out}/{stem}_*.jpg", flush=True)
-    write_json(out / "detections.json", {"images": entries, "model": subject.name, "query": subject.query}, indent=2)
-    if pictures.broken:
-        raise DataError(f"{len(pictures.broken)} pictures were left out: {'; '.join(pictures.broken)}")
+    if any(Path(file).resolve().parent == out.resolve() for file in files):
+        _log.warning("--out %s holds the pictures, too: a later prediction over this folder reads what is drawn", out)
+    facts = {"model": subject.name, "query": subject.query}
+    with DetectionsFile(out / "detections.json", facts) as listed:
+
+        def broken(message: str) -> None:
+            _log.warning("left out %s", message)
+            listed.broken.append(message)
+
+        for message in pictures.broken:
+            broken(message)
+        for result in run_on_images(
+            subject.detector,
+            pictures,
+            subject.resizing,
+            batch_size=subject.batch_size,
+            maps=arguments.draw == "queries",
+            on_broken=broken,
+        ):
+            file, stem = files[result.index], stems[result.index]
+            found = entry(file, result, subject.classes, arguments.min_score)
+            listed.add(found)
+            drawn: dict[str, np.ndarray] = {}
+            if arguments.draw != "none":
+                drawn = cascade_pictures(result, subject.classes, subject.threshold, min_score=arguments.min_score)
+            for title, picture in drawn.items():
+                path = out / f"{stem}_{title}.jpg"
+                while _identity(path) in inputs:
+                    path = path.with_stem(f"{path.stem}_")
+                save_image(path, picture)
+            shown = f"; {', '.join(sorted(drawn))} -> {out}/{stem}_*.jpg" if drawn else ""
+            print(printable(f"{file}: {len(found['detections'])} objects{shown}"), flush=True)
+    print(f"wrote {out}/detections.json", flush=True)
+    if listed.broken:
+        raise DataError(
+            f"{len(listed.broken)} of {len(files) + len(pictures.broken)} pictures could not be used, the first: "
+            f"{listed.broken[0]} (all are listed in {out}/detections.json, with the results of the others)"
+        )
 
 
-def _entry(file: Path, result: ImageResult, names: Sequence[str], min_score: float) -> dict[str, Any]:
-    """Return a picture's detections for ``detections.json``."""
-    kept = result.scores >= min_score
-    return {
-        "file": str(file),
-        "height": result.image.shape[0],
-        "width": result.image.shape[1],
-        "detections": [
-            {
-                "class": names[k],
-                "class_id": int(k),
-                "score": float(s),
-                "box_xyxy": [round(float(v), 2) for v in b],
-            }
-            for b, s, k in zip(result.boxes[kept], result.scores[kept], result.classes[kept], strict=True)
-        ],
-    }
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Return what tells a file from others under any name; None if there is none."""
+    try:
+        about = path.stat()
+    except OSError:
+        return None
+    return about.st_dev, about.st_ino

@@ -26,7 +26,7 @@ from absl import flags
 
 from querydet_jax.config import DataConfig
 from querydet_jax.data.dataset import Dataset
-from querydet_jax.data.plan import Item, TrainPlan, eval_plan
+from querydet_jax.data.plan import Item, TrainPlan, eval_item, eval_plan
 from querydet_jax.data.transforms import place, resize, train_example
 from querydet_jax.runtime.errors import ConfigError, DataError
 
@@ -83,6 +83,7 @@ def eval_batches(
     indices: Sequence[int] | None = None,
     shard: int = 0,
     num_shards: int = 1,
+    on_broken: Callable[[str], None] | None = None,
 ) -> EvalBatches:
     """Iterate once over all images, resized but not augmented, grouped by canvas.
 
@@ -94,17 +95,19 @@ def eval_batches(
       shard: index of this host.
       num_shards: number of hosts. All get the same number of batches, with the same shapes in the
         same order.
+      on_broken: called with a message for each image of this shard that fits no canvas or cannot be read, which is
+        then left out; None raises.
 
     Returns:
       An iterator of dictionaries, with a ``len``: ``images`` uint8 [B, H, W, 3]; ``sizes`` int32
       [B, 2], (h, w) of the valid pixels; ``original_sizes`` int32 [B, 2], (h, w) before resizing;
-      ``image_ids`` int64 [B]; ``valid`` bool [B], false for repeated images that fill up a batch.
+      ``image_ids`` int64 [B]; ``valid`` bool [B], false for repeated images that fill up a batch and for broken ones.
 
     Raises:
       ConfigError: a field is invalid.
-      DataError: at once, if an image fits no canvas; while iterating, if one cannot be read.
+      DataError: without ``on_broken``: at once, if an image fits no canvas; while iterating, if one cannot be read.
     """
-    return EvalBatches(dataset, data, batch_size, indices, shard, num_shards)
+    return EvalBatches(dataset, data, batch_size, indices, shard, num_shards, on_broken)
 
 
 class TrainBatches:
@@ -183,14 +186,18 @@ class EvalBatches:
         indices: Sequence[int] | None,
         shard: int,
         num_shards: int,
+        on_broken: Callable[[str], None] | None,
     ):
         _check(data, batch_size, shard, num_shards)
         chosen = list(range(len(dataset))) if indices is None else [int(i) for i in indices]
+        self._on_broken = on_broken
+        if on_broken is not None:
+            chosen = _fitting(dataset, data, chosen, on_broken)
         batches = eval_plan(dataset, data, batch_size * num_shards, chosen)
         rows = slice(shard * batch_size, (shard + 1) * batch_size)
         items = [item for batch in batches for item in batch[rows]]
         self._length = len(batches)
-        self._examples = _parallel(_ReadEval(dataset, items), len(items), data, batch_size)
+        self._examples = _parallel(_ReadEval(dataset, items, on_broken is not None), len(items), data, batch_size)
         self._close = weakref.finalize(self, self._examples.close)  # as above
 
     def __len__(self) -> int:
@@ -200,7 +207,11 @@ class EvalBatches:
         return self
 
     def __next__(self) -> Batch:
-        return _stack(_next(self._examples))
+        examples = _next(self._examples)
+        for message in [example.pop("failure") for example in examples]:
+            if message and self._on_broken is not None:
+                self._on_broken(message)
+        return _stack(examples)
 
     def close(self) -> None:
         """Stop the workers."""
@@ -255,24 +266,46 @@ class _ReadTrain:
 class _ReadEval:
     """Read the n-th image of a list."""
 
-    def __init__(self, dataset: Dataset, items: list[tuple[Item, bool]]):
-        self._dataset, self._items = dataset, items
+    def __init__(self, dataset: Dataset, items: list[tuple[Item, bool]], skip_broken: bool):
+        self._dataset, self._items, self._skip_broken = dataset, items, skip_broken
 
     def __call__(self, n: int) -> dict[str, Any]:
         item, valid = self._items[n]
         try:
-            image = self._dataset.load(item.index)
-            return {
-                "image": place(resize(image, item.shape), item.canvas),
-                "size": np.array(item.shape, np.int32),
-                "original_size": np.array(image.shape[:2], np.int32),
-                "image_id": np.int64(self._dataset.image_id(item.index)),
-                "valid": np.bool_(valid),
-            }
-        except DataError:
-            raise
-        except Exception as error:
-            raise _unexpected(error, self._dataset, item) from error
+            try:
+                image = self._dataset.load(item.index)
+                return self._example(item, valid, place(resize(image, item.shape), item.canvas), image.shape[:2])
+            except DataError:
+                raise
+            except Exception as error:
+                raise _unexpected(error, self._dataset, item) from error
+        except DataError as error:
+            if not self._skip_broken:
+                raise
+            blank = self._example(item, False, np.zeros((*item.canvas, 3), np.uint8), item.shape)
+            return {**blank, "failure": str(error) if valid else ""}  # not once more for a repeated image
+
+    def _example(self, item: Item, valid: bool, image: np.ndarray, original: tuple[int, ...]) -> dict[str, Any]:
+        return {
+            "image": image,
+            "size": np.array(item.shape, np.int32),
+            "original_size": np.array(original, np.int32),
+            "image_id": np.int64(self._dataset.image_id(item.index)),
+            "valid": np.bool_(valid),
+            "failure": "",
+        }
+
+
+def _fitting(dataset: Dataset, data: DataConfig, indices: list[int], on_broken: Callable[[str], None]) -> list[int]:
+    fitting = []
+    for i in indices:
+        try:
+            eval_item(dataset, data, i)
+        except DataError as error:
+            on_broken(str(error))
+        else:
+            fitting.append(i)
+    return fitting
 
 
 def _unexpected(error: Exception, dataset: Dataset, item: Item) -> DataError:

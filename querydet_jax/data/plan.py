@@ -190,6 +190,19 @@ class TrainPlan:
         return _Epoch(first, np.concatenate(canvases)[by_time], np.concatenate(batches)[by_time], tuple(rest))
 
 
+def eval_item(dataset: Dataset, data: DataConfig, i: int) -> Item:
+    """Return image i with its size and canvas in evaluation; raise DataError if it fits none."""
+    size = dataset.size(i)
+    shape = resize_shape(*size, data.test_short, data.test_max)
+    c = choose_canvas(shape, data.test_canvases)
+    if c < 0:
+        raise DataError(
+            f"{dataset.file_name(i)}: {size[0]}x{size[1]} (height x width) is resized to {shape[0]}x{shape[1]}, "
+            "which fits no test canvas; add one to data.test_canvases, or lower data.test_max or data.test_short"
+        )
+    return Item(i, 0, shape, data.test_canvases[c])
+
+
 def eval_plan(dataset: Dataset, data: DataConfig, batch_size: int, indices: list[int]) -> list[list[tuple[Item, bool]]]:
     """Return batches of images that share a canvas, ordered by canvas, then as in ``indices``.
 
@@ -199,17 +212,10 @@ def eval_plan(dataset: Dataset, data: DataConfig, batch_size: int, indices: list
     Raises:
       DataError: an image fits no test canvas.
     """
-    groups: dict[int, list[Item]] = {c: [] for c in range(len(data.test_canvases))}
+    groups: dict[tuple[int, int], list[Item]] = {canvas: [] for canvas in data.test_canvases}
     for i in indices:
-        size = dataset.size(i)
-        shape = resize_shape(*size, data.test_short, data.test_max)
-        c = choose_canvas(shape, data.test_canvases)
-        if c < 0:
-            raise DataError(
-                f"{dataset.file_name(i)}: {size[0]}x{size[1]} (height x width) is resized to {shape[0]}x{shape[1]}, "
-                "which fits no test canvas; add one to data.test_canvases, or lower data.test_max or data.test_short"
-            )
-        groups[c].append(Item(i, 0, shape, data.test_canvases[c]))
+        item = eval_item(dataset, data, i)
+        groups[item.canvas].append(item)
     batches = []
     for items in groups.values():
         for start in range(0, len(items), batch_size):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 
 import jax
 import numpy as np
@@ -21,20 +22,27 @@ class ImageResult:
 
     Attributes:
       index: position in the data set.
-      image: uint8 RGB ``[H, W, 3]``, as stored.
-      boxes, scores, classes: detections in px of ``image``.
+      size: (height, width) of the image in px.
+      boxes, scores, classes: detections in px of the image.
       scale: pixels of ``image`` per pixel of the network input. The vertical and horizontal scales differ by rounding;
         this is the larger, with which the maps cover the image.
-      trace: maps ``[h, w]`` of this image alone; None for dense inference and for an artifact.
+      trace: maps ``[h, w]`` of this image alone; None for dense inference, for an artifact and where not asked for.
+      load: reads the image.
     """
 
     index: int
-    image: np.ndarray
+    size: tuple[int, int]
     boxes: np.ndarray
     scores: np.ndarray
     classes: np.ndarray
     scale: float
     trace: QueryTrace | None
+    load: Callable[[], np.ndarray]
+
+    @property
+    def image(self) -> np.ndarray:
+        """The image, uint8 RGB ``[H, W, 3]``, read when first asked for."""
+        return self.load()
 
 
 def run_on_images(
@@ -44,18 +52,25 @@ def run_on_images(
     indices: Sequence[int] | None = None,
     *,
     batch_size: int = 1,
+    maps: bool = True,
+    on_broken: Callable[[str], None] | None = None,
 ) -> Iterator[ImageResult]:
     """Run a detector over the images of a data set and yield a result per image.
 
     Args:
       indices: positions of the images; None: all.
+      maps: also return the maps of the cascade, which takes a second pass.
+      on_broken: called with a message for each image that fits no canvas or cannot be read; None raises.
+
+    Raises:
+      DataError: an image is broken, without ``on_broken``.
     """
     position = {dataset.image_id(i): i for i in range(len(dataset))}
-    batches = eval_batches(dataset, data, batch_size=batch_size, indices=indices)
+    batches = eval_batches(dataset, data, batch_size=batch_size, indices=indices, on_broken=on_broken)
     try:
         for batch in batches:
             result, full = jax.device_get(detector(batch["images"], batch["sizes"])), None
-            if isinstance(detector, Detector) and detector.config.query != "dense":
+            if maps and isinstance(detector, Detector) and detector.config.query != "dense":
                 full = jax.device_get(detector.trace(batch["images"], batch["sizes"]))
             for row in np.flatnonzero(batch["valid"]):
                 i = position[int(batch["image_ids"][row])]
@@ -63,8 +78,8 @@ def run_on_images(
                 boxes, scores, classes = rescale_to_original(
                     result.boxes[row], result.scores[row], result.classes[row], result.valid[row], net, original
                 )
-                trace = full and QueryTrace(*({level: x[row] for level, x in maps.items()} for maps in full))
+                trace = full and QueryTrace(*({level: x[row] for level, x in levels.items()} for levels in full))
                 scale = max(original[0] / net[0], original[1] / net[1])
-                yield ImageResult(i, dataset.load(i), boxes, scores, classes, scale, trace)
+                yield ImageResult(i, original, boxes, scores, classes, scale, trace, cache(partial(dataset.load, i)))
     finally:
         batches.close()

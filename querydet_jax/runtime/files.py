@@ -129,6 +129,12 @@ def _own_folder(above: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def check_writable(folder: str | Path) -> None:
+    """Create a folder, and raise QueryDetError if no file can be written to it; ask before hours of work."""
+    with writing(folder), _own_folder(Path(folder)):
+        pass
+
+
 def write_json(path: str | Path, value: Any, **options: Any) -> None:
     """Write strict JSON (no nan); ``options`` go to ``json.dumps``.
 

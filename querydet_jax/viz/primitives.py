@@ -241,7 +241,8 @@ def colour_bar_strip(width: int, threshold: float | None, note: str) -> np.ndarr
     length = round(width * 0.35)
     top = round(0.55 * size)
     paper = np.full((round(1.9 * size), width, 3), PAPER, np.uint8)
-    paper[top : top + mark, left : left + length] = np.rint(heat_colours((np.arange(length) + 0.5) / length))
+    bar = paper[top : top + mark, left : left + length]  # which a picture of a few px cuts off
+    bar[:] = np.rint(heat_colours((np.arange(bar.shape[1]) + 0.5) / length))
     if threshold is not None:
         x = left + threshold * length
         half = max(1.0, size / 14)

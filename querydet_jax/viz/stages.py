@@ -6,8 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
+from PIL import Image
 
 from querydet_jax.viz.draw import contact_sheet, draw_detections, draw_heatmap, draw_sites
+
+_LARGEST = 2400  # px, longer side of the maps: drawing them on 45 megapixels takes half a minute and 4 GB
 
 
 class Trace(Protocol):
@@ -41,7 +44,8 @@ class Result(Protocol):
 def cascade_pictures(
     result: Result, names: Sequence[str], threshold: float, *, min_score: float = 0.3, truth: np.ndarray | None = None
 ) -> dict[str, np.ndarray]:
-    """Draw a result, title to picture: ``detections`` and, for a cascade, ``query_P4``.., ``sites_P3``.. by level.
+    """Draw a result, title to picture: ``detections`` and, if it has a trace, ``query_P4``.., ``sites_P3``.. by level
+    (the latter shrunk to 2,400 px).
 
     Args:
       threshold: the query threshold, marked in the heat maps.
@@ -55,23 +59,35 @@ def cascade_pictures(
     }
     if result.trace is None:
         return out
+    image, scale = _shrunk(result.image), result.scale
+    scale *= max(image.shape) / max(result.image.shape)
     # In the order of the cascade: where a level fires, then what the next finer level computes.
     for level, probability in sorted(result.trace.probability.items(), reverse=True):
         out[f"query_P{level}"] = draw_heatmap(
-            result.image,
+            image,
             probability,
-            2**level * result.scale,
+            2**level * scale,
             title=f"query probability on P{level}",
             threshold=threshold,
         )
         out[f"sites_P{level - 1}"] = draw_sites(
-            result.image,
+            image,
             result.trace.active[level - 1],
             result.trace.keys[level - 1],
-            2 ** (level - 1) * result.scale,
+            2 ** (level - 1) * scale,
             title=f"computed on P{level - 1}",
         )
     return out
+
+
+def _shrunk(image: np.ndarray) -> np.ndarray:
+    """Return a picture of at most ``_LARGEST`` px for the maps, whose cells stay visible there."""
+    height, width = image.shape[:2]
+    if max(height, width) <= _LARGEST:
+        return image
+    factor = _LARGEST / max(height, width)
+    shape = max(1, round(width * factor)), max(1, round(height * factor))
+    return np.asarray(Image.fromarray(image).resize(shape, Image.Resampling.BOX, reducing_gap=2.0))
 
 
 def overview(image: np.ndarray, pictures: Mapping[str, np.ndarray]) -> np.ndarray:

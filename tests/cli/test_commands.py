@@ -105,7 +105,7 @@ def test_predict_on_a_folder_of_either_orientation(
     for name, shape in (("wide.jpg", (60, 100, 3)), ("tall.png", (1000, 600, 3))):
         Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)).save(tmp_path / "pictures" / name)
     monkeypatch.chdir(tmp_path)
-    call("predict", run / "run", "--images", "pictures", "--out", "seen")
+    call("predict", run / "run", "--images", "pictures", "--out", "seen", "--draw", "queries")
     printed = capsys.readouterr().out
     assert "wide.jpg" in printed and "tall.png" in printed
     written = {path.name for path in (tmp_path / "seen").iterdir()}

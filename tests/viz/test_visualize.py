@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from PIL import Image, ImageFont
@@ -15,6 +17,7 @@ from querydet_jax.viz.draw import (
     sites_caption,
 )
 from querydet_jax.viz.primitives import ascii_text, class_colour, fill, frame, heat_colours, inner_edge, labels
+from querydet_jax.viz.stages import cascade_pictures, overview
 
 
 def picture(height=1000, width=1000, value=90):
@@ -27,6 +30,24 @@ def noise(height, width, seed=0):
 
 def brightness(image, y0, y1, x0, x1):
     return float(image[y0:y1, x0:x1].mean())
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 2000), (2000, 1), (2, 3), (40, 3000)])
+def test_every_stage_is_drawn_on_pictures_of_any_size(height, width):
+    def cells(level: int) -> np.ndarray:
+        return np.ones((-(-height // 2**level), -(-width // 2**level)), bool)
+
+    maps = {level: cells(level) for level in (2, 3)}
+    trace = SimpleNamespace(probability={4: cells(4) * 0.5, 3: cells(3) * 0.5}, keys=maps, active=maps)
+    result = SimpleNamespace(
+        image=picture(height, width), boxes=np.array([[0, 0, width, height]]), classes=np.zeros(1, int),
+        scores=np.ones(1), scale=1.0, trace=trace,
+    )  # fmt: skip
+    drawn = cascade_pictures(result, ["car"], 0.1)
+    assert set(drawn) == {"detections", "query_P4", "sites_P3", "query_P3", "sites_P2"}
+    assert drawn["detections"].shape[1] == width * display_scale(height, width)
+    assert max(drawn["sites_P2"].shape[1], drawn["query_P4"].shape[1]) <= 2400
+    assert overview(result.image, drawn).shape[1] <= 2400
 
 
 @pytest.mark.parametrize(("height", "width", "scale"), [(320, 320, 3), (1080, 1920, 1), (64, 48, 8), (450, 900, 1)])

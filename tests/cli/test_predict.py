@@ -1,0 +1,177 @@
+"""`querydet predict` over folders as people have them. The detector is a stand-in, so nothing is compiled."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from querydet_jax.cli.predict import PredictArguments, _predict, _Subject
+from querydet_jax.config import DataConfig
+from querydet_jax.inference.detections_file import DetectionsFile
+from querydet_jax.runtime.errors import DataError, QueryDetError
+
+
+class Found(NamedTuple):
+    boxes: np.ndarray
+    scores: np.ndarray
+    classes: np.ndarray
+    valid: np.ndarray
+
+
+def one_box(images: np.ndarray, sizes: np.ndarray) -> Found:
+    """Find one object in every image: all of it."""
+    boxes = np.concatenate([np.zeros_like(sizes), sizes[:, ::-1]], axis=1).astype(np.float32)[:, None]
+    shape = boxes.shape[:2]
+    return Found(boxes, np.full(shape, 0.9, np.float32), np.zeros(shape, np.int32), np.ones(shape, bool))
+
+
+def predict(*images: str | Path, out: Path, batch_size: int = 1, **arguments: Any) -> dict[str, Any]:
+    resizing = DataConfig(test_short=32, test_max=64, test_canvases=((32, 64), (64, 32)), threads=0)
+    subject = _Subject(one_box, "toy", ("car",), resizing, "csq", 0.1, batch_size)
+    try:
+        _predict(subject, PredictArguments(tuple(map(str, images)), str(out), **arguments))
+    finally:
+        content = json.loads((out / "detections.json").read_text())
+    return content
+
+
+def picture(path: Path, height: int = 20, width: int = 30, value: int = 90) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.full((height, width, 3), value, np.uint8)).save(path)
+    return path
+
+
+def files(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("damage", ["text", "empty", "cut", "wrong suffix", "all"])
+def test_a_broken_picture_costs_itself_alone(tmp_path, capsys, damage, batch_size):
+    folder = tmp_path / "in"
+    for n in range(4):
+        picture(folder / f"{n}.png")
+    broken = folder / "2.png"
+    data = broken.read_bytes()
+    broken.write_bytes({"text": b"hello", "empty": b"", "cut": data[:-30]}.get(damage, b"%!PS-Adobe-3.0 EPSF-3.0\n"))
+    if damage == "all":
+        for n in (0, 1, 3):
+            (folder / f"{n}.png").write_bytes(b"")
+    out = tmp_path / "out"
+    with pytest.raises(DataError) as error:
+        predict(folder, out=out, batch_size=batch_size)
+    text = str(error.value)
+    assert "annotation" not in text and "\n" not in text
+    if damage == "all":
+        return
+    assert text.startswith("1 of 4 pictures could not be used") and "2.png" in text
+    content = json.loads((out / "detections.json").read_text())
+    assert sorted(Path(e["file"]).name for e in content["images"]) == ["0.png", "1.png", "3.png"]
+    assert len(content["broken"]) == 1 and content["broken"][0].startswith(str(broken))
+    assert files(out) == {"detections.json", *(f"{n}_detections.jpg" for n in (0, 1, 3))}
+    for e in content["images"]:
+        assert (e["height"], e["width"]) == (20, 30)
+        assert e["detections"][0]["box_xyxy"] == pytest.approx([0, 0, 30, 20], abs=0.5)
+
+
+def test_pictures_of_one_name_keep_their_results_apart(tmp_path):
+    out = tmp_path / "out"
+    paths = [picture(tmp_path / camera / "0001.png", value=v) for camera, v in (("cam1", 10), ("cam2", 200))]
+    paths.append(picture(tmp_path / "cam2" / "0001.jpg", value=100))
+    content = predict(*paths, out=out)
+    assert len(content["images"]) == 3 and not content["broken"]
+    values = {}
+    for name in files(out) - {"detections.json"}:
+        with Image.open(out / name) as drawn:
+            values[name] = np.asarray(drawn)[:200].mean()
+    assert len(values) == 3 and len({round(v / 30) for v in values.values()}) == 3
+
+
+@pytest.mark.parametrize("out", ["in", "in/../in", "link"])
+def test_inputs_are_never_overwritten(tmp_path, caplog, out):
+    folder = tmp_path / "in"
+    names = ["a.png", "a_detections.jpg", "a_detections_.jpg"]
+    before = {name: picture(folder / name, value=40 * n).read_bytes() for n, name in enumerate(names)}
+    (tmp_path / "link").symlink_to(folder)
+    predict(folder, out=tmp_path / out)
+    for name, data in before.items():
+        assert (folder / name).read_bytes() == data
+    assert len(files(folder)) == 3 + 3 + 1 and "holds the pictures, too" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("height", "width"), [(1, 1), (1, 2), (3, 1), (1, 64), (2, 2), (1, 300)], ids=lambda value: str(value)
+)
+def test_pictures_of_a_pixel_work(tmp_path, height, width):
+    picture(tmp_path / "in" / "x.png", height, width)
+    content = predict(tmp_path / "in", out=tmp_path / "out")
+    assert len(content["images"]) == 1 and files(tmp_path / "out") == {"detections.json", "x_detections.jpg"}
+
+
+def test_odd_names_lose_nothing(tmp_path, capsys):
+    out = tmp_path / "out"
+    folder = tmp_path / "in"
+    picture(folder / "x.png")
+    names = ["\x1b[2Jred.png", "é" * 120 + ".png", "line\nbreak.png"]
+    raw = os.fsencode(str(folder)) + b"/\xff.png"
+    for name in names:
+        (folder / name).write_bytes((folder / "x.png").read_bytes())
+    try:
+        Path(os.fsdecode(raw)).write_bytes((folder / "x.png").read_bytes())
+    except OSError:  # a file system that takes only text
+        names.pop()
+    content = predict(folder, out=out)
+    assert len(content["images"]) == len(list(folder.iterdir())) and not content["broken"]
+    assert len(files(out)) == 1 + len(content["images"])
+    assert "\x1b" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("draw", ["none", "boxes"])
+def test_what_is_drawn(tmp_path, draw):
+    picture(tmp_path / "in" / "x.png")
+    predict(tmp_path / "in", out=tmp_path / "out", draw=draw)
+    assert files(tmp_path / "out") == {"detections.json", *(["x_detections.jpg"] if draw == "boxes" else [])}
+
+
+@pytest.mark.parametrize("kind", ["file", "below a file", "detections.json is a folder"])
+def test_a_folder_that_cannot_be_written_is_found_before_the_work(tmp_path, kind):
+    out = tmp_path / "out"
+    if kind == "detections.json is a folder":
+        (out / "detections.json").mkdir(parents=True)
+    else:
+        out.write_text("a file")
+    picture(tmp_path / "in" / "x.png")
+
+    def never(images: np.ndarray, sizes: np.ndarray) -> Found:
+        raise AssertionError("ran")
+
+    subject = _Subject(never, "toy", ("car",), DataConfig(threads=0), "csq", 0.1, 1)
+    out = out / "deeper" if kind == "below a file" else out
+    with pytest.raises(QueryDetError, match="cannot be written"):
+        _predict(subject, PredictArguments((str(tmp_path / "in"),), str(out)))
+
+
+def test_the_list_is_complete_json_after_every_picture(tmp_path):
+    path = tmp_path / "detections.json"
+    path.write_text("former")
+    with DetectionsFile(path, {"model": "toy"}) as listed:
+        assert path.read_text() == "former"
+        for n in range(3):
+            listed.add({"file": f"\udcff{n}", "detections": [n]})
+            assert len(json.loads(path.read_text())["images"]) == n + 1
+        listed.broken += ["bad"] * 2
+    content = json.loads(path.read_text())
+    assert content["model"] == "toy" and content["broken"] == ["bad", "bad"] and len(content["images"]) == 3
+    with DetectionsFile(path, {"model": "toy"}):
+        pass
+    assert json.loads(path.read_text()) == {"model": "toy", "images": [], "broken": []}
+    with pytest.raises(KeyboardInterrupt), DetectionsFile(path, {"model": "toy"}) as listed:
+        listed.add({"file": "x"})
+        raise KeyboardInterrupt
+    assert len(json.loads(path.read_text())["images"]) == 1
