@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
-
-import numpy as np
 
 from querydet_jax.cli.arguments import parse, parse_alone, source_of
 from querydet_jax.config import DataConfig, override
@@ -143,22 +141,26 @@ def _predict(subject: _Subject, arguments: PredictArguments) -> None:
             file, stem = files[result.index], stems[result.index]
             found = entry(file, result, subject.classes, arguments.min_score)
             listed.add(found)
-            drawn: dict[str, np.ndarray] = {}
+            shown = f"{file}: {len(found['detections'])} objects"
             if arguments.draw != "none":
                 drawn = cascade_pictures(result, subject.classes, subject.threshold, min_score=arguments.min_score)
-            for title, picture in drawn.items():
-                path = out / f"{stem}_{title}.jpg"
-                while _identity(path) in inputs:
-                    path = path.with_stem(f"{path.stem}_")
-                save_image(path, picture)
-            shown = f"; {', '.join(sorted(drawn))} -> {out}/{stem}_*.jpg" if drawn else ""
-            print(printable(f"{file}: {len(found['detections'])} objects{shown}"), flush=True)
+                for title, picture in drawn.items():
+                    save_image(_beside(out / f"{stem}_{title}.jpg", inputs), picture)
+                shown += f"; {', '.join(sorted(drawn))} -> {out}/{stem}_*.jpg"
+            print(printable(shown), flush=True)
     print(f"wrote {out}/detections.json", flush=True)
     if listed.broken:
         raise DataError(
             f"{len(listed.broken)} of {len(files) + len(pictures.broken)} pictures could not be used, the first: "
             f"{listed.broken[0]} (all are listed in {out}/detections.json, with the results of the others)"
         )
+
+
+def _beside(path: Path, inputs: Collection[tuple[int, int] | None]) -> Path:
+    """Return the path, with ``_`` appended while it is one of the files ``inputs``."""
+    while _identity(path) in inputs:
+        path = path.with_stem(f"{path.stem}_")
+    return path
 
 
 def _identity(path: Path) -> tuple[int, int] | None:

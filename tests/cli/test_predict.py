@@ -31,14 +31,17 @@ def one_box(images: np.ndarray, sizes: np.ndarray) -> Found:
     return Found(boxes, np.full(shape, 0.9, np.float32), np.zeros(shape, np.int32), np.ones(shape, bool))
 
 
-def predict(*images: str | Path, out: Path, batch_size: int = 1, **arguments: Any) -> dict[str, Any]:
-    resizing = DataConfig(test_short=32, test_max=64, test_canvases=((32, 64), (64, 32)), threads=0)
+def predict(
+    *images: str | Path,
+    out: Path,
+    batch_size: int = 1,
+    canvases: tuple[tuple[int, int], ...] = ((32, 64), (64, 32)),
+    **arguments: Any,
+) -> dict[str, Any]:
+    resizing = DataConfig(test_short=32, test_max=64, test_canvases=canvases, threads=0)
     subject = _Subject(one_box, "toy", ("car",), resizing, "csq", 0.1, batch_size)
-    try:
-        _predict(subject, PredictArguments(tuple(map(str, images)), str(out), **arguments))
-    finally:
-        content = json.loads((out / "detections.json").read_text())
-    return content
+    _predict(subject, PredictArguments(tuple(map(str, images)), str(out), **arguments))
+    return json.loads((out / "detections.json").read_text())
 
 
 def picture(path: Path, height: int = 20, width: int = 30, value: int = 90) -> Path:
@@ -69,6 +72,7 @@ def test_a_broken_picture_costs_itself_alone(tmp_path, capsys, damage, batch_siz
     text = str(error.value)
     assert "annotation" not in text and "\n" not in text
     if damage == "all":
+        assert text.startswith("none of 4 pictures can be read, the first: ")
         return
     assert text.startswith("1 of 4 pictures could not be used") and "2.png" in text
     content = json.loads((out / "detections.json").read_text())
@@ -78,6 +82,19 @@ def test_a_broken_picture_costs_itself_alone(tmp_path, capsys, damage, batch_siz
     for e in content["images"]:
         assert (e["height"], e["width"]) == (20, 30)
         assert e["detections"][0]["box_xyxy"] == pytest.approx([0, 0, 30, 20], abs=0.5)
+
+
+def test_a_picture_that_fits_no_canvas_costs_itself_alone(tmp_path):
+    for name, shape in (("wide.png", (20, 30)), ("square.png", (20, 20)), ("tall.png", (30, 20))):
+        picture(tmp_path / "in" / name, *shape)
+    out = tmp_path / "out"
+    with pytest.raises(DataError, match=r"2 of 3 pictures could not be used.*fits no test canvas"):
+        predict(tmp_path / "in", out=out, canvases=((32, 32),))
+    assert files(out) == {"detections.json", "square_detections.jpg"}
+    (tmp_path / "in" / "square.png").unlink()
+    with pytest.raises(DataError, match="2 of 2 pictures"):
+        predict(tmp_path / "in", out=out, canvases=((32, 32),))
+    assert len(json.loads((out / "detections.json").read_text())["broken"]) == 2
 
 
 def test_pictures_of_one_name_keep_their_results_apart(tmp_path):
