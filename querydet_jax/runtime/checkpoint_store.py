@@ -16,7 +16,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,7 @@ class CheckpointStore:
         self.folder, self.keep = folder.resolve(), keep
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-        _leave_out_closed_loops()
+        _report_errors_once()
         self._checkpointer = _checkpointer()
         self._thread = ThreadPoolExecutor(1, "checkpoints")
         self._pending: tuple[int, int, Future[None]] | None = None  # step, bytes
@@ -118,8 +118,7 @@ class CheckpointStore:
         arguments = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
         path, aside = self.folder / str(step), self.folder / f"{step}{_UNFINISHED}-checksums"
         shutil.rmtree(aside, ignore_errors=True)  # of a run that was killed
-        with _errors_logged_once():
-            self._checkpointer.save(aside, args=ocp.args.Composite(**arguments))
+        self._checkpointer.save(aside, args=ocp.args.Composite(**arguments))
         _write_checksums(aside)
         if os.path.lexists(path):
             stray = path.rename(f"{path}{_STRAY}-{time.time_ns()}")
@@ -250,27 +249,20 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _leave_out_closed_loops() -> None:
-    """Print nothing of the writes that tensorstore goes on with after orbax has given up and closed their event loop:
-    for a full disk that is a traceback each, which would bury the reason."""
+def _report_errors_once() -> None:
+    """Leave out what orbax and tensorstore print of errors that orbax raises as well: a traceback by every thread that
+    meets one, and later, for each write that goes on when its event loop is closed, another."""
+    logging.getLogger("absl").addFilter(_is_no_traceback_of_orbax)  # nothing if it is there already
     before = sys.unraisablehook
 
     def hook(unraisable: sys.UnraisableHookArgs) -> None:
         if str(unraisable.exc_value) != "Event loop is closed":
             before(unraisable)
 
-    if getattr(before, "__name__", "") != "leave_out_closed_loops":
-        hook.__name__ = "leave_out_closed_loops"
+    if getattr(before, "__name__", "") != "without_closed_loops":
+        hook.__name__ = "without_closed_loops"
         sys.unraisablehook = hook
 
 
-@contextlib.contextmanager
-def _errors_logged_once() -> Iterator[None]:
-    """Orbax logs a traceback in every thread that meets an error, which it then raises: keep the raised one only."""
-    logger = logging.getLogger("absl")
-    before = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
+def _is_no_traceback_of_orbax(record: logging.LogRecord) -> bool:
+    return not (record.exc_info and "orbax" in record.pathname)

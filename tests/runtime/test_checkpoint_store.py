@@ -228,7 +228,7 @@ def test_a_failed_write_leaves_nothing_of_its_event_loop(tmp_path, monkeypatch):
     """A full disk printed thirty tracebacks. Other errors that nobody catches are printed as before."""
     printed: list[Any] = []
     monkeypatch.setattr(sys, "unraisablehook", printed.append)
-    many: dict[str, Any] = {"model": {str(i): np.ones((200, 500), np.float32) * i for i in range(20)}}
+    many: dict[str, Any] = {"model": {str(i): np.random.default_rng(i).random((200, 500)) for i in range(20)}}
     for _ in range(2):
         with (
             no_file_longer_than(1 << 10),
