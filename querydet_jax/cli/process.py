@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import logging
 import os
+import signal
+import socket
 import sys
+import threading
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NoReturn
 
-from querydet_jax.runtime.errors import Preempted, QueryDetError
+from querydet_jax.runtime.errors import Interrupted, Preempted, QueryDetError
 from querydet_jax.runtime.files import cannot_write
 from querydet_jax.runtime.names import one_line, printable
 
@@ -32,7 +36,7 @@ def run(command: Callable[[], None]) -> None:
         command()
     except Preempted as error:
         print(error, file=sys.stderr)
-        sys.exit(143)  # as a shell reports SIGTERM
+        sys.exit(130 if isinstance(error, Interrupted) else 143)  # as a shell reports SIGINT and SIGTERM
     except QueryDetError as error:
         _fail(str(error), 2)
     except KeyboardInterrupt:
@@ -61,6 +65,46 @@ class _Formatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         return printable(super().format(record))
+
+
+@contextlib.contextmanager
+def interrupts_end_the_process() -> Iterator[None]:
+    """End the process with status 130 at Ctrl-C, or at the second one in a block that handles SIGINT itself.
+
+    Python raises KeyboardInterrupt, which jax can lose in a callback, and calls handlers only when the main thread is
+    out of C code, such as a compilation; so a thread counts as well.
+    """
+    if (
+        threading.current_thread() is not threading.main_thread()
+        or signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+    ):
+        yield
+        return
+    here, there = socket.socketpair()
+    there.setblocking(False)
+
+    def follow() -> None:
+        presses = 0
+        while numbers := here.recv(64):
+            presses += numbers.count(signal.SIGINT)
+            if presses > 1:
+                _interrupted()
+
+    threading.Thread(target=follow, daemon=True).start()
+    former_fd = signal.set_wakeup_fd(there.fileno(), warn_on_full_buffer=False)
+    signal.signal(signal.SIGINT, _interrupted)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.set_wakeup_fd(former_fd)
+        there.close()
+
+
+def _interrupted(*_: object) -> NoReturn:
+    with contextlib.suppress(OSError):  # print() may be what a handler interrupts
+        os.write(2, b"\ninterrupted\n")
+    os._exit(130)
 
 
 def _fail(line: str, status: int) -> NoReturn:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from querydet_jax.cli.arguments import parse
 from querydet_jax.cli.main import SUMMARIES
+from querydet_jax.cli.process import interrupts_end_the_process
 from querydet_jax.data import Dataset
 from querydet_jax.evaluation.runner import comparison_table, detectors_to_compare, evaluate_detectors, first_images
 from querydet_jax.inference.detector import Detector
@@ -37,11 +38,12 @@ def train(words: Sequence[str], program: str) -> None:
 
     detectors: dict[str, Detector] = {}
 
+    def prepare(model: DenseDetector) -> None:
+        detectors.update(detectors_to_compare(model, config))
+
     def evaluate(model: DenseDetector, dataset: Dataset, between: Callable[[], None]) -> dict[str, float]:
         for detector in detectors.values():
             detector.update(model)
-        if not detectors:
-            detectors.update(detectors_to_compare(model, config))
         runs = evaluate_detectors(
             detectors, dataset, config.data, batch_size=config.inference.batch_size,
             indices=first_images(dataset, config.train.eval_images), size_bins=(), between=between,
@@ -54,7 +56,13 @@ def train(words: Sequence[str], program: str) -> None:
             for key, value in {**result.scores.named(), "ms_per_image": result.ms_median}.items()
         }
 
-    run_training(config, run, resume=arguments.resume, evaluate=evaluate, profile=arguments.profile)
-    if is_first():
-        evaluate_with = "python eval.py" if program == "train.py" else "querydet eval"
-        print(f"trained; evaluate with: {evaluate_with} {run}")
+    with interrupts_end_the_process():
+        run_training(
+            config,
+            run,
+            resume=arguments.resume,
+            evaluate=evaluate,
+            prepare=prepare,
+            profile=arguments.profile,
+            evaluate_with="python eval.py" if program == "train.py" else "querydet eval",
+        )

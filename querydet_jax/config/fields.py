@@ -41,6 +41,23 @@ def from_dict(cls: type, raw: Any, where: str) -> Any:
     return _from_dict(cls, raw, where, "", cls)
 
 
+def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
+    """Return ``name old -> new`` for every field, by its dotted name, in which two dataclasses of a type differ."""
+    found = []
+    for field in dataclasses.fields(old):
+        a, b, name = getattr(old, field.name), getattr(new, field.name), prefix + field.name
+        if dataclasses.is_dataclass(a):
+            found += differences(a, b, f"{name}.")
+        elif a != b:
+            found.append(f"{name} {_short(a)} -> {_short(b)}")
+    return found
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
 def _replace(node: Any, parts: list[str], value: Any, full: str, root: type) -> Any:
     names = [f.name for f in dataclasses.fields(node)]
     head, rest = parts[0], parts[1:]

@@ -333,11 +333,12 @@ def _next(examples: Iterator[list[dict[str, Any]]]) -> list[dict[str, Any]]:
 
 
 def _init_process(index: int, count: int) -> None:
-    """Tie a loader process to its parent: ignore SIGTERM, and exit when the parent exits.
+    """Tie a loader process to its parent: ignore SIGTERM and Ctrl-C, and exit when the parent exits.
 
-    A SIGTERM sent to the whole process group then leaves the parent the data of its current step.
+    Signals sent to the whole process group then leave the parent the data of its current step.
     """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None
 

@@ -28,6 +28,10 @@ class Preempted(QueryDetError):
     """SIGTERM has ended a run after saving it; nothing is wrong."""
 
 
+class Interrupted(Preempted):
+    """Ctrl-C has ended a run after saving it."""
+
+
 class ConfigError(QueryDetError):
     """A configuration file, key or value that cannot be used."""
 

@@ -48,8 +48,8 @@ def run_lock(run: Path) -> Iterator[None]:
         except OSError as error:
             if error.errno in _HELD:
                 raise ConfigError(
-                    f"{run}: {_holder(file.read(200))} trains in this folder; wait until it ends, stop it, or choose "
-                    "another --run"
+                    f"{run}: in use by another training ({_holder(file.read(200))}): wait until it ends, stop it, or "
+                    "choose another --run"
                 ) from None
             if error.errno not in _NO_LOCKS:
                 raise ConfigError(f"{path}: cannot be locked ({reason(error)}); remove it if it is no file") from None
@@ -67,7 +67,7 @@ def run_lock(run: Path) -> Iterator[None]:
 
 def _holder(text: bytes) -> str:
     line = text.decode(errors="replace").partition("\n")[0]
-    return line if line and line.isprintable() else "another process"
+    return line if line and line.isprintable() else "not known which"
 
 
 if sys.platform == "win32":

@@ -7,6 +7,7 @@ the others need no access to the folder.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from pathlib import Path
 from types import TracebackType
@@ -21,6 +22,7 @@ from querydet_jax.models.base import DenseDetector
 from querydet_jax.runtime.checkpoint_store import FOLDER, CheckpointStore
 from querydet_jax.runtime.errors import QueryDetError, WeightsError
 from querydet_jax.runtime.hosts import from_first, is_first
+from querydet_jax.runtime.run_lock import run_lock
 from querydet_jax.training.step import TrainState, init_state, merge_into
 from querydet_jax.weights import load_weights, state_dict
 
@@ -32,23 +34,33 @@ class Checkpoints:
 
     Every host calls the same methods. If a checkpoint cannot be written, the next call raises a QueryDetError with
     the reason; the checkpoints before it stay.
+
+    Raises:
+      ConfigError: another process trains in this folder (``run_lock``).
+      QueryDetError: the folder cannot be written.
     """
 
     def __init__(self, run: str | Path, keep: int = 3):
         self.folder = Path(run).resolve() / FOLDER
-        self._store = CheckpointStore(self.folder, keep) if is_first() else None
+        self._store: CheckpointStore | None = None
+        with contextlib.ExitStack() as held:
+            from_first(lambda: held.enter_context(run_lock(Path(run))))
+            if is_first():
+                self._store = CheckpointStore(self.folder, keep)
+            self._held = held.pop_all()
 
     def __enter__(self) -> Checkpoints:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None):
-        try:
-            if self._store is not None:
-                self._store.close()
-        except QueryDetError as own:
-            if error is None:
-                raise
-            _log.error("%s", own)  # the error that ended the run is printed last
+        with self._held:
+            try:
+                if self._store is not None:
+                    self._store.close()
+            except QueryDetError as own:
+                if error is None:
+                    raise
+                _log.error("%s", own)  # the error that ended the run is printed last
 
     def latest(self) -> int | None:
         """Return the newest complete step, after waiting for the one being written."""

@@ -1,57 +1,119 @@
-"""What ends a run early without losing anything: SIGTERM, and a loss that is not finite."""
+"""What ends a run early without losing anything (SIGTERM, Ctrl-C, a loss that is not finite), and what must not."""
 
 from __future__ import annotations
 
 import contextlib
 import itertools
+import logging
 import math
+import os
 import signal
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from querydet_jax.runtime.errors import Preempted, QueryDetError
-from querydet_jax.runtime.files import writing, written_aside
+from querydet_jax.runtime.errors import Interrupted, Preempted, QueryDetError
+from querydet_jax.runtime.files import reason, writing, written_aside
 from querydet_jax.training.checkpoint import Checkpoints
 from querydet_jax.training.parallel import Replication
 from querydet_jax.training.step import Metrics
 
+_log = logging.getLogger("querydet_jax")
+
 
 @contextlib.contextmanager
 def preemption() -> Iterator[Callable[[], None]]:
-    """Yield a function that raises Preempted if SIGTERM has come, which ends the process in no other way meanwhile.
+    """Yield a function that raises Preempted if SIGTERM has come, and Interrupted if Ctrl-C has.
 
-    With several hosts, all must call it at the same places of the run: jax listens to SIGTERM there, and has the
-    hosts agree on a call that none of them has passed. With one host outside the main thread, where Python cannot
+    Meanwhile neither ends the process in another way, except that a second Ctrl-C goes to the handler before this one.
+    (An exception raised at any moment, as Python does for Ctrl-C, can come to nothing inside a callback of jax.)
+
+    With several hosts, all must call the function at the same places of the run: jax listens to SIGTERM there, and has
+    the hosts agree on a call that none of them has passed. With one host outside the main thread, where Python cannot
     listen, the function does nothing.
     """
-    before = None
-    if jax.process_count() > 1:
-        calls = itertools.count(1)
-
-        def stopped() -> bool:
-            return multihost_utils.reached_preemption_sync_point(next(calls))
-
-    else:
-        came = threading.Event()
-        stopped = came.is_set
-        if threading.current_thread() is threading.main_thread():
-            before = signal.signal(signal.SIGTERM, lambda number, frame: came.set())
+    several, came, interrupted = jax.process_count() > 1, threading.Event(), threading.Event()
+    calls = itertools.count(1)
 
     def stop_if_told() -> None:
-        if stopped():
-            raise Preempted("stopped by SIGTERM")
+        if multihost_utils.reached_preemption_sync_point(next(calls)) if several else came.is_set():
+            raise Interrupted("stopped by Ctrl-C") if interrupted.is_set() else Preempted("stopped by SIGTERM")
 
-    try:
+    def terminated(number: int, frame: FrameType | None) -> None:
+        came.set()
+
+    def ctrl_c(number: int, frame: FrameType | None) -> None:
+        if interrupted.is_set() and callable(before):
+            before(number, frame)
+        interrupted.set()
+        with contextlib.suppress(OSError):  # print() may be what this handler interrupts
+            os.write(2, b"\nCtrl-C: stopping after this step, which is saved; press it again to stop at once\n")
+        if several:
+            signal.raise_signal(signal.SIGTERM)
+        came.set()
+
+    before = signal.getsignal(signal.SIGINT)
+    with contextlib.ExitStack() as handlers:
+        if threading.current_thread() is threading.main_thread():
+            if not several:
+                handlers.enter_context(_handling(signal.SIGTERM, terminated))
+            if callable(before):  # else it is ignored, as in the background of a shell
+                handlers.enter_context(_handling(signal.SIGINT, ctrl_c))
         yield stop_if_told
+
+
+@contextlib.contextmanager
+def _handling(number: signal.Signals, handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    before = signal.signal(number, handler)
+    try:
+        yield
     finally:
-        if before is not None:
-            signal.signal(signal.SIGTERM, before)
+        if before is not None:  # of another language
+            signal.signal(number, before)
+
+
+class FailedEvaluations:
+    """Evaluations that failed, while the training of a single host went on; false while there is none.
+
+    With several hosts an error ends the training: the others wait in the evaluation for the host that failed.
+    """
+
+    def __init__(self):
+        self._steps: dict[str, list[int]] = {}  # by what was wrong
+
+    @contextlib.contextmanager
+    def caught(self, step: int) -> Iterator[None]:
+        """Log and remember the exception of a block, the evaluation after ``step``; let what stops the run pass."""
+        try:
+            yield
+        except Preempted:
+            raise
+        except Exception as error:  # of whatever evaluates
+            if jax.process_count() > 1:
+                raise
+            wrong = str(error)
+            if not isinstance(error, QueryDetError):
+                at = traceback.extract_tb(error.__traceback__)[-1]
+                wrong = f"{type(error).__name__}: {reason(error)}; {Path(at.filename).name}:{at.lineno}"
+            _log.error("step %d: the evaluation failed (%s); the training goes on", step, wrong)
+            self._steps.setdefault(wrong, []).append(step)
+
+    def __bool__(self) -> bool:
+        return bool(self._steps)
+
+    def __str__(self) -> str:
+        def said(wrong: str, steps: list[int]) -> str:
+            listed = ", ".join(map(str, steps[:5])) + (f" and {len(steps) - 5} more" if len(steps) > 5 else "")
+            return f"at step{'s' * (len(steps) > 1)} {listed} ({wrong})"
+
+        return f"evaluation failed {', '.join(said(*failed) for failed in self._steps.items())}"
 
 
 class FiniteLoss:

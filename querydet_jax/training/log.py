@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
 import os
 import sys
@@ -14,10 +15,12 @@ from pathlib import Path
 import numpy as np
 
 from querydet_jax.config import Config
-from querydet_jax.runtime.files import LineFile
+from querydet_jax.runtime.files import LineFile, writing, written_aside
 from querydet_jax.runtime.hosts import from_first, is_first
 from querydet_jax.training.schedule import learning_rate
 from querydet_jax.training.tensorboard import TensorBoardFile
+
+_log = logging.getLogger("querydet_jax")
 
 # Terms of the loss in the order of the progress line, which shows those that the detector has.
 _TERMS = ("rpn_cls", "rpn_box", "cls", "box", "centerness", "query")
@@ -28,11 +31,18 @@ class RunLog:
 
     The same numbers go to ``metrics.jsonl``, and to TensorBoard files where tensorboardX is installed. Only the first
     host prints and writes.
+
+    Lines of an existing file that cannot be read go to ``metrics.damaged.jsonl``, with a warning of how many.
+
+    Raises:
+      QueryDetError: the file cannot be read or written.
     """
 
     def __init__(self, config: Config, path: Path, start: int):
         self.config, self.first = config, start
         self.rate = learning_rate(config.train)
+        if is_first():
+            _set_damaged_lines_aside(path)
         self.file = LineFile(path if is_first() else Path(os.devnull))
         self.board = TensorBoardFile(path.parent / "tensorboard") if is_first() else None
         self.begun = time.perf_counter()
@@ -114,6 +124,32 @@ class RunLog:
 
     def _begin_interval(self, step: int) -> None:
         self.interval_start, self.interval_begun, self.interval_waited = step, time.perf_counter(), 0.0
+
+
+def _set_damaged_lines_aside(path: Path) -> None:
+    if not path.is_file():
+        return
+    with writing(path):
+        lines = path.read_bytes().splitlines(keepends=True)
+    good = [line for line in lines if _is_whole(line)]
+    bad = [line for line in lines if not _is_whole(line) and line.strip()]
+    if not bad and (not lines or lines[-1].endswith(b"\n")):
+        return
+    if bad:
+        aside = path.with_name(f"{path.stem}.damaged{path.suffix}")
+        with writing(aside), aside.open("ab") as file:
+            file.writelines(line.rstrip(b"\r\n") + b"\n" for line in bad)
+        _log.warning("%s: %d damaged line(s) moved to %s", path, len(bad), aside.name)
+    with writing(path), written_aside(path) as new:
+        new.write_bytes(b"".join(line.rstrip(b"\r\n") + b"\n" for line in good))
+
+
+def _is_whole(line: bytes) -> bool:
+    try:
+        values = json.loads(line.decode())
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(values, dict) and type(values.get("step")) is int
 
 
 def _duration(seconds: float) -> str:

@@ -15,14 +15,16 @@ from pathlib import Path
 import jax
 
 from querydet_jax.config import Config, load_config, save_config
+from querydet_jax.config.fields import differences
 from querydet_jax.data import open_split, train_batches
 from querydet_jax.data.dataset import Dataset
+from querydet_jax.data.plan import eval_plan
 from querydet_jax.models import DenseDetector, build_model
-from querydet_jax.runtime.errors import ConfigError, Preempted
+from querydet_jax.runtime.errors import ConfigError, DataError, Preempted, QueryDetError
 from querydet_jax.runtime.hosts import from_first, is_first, on_every
 from querydet_jax.training.checkpoint import Checkpoints
 from querydet_jax.training.compiled import CompileWatch, Programs
-from querydet_jax.training.guards import FiniteLoss, preemption
+from querydet_jax.training.guards import FailedEvaluations, FiniteLoss, preemption
 from querydet_jax.training.log import RunLog
 from querydet_jax.training.parallel import AXIS, check_batch_size, replication
 from querydet_jax.training.profiler import StepTrace
@@ -41,7 +43,9 @@ def train(
     *,
     resume: bool = False,
     evaluate: Evaluate | None = None,
+    prepare: Callable[[DenseDetector], object] | None = None,
     profile: bool = False,
+    evaluate_with: str = "querydet eval",
 ) -> DenseDetector:
     """Train a detector and leave its checkpoints, ``config.json`` and ``metrics.jsonl`` in ``run``.
 
@@ -51,23 +55,27 @@ def train(
       resume: go on from the newest checkpoint.
       evaluate: called on every host with the model and the validation set every ``train.eval_every`` steps; what it
         returns is logged. It must call its third argument after every batch, equally often on all hosts: that call
-        raises an exception to stop the run. An evaluation stopped so is rerun on resume.
+        raises an exception to stop the run. An evaluation stopped so is rerun on resume. Any other exception of one
+        host alone ends the evaluation, not the run.
+      prepare: called before the first step with the model if there will be evaluations; may raise QueryDetError.
       profile: also write ``run/profile``, a trace of a few steps (``StepTrace``).
+      evaluate_with: the command that evaluates a run, for messages.
 
     Returns:
       The trained model, in inference mode; with ``train.ema`` the moving average.
 
     Raises:
-      QueryDetError: bad configuration, data or checkpoint, a loss that is not finite, or no room for a checkpoint.
-      Preempted: SIGTERM has come, to this host or another; the step under way was finished and saved, an evaluation
-        under way was given up.
+      QueryDetError: bad configuration, data or checkpoint, another training in ``run``, a loss that is not finite, or
+        no room for a checkpoint; after the last step and its checkpoint, if evaluations have failed.
+      Preempted: SIGTERM has come, to this host or another (Interrupted: Ctrl-C); the step under way was finished and
+        saved, an evaluation under way was given up.
     """
     run, settings = Path(run), config.train
     check_batch_size(settings.batch_size, settings.accumulate)
     with (
         Checkpoints(run, keep=settings.keep_checkpoints) as checkpoints,
         contextlib.closing(CompileWatch()) as watch,
-        preemption() as stop_if_told,
+        contextlib.ExitStack() as signals,
     ):
         if checkpoints.latest() is not None and not resume:
             raise ConfigError(f"{run}: already holds checkpoints; add --resume to go on, or choose another --run")
@@ -80,16 +88,20 @@ def train(
         config = dataclasses.replace(config, classes=dataset.classes)  # the model can then be used without the data
         validation = None
         if evaluate is not None and settings.eval_every:
-            validation = on_every(lambda: open_split(config, "val", dataset.origin))
+            validation = on_every(lambda: _open_validation(config, dataset.origin))
 
         # Model, optimiser and state, from scratch or from the newest checkpoint.
         model = build_model(config.model, settings.seed)
+        if validation is not None and prepare is not None:
+            prepare(model)
         if settings.init:
             _log.info("%s: %s", settings.init, on_every(lambda: load_weights(model, settings.init)))
         optimizer, ema = make_optimizer(settings), settings.ema > 0
         state = checkpoints.restore(model, optimizer, ema=ema) if resume else init_state(model, optimizer, ema=ema)
         start = int(state.step)
         if is_first():
+            if resume:
+                _say_what_differs(run, config)
             save_config(config, run / "config.json")
         _log.info(
             "%s: %d images, %d parameters, %d device(s) of %d host(s), steps %d to %d",
@@ -134,7 +146,8 @@ def train(
             with watch.during("saving"):
                 checkpoints.save(model, devices.unreplicate(state), wait=wait)
 
-        done = start
+        stop_if_told = signals.enter_context(preemption())
+        done, failures = start, FailedEvaluations()
         try:
             while done < settings.steps:
                 if done > start:
@@ -142,7 +155,8 @@ def train(
                 if evaluate is not None and validation is not None and done > 0 and done % settings.eval_every == 0:
                     # On resume only if the evaluation of this step was given up.
                     if done > start or not log.has_evaluation(done):
-                        with log.paused(), watch.during("evaluation"):
+                        save(state, wait=True)
+                        with log.paused(), watch.during("evaluation"), failures.caught(done):
                             merge_into(model, devices.unreplicate(state))
                             log.write(done, evaluate(model, validation, stop_if_told))
 
@@ -169,13 +183,45 @@ def train(
                 log.say(f"{log.summary(done)}; {watch.summary()}")
         except Preempted as told:
             save(state, wait=True)
-            raise Preempted(f"{told}: step {done} is saved in {run}; --resume goes on from there") from None
+            raise type(told)(f"{told}: step {done} is saved in {run}; --resume goes on from there") from None
         finally:
             trace.close()
             batches.close()
             log.close(batches.skipped)
         merge_into(model, devices.unreplicate(state))
+        if failures:
+            raise QueryDetError(
+                f"{run}: trained and saved, but {failures}; mend that, then evaluate with: {evaluate_with} {run}"
+            )
+        if done > start:
+            log.say(f"trained; evaluate with: {evaluate_with} {run}")
+        else:
+            log.say(f"{run}: step {start} is saved and train.steps is {settings.steps}: nothing to train")
         return model
+
+
+def _open_validation(config: Config, named_by: str) -> Dataset:
+    """Open the validation set, and check what an evaluation would find only when it comes to it.
+
+    Raises:
+      DataError: it holds no image; one fits no canvas.
+    """
+    dataset = open_split(config, "val", named_by)
+    chosen = list(range(len(dataset)))[: config.train.eval_images or None]
+    if not chosen:
+        raise DataError(f"{dataset.origin}: no validation image; add some, or set train.eval_every 0")
+    eval_plan(dataset, config.data, 1, chosen)
+    return dataset
+
+
+def _say_what_differs(run: Path, config: Config) -> None:
+    """Say in a line in what a resumed run's configuration differs from that of the run so far."""
+    try:
+        changed = differences(load_config(run), config)
+    except ConfigError as error:
+        changed = [f"not known, because {error}"]
+    if changed:
+        _log.warning("%s: goes on with other settings than before: %s", run, ", ".join(changed))
 
 
 def _classes_of(run: Path) -> tuple[str, ...]:

@@ -25,7 +25,7 @@ from querydet_jax.cli.main import SUMMARIES, load, main, run_command
 from querydet_jax.cli.process import run as run_process
 from querydet_jax.config import Config, override
 from querydet_jax.evaluation.runner import detectors_to_compare
-from querydet_jax.runtime.errors import DataError, Preempted, QueryDetError
+from querydet_jax.runtime.errors import DataError, Interrupted, Preempted, QueryDetError
 
 ROOT = Path(__file__).parents[2]
 SHORT = (
@@ -158,6 +158,7 @@ def test_an_unknown_field_names_the_nearest(capsys: pytest.CaptureFixture[str]) 
     [
         (QueryDetError("x.json: bad"), 2, "error: x.json: bad"),
         (Preempted("stopped by SIGTERM"), 143, "stopped by SIGTERM"),
+        (Interrupted("stopped by Ctrl-C"), 130, "stopped by Ctrl-C"),
         (KeyboardInterrupt(), 130, "interrupted"),
         (
             OSError(28, "No space left", "run/x"),

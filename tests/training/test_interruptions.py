@@ -6,6 +6,7 @@ import contextlib
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -21,8 +22,10 @@ from full_disk import no_file_longer_than
 from small_training import SCENES
 
 from querydet_jax.config import Config, load_config, override, save_config
-from querydet_jax.runtime.errors import ConfigError, Preempted, QueryDetError, WeightsError
+from querydet_jax.runtime.errors import ConfigError, DataError, Interrupted, Preempted, QueryDetError, WeightsError
+from querydet_jax.runtime.run_lock import run_lock
 from querydet_jax.training import train
+from querydet_jax.training.guards import preemption
 from querydet_jax.training.loop import Evaluate
 from querydet_jax.weights import read_tensors
 
@@ -83,9 +86,65 @@ def test_what_cannot_be_resumed_is_one_line(config, whole, tmp_path):
         train(override(config, {"train.ema": 0.0}), whole, resume=True)
     with pytest.raises(WeightsError, match="optimiser state of another configuration"):
         train(override(config, {"train.optimizer": "sgd"}), whole, resume=True)
-    with pytest.raises(QueryDetError, match="has 3 categories .* model.num_classes is 5: set it to 3"):
+    with pytest.raises(QueryDetError, match="has 3 categories .* model.num_classes is 5: to train, set it to 3"):
         train(override(config, {"model.num_classes": 5}), tmp_path / "classes")
+    with run_lock(tmp_path / "locked"), pytest.raises(ConfigError, match="locked: in use by another training"):
+        train(config, tmp_path / "locked")
     assert steps(whole) == ["4", "5", "6"]
+
+
+def test_a_run_that_is_complete_is_not_called_trained(config, whole, tmp_path, capsys):
+    run = shutil.copytree(whole, tmp_path / "run")
+    train(override(config, {"train.steps": 5}), run, resume=True)
+    assert capsys.readouterr().out.splitlines()[-1] == f"{run}: step 6 is saved and train.steps is 5: nothing to train"
+    assert steps(run) == ["4", "5", "6"]
+    assert (run / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data.test_canvases": ((64, 64),)}, "96x96, which fits no test canvas; add one to data.test_canvases"),
+        ({"data.test_short": 120, "data.test_max": 200}, "is resized to 120x120, which fits no test canvas"),
+        ({}, "cannot be built"),
+    ],
+)
+def test_what_an_evaluation_needs_is_checked_before_the_first_step(config, tmp_path, changes, message):
+    def prepare(model) -> None:
+        raise ConfigError("cannot be built")
+
+    seldom = override(config, {"train.eval_every": 3, **changes})
+    with pytest.raises(QueryDetError, match=message):
+        train(seldom, tmp_path, evaluate=lambda model, dataset, stop_if_told: {}, prepare=prepare)
+    assert not steps(tmp_path) and not (tmp_path / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize(("number", "error"), [(signal.SIGTERM, Preempted), (signal.SIGINT, Interrupted)])
+def test_signals_stop_a_run_between_steps(number, error, capfd):
+    """Ctrl-C as SIGTERM; the second one goes to the handler before, here Python's."""
+    former = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
+    with preemption() as stop_if_told:
+        stop_if_told()
+        signal.raise_signal(number)
+        with pytest.raises(error) as stopped:
+            stop_if_told()
+        assert type(stopped.value) is error
+        if number == signal.SIGINT:
+            assert "stopping after this step, which is saved; press it again to stop at once" in capfd.readouterr().err
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(number)
+    assert former == {n: signal.getsignal(n) for n in former}
+
+
+def test_ctrl_c_that_is_ignored_stays_ignored():
+    """As in a job that a shell runs in the background."""
+    former = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with preemption() as stop_if_told:
+            signal.raise_signal(signal.SIGINT)
+            stop_if_told()
+    finally:
+        signal.signal(signal.SIGINT, former)
 
 
 def test_killed_at_any_moment(config, whole, tmp_path):
@@ -158,6 +217,40 @@ def test_a_damaged_newest_checkpoint_costs_its_steps_only(config, whole, tmp_pat
     assert lines == [1, 2, 3, 4, 5, 6, 6]
 
 
+def test_evaluations_that_fail_cost_nothing(config, whole, tmp_path, caplog):
+    """Errors of ours, of others and of the machine. Each evaluation finds a checkpoint of its step; losses are
+    those of a run without evaluations; what failed is said last. Before, damaged lines of the log go aside and settings
+    that differ are named."""
+    run, found = tmp_path / "run", []
+    shutil.copytree(whole, run, ignore=lambda folder, names: {"5", "6"} & set(names))
+    errors = [DataError("a.jpg: gone"), DataError("a.jpg: gone"), KeyError("x"), MemoryError()]
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "AP"\n\x00\n[4]\n{"step": "4"}\n{"step": 3}')
+
+    def evaluate(model, dataset, stop_if_told) -> dict[str, float]:
+        found.append(max(steps(run), key=int))
+        raise errors[len(found) - 1]
+
+    changes = {"train.steps": 8, "train.checkpoint_every": 100, "train.eval_every": 1, "train.keep_checkpoints": 2}
+    with pytest.raises(QueryDetError) as error:
+        train(override(config, changes), run, resume=True, evaluate=evaluate, evaluate_with="score")
+    assert found == ["4", "5", "6", "7"] and steps(run) == ["7", "8"]
+    assert re.match(
+        rf"{run}: trained and saved, but evaluation failed at steps 4, 5 \(a.jpg: gone\), at step 6 \(KeyError: 'x'; "
+        rf"test_inter.*\), at step 7 \(MemoryErr.*\); mend that, then evaluate with: score {run}$",
+        str(error.value),
+    )
+    assert "step 4: the evaluation failed (a.jpg: gone); the training goes on" in caplog.text
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6, 3, 5, 6, 7, 8]
+    assert [line["loss"] for line in lines[-4:-2]] == [line["loss"] for line in logged(whole)[-2:]]
+
+    differ = r"run: goes on with other settings than before: train.steps 6 -> 8, .*train.checkpoint_every 1 -> 100"
+    assert re.search(differ, caplog.text) and "seed" not in caplog.text
+    assert "metrics.jsonl: 4 damaged line(s) moved to metrics.damaged.jsonl" in caplog.text
+    assert (run / "metrics.damaged.jsonl").read_bytes() == b'{"step": 4, "AP"\n\0\n[4]\n{"step": "4"}\n'
+
+
 def test_a_loss_that_is_not_finite_leaves_its_batch(config, tmp_path):
     """The step is found although only every hundredth is logged, and before anything is saved."""
     run = tmp_path / "run"
@@ -186,7 +279,7 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_soon(config, tmp_path)
             limit.enter_context(no_file_longer_than(1 << 14))
         return {}
 
-    with limit, pytest.raises(QueryDetError, match=r"checkpoint 8 could not .* \(File too large\), the last .* is 4: "):
+    with limit, pytest.raises(QueryDetError, match=r"checkpoint 6 could not .* \(File too large\), the last .* is 4: "):
         train(changed, run, evaluate=fill)
     assert steps(run) == ["4"]
     assert last_line(run)["step"] < 12
