@@ -85,10 +85,11 @@ def interrupts_end_the_process() -> Iterator[None]:
 
     def follow() -> None:
         presses = 0
-        while numbers := here.recv(64):
-            presses += numbers.count(signal.SIGINT)
-            if presses > 1:
-                _interrupted()
+        with here:
+            while numbers := here.recv(64):
+                presses += numbers.count(signal.SIGINT)
+                if presses > 1:
+                    _interrupted()
 
     threading.Thread(target=follow, daemon=True).start()
     former_fd = signal.set_wakeup_fd(there.fileno(), warn_on_full_buffer=False)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+from typing import Any
+
 from querydet_jax.config.bit_depth import parse_bit_depth
 from querydet_jax.config.schema import Config, ModelConfig
 from querydet_jax.runtime.errors import ConfigError
@@ -14,6 +18,9 @@ _LIGHT_FLAVORS = {
 }
 
 
+_NAME_BYTES = 200  # file systems allow 255
+
+
 def backbone_flavors(name: str) -> tuple[str, ...]:
     """Return the values of ``BackboneConfig.flavor`` that a backbone supports, the usual one first."""
     return (_LIGHT_FLAVORS[name],) if name in _LIGHT_FLAVORS else ("msra", "torchvision")
@@ -22,6 +29,8 @@ def backbone_flavors(name: str) -> tuple[str, ...]:
 def check(config: Config) -> None:
     """Raise ConfigError, with field and remedy, if fields are invalid or contradict each other."""
     model, inference, data, train = config.model, config.inference, config.data, config.train
+    _check_name(config.name)
+    _check_finite(config, "")
     levels = model.levels
     if not 2 <= model.min_level <= 5 <= model.max_level <= 7 or model.min_level == model.max_level:
         raise ConfigError(
@@ -130,13 +139,43 @@ def check(config: Config) -> None:
         raise ConfigError(
             f"classes has {len(config.classes)} names, model.num_classes is {model.num_classes}: make them agree"
         )
-    for name in ("batch_size", "accumulate", "steps", "log_every", "checkpoint_every"):
+    for name in ("batch_size", "accumulate", "steps", "log_every", "checkpoint_every", "keep_checkpoints"):
         if getattr(train, name) < 1:
             raise ConfigError(f"train.{name} {getattr(train, name)}: must be at least 1")
+    rates = ("learning_rate", "momentum", "weight_decay", "warmup_factor", "decay_factor", "clip_value", "clip_norm")
+    for name in ("eval_every", "eval_images", "warmup_steps", "seed", *rates):
+        if getattr(train, name) < 0:
+            raise ConfigError(f"train.{name} {getattr(train, name)}: must not be negative")
     if not 0 <= train.ema < 1:
         raise ConfigError(f"train.ema {train.ema}: must be 0 (no moving average) or below 1, such as 0.999")
     if model.backbone.norm == "group" and model.backbone.width % 32:
         raise ConfigError(f"model.backbone.width {model.backbone.width}: must be a multiple of 32 with group norm")
+
+
+def _check_name(name: str) -> None:
+    """Raise ConfigError unless ``runs/NAME`` is a folder in ``runs`` on every system."""
+    wrong = ""
+    if not name.isprintable():
+        wrong = "has control characters or others that cannot be shown"
+    elif any(character in '/\\:*?"<>|' for character in name):
+        wrong = 'has one of / \\ : * ? " < > |'
+    elif not name or name.strip(" .") != name:
+        wrong = "is empty, or begins or ends with a dot or a space"
+    elif len(name.encode()) > _NAME_BYTES:
+        wrong = f"is {len(name.encode())} bytes long, more than {_NAME_BYTES}"
+    if wrong:
+        shown = ascii(name[:60])
+        raise ConfigError(f"name {shown}: {wrong}, but is to be a folder in runs/; take letters, digits, - and _")
+
+
+def _check_finite(group: Any, prefix: str) -> None:
+    for field in dataclasses.fields(group):
+        value = getattr(group, field.name)
+        if dataclasses.is_dataclass(value):
+            _check_finite(value, f"{prefix}{field.name}.")
+        values = value if isinstance(value, tuple) else (value,)
+        if any(isinstance(x, float) and not math.isfinite(x) for x in values):
+            raise ConfigError(f"{prefix}{field.name} {value}: must be finite")
 
 
 def _check_faster_rcnn(model: ModelConfig) -> None:

@@ -11,6 +11,7 @@ import pytest
 from querydet_jax.config import (
     Config,
     TrainConfig,
+    check,
     load_config,
     override,
     save_config,
@@ -309,3 +310,53 @@ def test_a_card_by_name_and_a_run_folder(tmp_path: Path) -> None:
     assert config == load_config(CONFIGS / "demo.py", {"train.steps": 7})
     save_config(config, tmp_path / "config.json")
     assert load_config(tmp_path) == config
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("../x", "has one of /"),
+        ("/tmp/x", "has one of /"),
+        ("a\\b", "has one of /"),
+        ("C:x", "has one of /"),
+        ("..", "begins or ends with a dot"),
+        (" ", "begins or ends with a dot or a space"),
+        ("", "is empty"),
+        ("a\nb", "has control characters"),
+        ("a\x1b[2J", "has control characters"),
+        ("a\ud800", "has control characters"),
+        ("a\u202eb", "has control characters"),
+        ("n" * 256, "is 256 bytes long"),
+        ("\N{SNOWMAN}" * 90, "is 270 bytes long"),
+    ],
+)
+def test_a_name_cannot_leave_the_runs_folder(name, wrong):
+    with pytest.raises(ConfigError) as error:
+        override(Config(), {"name": name})
+    assert str(error.value).startswith("name '") and wrong in str(error.value) and str(error.value).isprintable()
+    with pytest.raises(ConfigError):
+        load_config("demo", {"name": name})
+
+
+@pytest.mark.parametrize("name", ["exp-1_b.2", "été 3", "\N{SNOWMAN}", "n" * 200])
+def test_other_names_are_good(name):
+    assert override(Config(), {"name": name}).name == name
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("train.learning_rate", float("nan")),
+        ("train.clip_norm", -1.0),
+        ("train.keep_checkpoints", 0),
+        ("train.eval_images", -3),
+        ("train.seed", -1),
+        ("inference.score_threshold", float("-inf")),
+    ],
+)
+def test_numbers_that_mean_nothing_are_refused(field, value):
+    """Also those of flags, which do not pass through ``override``."""
+    group, name = field.split(".")
+    changed = dataclasses.replace(getattr(Config(), group), **{name: value})
+    with pytest.raises(ConfigError, match=rf"^{field} .*: must "):
+        check(dataclasses.replace(Config(), **{group: changed}))
