@@ -11,18 +11,24 @@ import struct
 import warnings
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
+from querydet_jax.cli.predict import _of_artifact as of_artifact
 from querydet_jax.config import Config, DataConfig, override
 from querydet_jax.data import Dataset, open_dataset
+from querydet_jax.data.prepare.visdrone import prepare_visdrone
 from querydet_jax.data.readers import deep
+from querydet_jax.data.readers.coco import CocoDataset
 from querydet_jax.data.readers.folders import FORMATS
 from querydet_jax.data.readers.images import Reading, read_header, read_image
 from querydet_jax.data.readers.orientation import TAG
 from querydet_jax.data.readers.pictures import Pictures
+from querydet_jax.inference.export.artifact import Artifact
 from querydet_jax.runtime.errors import ConfigError, DataError
 
 # 8x16 and 12x12 pixels in which every orientation differs.
@@ -139,6 +145,22 @@ def test_formats_without_sizes_have_a_convention(tmp_path, source, exif, caplog)
         np.testing.assert_array_equal(dataset.load(i), turned[i] if applied else stored)
         assert dataset.size(i) == dataset.load(i).shape[:2]
     assert sum("2 of 2 pictures have an EXIF orientation" in r.getMessage() for r in caplog.records) == 1
+
+
+@pytest.mark.parametrize("patches", [False, True])
+@pytest.mark.parametrize("exif", ["auto", "apply", "ignore"])
+def test_a_prepared_visdrone_folder_remembers_the_rule(tmp_path, exif, patches):
+    for inside in ("images", "annotations"):
+        (tmp_path / "split" / inside).mkdir(parents=True)
+    smooth = np.repeat(np.arange(0, 240, 20, dtype=np.uint8)[:, None, None] * np.ones((12, 3), np.uint8), 1, axis=1)
+    turned = save(tmp_path / "split/images/a.png", smooth, 6)
+    (tmp_path / "split/annotations/a.txt").write_text("1,1,4,4,1,4,0,0\n")
+    reading = Reading.of(DataConfig(exif=exif))
+    prepare_visdrone(tmp_path / "split", tmp_path / "out", patches=patches, reading=reading)
+    dataset = CocoDataset(tmp_path / "out/instances.json", tmp_path / "out/images")
+    expected = turned if exif == "apply" else smooth
+    found = dataset.load(0).astype(int)
+    assert np.abs(found - (expected[:6, :6] if patches else expected)).max() <= (12 if patches else 0)  # JPEG
 
 
 def _exif(entries: bytes, count: int) -> bytes:
@@ -313,6 +335,26 @@ def test_a_bit_depth_that_says_nothing_is_refused(text):
 @pytest.mark.parametrize("text", ["", "file", "-40:120.5", "0:16383", "0.5%:99.5%", "-1e3:1e3"])
 def test_a_bit_depth_that_is_accepted(text):
     assert override(Config(), {"data.bit_depth": text}).data.bit_depth == text
+
+
+@pytest.mark.parametrize("bit_depth", ["file", "28000:29000", "5%:95%"])
+def test_training_and_prediction_scale_alike(tmp_path, bit_depth):
+    config = override(Config(), {"data.source": "yolo", "data.root": str(tmp_path), "data.bit_depth": bit_depth})
+    for inside in ("images/train", "labels/train"):
+        (tmp_path / inside).mkdir(parents=True)
+    (tmp_path / "images/train/a.png").write_bytes(png16(THERMAL[..., None]))
+    (tmp_path / "data.yaml").write_text("names: [car]")
+    trained = open_dataset(config.data, "train").load(0)
+    assert trained.max() == 255 and trained.min() == 0
+    manifest = {
+        "preprocessing": {"test_short": 32, "test_max": 32, "exif": config.data.exif, "bit_depth": bit_depth},
+        "inference": {"query": "dense", "threshold": 0.1},
+        "name": "a",
+    }
+    artifact = cast("Artifact", SimpleNamespace(manifest=manifest, canvases=((32, 32),), batch_sizes=(1,), classes=()))
+    for data in (config.data, of_artifact(artifact).resizing):
+        pictures = Pictures([tmp_path / "images/train"], ("car",), Reading.of(data))
+        np.testing.assert_array_equal(pictures.load(0), trained)
 
 
 # Formats and modes ------------------------------------------------------------------------------

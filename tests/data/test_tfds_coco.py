@@ -23,6 +23,7 @@ from querydet_jax.data import open_dataset, train_batches
 from querydet_jax.data.prepare import coco as tfds_prepare
 from querydet_jax.data.prepare.coco import prepare_coco
 from querydet_jax.data.readers import tfds_coco
+from querydet_jax.data.readers.images import Reading
 from querydet_jax.data.readers.records import Records
 from querydet_jax.data.readers.tfds_coco import COCO_CLASSES, COCO_IDS, TfdsCocoDataset, pixel_boxes, whole_areas
 from querydet_jax.evaluation.coco import evaluate
@@ -118,6 +119,36 @@ def test_a_copy_reads_as_its_folder(folder, prepared):
     assert {type(b.image_id(0)), *map(type, b.size(0))} == {int}
     json.dumps(b.coco_ground_truth())
     assert "tensorflow" not in sys.modules
+
+
+@pytest.mark.parametrize(("exif", "turned"), [("auto", True), ("apply", True), ("ignore", False)])
+def test_prepared_copies_remember_the_rule(tmp_path, exif, turned):
+    pixels = np.random.default_rng(0).integers(0, 256, (24, 24, 3), dtype=np.uint8)
+    tag = Image.Exif()
+    tag[0x0112] = 6
+    content = {
+        "images": [{"id": 1, "file_name": "a.png", "height": 24, "width": 24}],
+        "annotations": [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [1, 2, 6, 9]}],
+        "categories": [{"id": 1, "name": "car"}],
+    }
+    source = tmp_path / "coco"
+    for split in ("train", "val"):
+        (source / f"{split}2017").mkdir(parents=True)
+        Image.fromarray(pixels).save(source / f"{split}2017" / "a.png", exif=tag)
+    (source / "annotations").mkdir()
+    for split in ("train", "val"):
+        (source / "annotations" / f"instances_{split}2017.json").write_text(json.dumps(content))
+    prepare_coco(source, tmp_path / "out", reading=Reading.of(DataConfig(exif=exif)))
+
+    def load(setting: str) -> np.ndarray:
+        dataset = open_dataset(DataConfig(source="tfds", root=str(tmp_path / "out"), exif=setting), "train")
+        assert dataset.annotation(0).boxes.tolist() == [[1, 2, 7, 11]] and "1 of 1 pictures" in dataset.exif_note
+        return dataset.load(0)
+
+    expected = np.rot90(pixels, -1) if turned else pixels
+    np.testing.assert_array_equal(load("auto"), expected)
+    np.testing.assert_array_equal(load("apply" if turned else "ignore"), expected)
+    np.testing.assert_array_equal(load("ignore" if turned else "apply"), pixels if turned else np.rot90(pixels, -1))
 
 
 def test_a_copy_scores_as_its_folder(folder, prepared):

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from PIL import Image
 from small_detector import (
     BASE,
     MODEL,
@@ -33,7 +34,9 @@ from small_detector import (
 )
 
 from querydet_jax import Detections, Detector, build_model
-from querydet_jax.config import BackboneConfig, QueryConfig
+from querydet_jax.config import BackboneConfig, DataConfig, QueryConfig
+from querydet_jax.data.readers.pictures import Pictures
+from querydet_jax.inference.results import run_on_images
 from querydet_jax.runtime.errors import ConfigError
 
 FOUR = pictures(4, 64, 96)
@@ -381,3 +384,15 @@ def test_hard_cap_reports_the_overflow():
     assert free.stats[3].overflowed and capped.stats[3].overflowed
     assert free.stats[3].queries == capped.stats[3].queries
     assert 0 < capped.stats[3].active <= capped.stats[3].capacity < free.stats[3].active
+
+
+def test_pictures_of_one_pixel_are_read_resized_and_detected_on(tmp_path):
+    sizes = {"a": (1, 1), "b": (3000, 1), "c": (1, 3000), "d": (2, 1)}
+    for name, size in sizes.items():
+        Image.new("RGB", size, (200, 90, 30)).save(tmp_path / f"{name}.png")
+    data = DataConfig(test_short=64, test_max=64, test_canvases=((64, 96),))
+    results = list(run_on_images(detector(query="dense"), Pictures([tmp_path], ("a", "b", "c")), data, batch_size=4))
+    assert {result.image.shape[1::-1] for result in results} == set(sizes.values())
+    for result in results:
+        h, w, _ = result.image.shape
+        assert np.isfinite(result.boxes).all() and (result.boxes >= 0).all() and (result.boxes <= [w, h, w, h]).all()
