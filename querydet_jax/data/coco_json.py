@@ -10,7 +10,7 @@ import contextlib
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Protocol, TypeVar
 
 import msgspec
 import numpy as np
@@ -97,6 +97,12 @@ _REMEDIES = {
 # Keys that other parts of such files have, too: licences, key points, attributes.
 _ELSEWHERE = {"id", "name", "width", "height"}
 
+
+class Numbered(Protocol):
+    @property
+    def id(self) -> int: ...
+
+
 F = TypeVar("F", bound=Struct)
 E = TypeVar("E", bound=Struct)
 
@@ -130,7 +136,10 @@ def read_results(path: str | Path) -> list[Result]:
         content = msgspec.json.decode(text, type=list[Result])
         if not _may_repeat(text, {"results": content}):
             return content
-    return check_entries(parse_json(text, str(path)), Result, f"{path}: results")
+    content = parse_json(text, str(path))
+    if not isinstance(content, list):
+        raise DataError(f"{path}: not a list of detections; give COCO results, as eval.py writes them")
+    return check_entries(content, Result, f"{path}: results")
 
 
 def check_content(content: Any, form: type[F], name: str) -> F:
@@ -139,6 +148,8 @@ def check_content(content: Any, form: type[F], name: str) -> F:
     Raises:
       DataError: as ``read_file``.
     """
+    if isinstance(content, form):
+        return content
     if not isinstance(content, Mapping):
         raise DataError(f"{name}: not a COCO annotation file (the top level is not an object); export it as COCO json")
     values = {}
@@ -212,7 +223,7 @@ def _value(value: Any, kind: Any) -> Any:
         raise
 
 
-def check_ids(items: Sequence[Image | Category | Annotation], where: str) -> dict[int, int]:
+def check_ids(items: Sequence[Numbered], where: str) -> dict[int, int]:
     """Return {id: position}.
 
     Raises:

@@ -7,9 +7,11 @@ recall arrays; with the default limits they equal its summary.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import io
-from collections.abc import Iterable, Sequence
+import operator
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +20,11 @@ import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from querydet_jax.evaluation.coco_input import annotations_of, detections_of, entries, restrict, select_ids
+from querydet_jax.data.coco_json import Result, check_content, check_entries
+from querydet_jax.evaluation.coco_input import GroundTruth, annotations_of, detections_of, select_ids
 from querydet_jax.evaluation.curves import IOUS, Curves, Line, mean_lines
 from querydet_jax.evaluation.metrics import DEFAULT_BINS, CocoMetrics, SizeBin, as_bins
-from querydet_jax.runtime.errors import DataError
+from querydet_jax.runtime.errors import DataError, QueryDetError, shown
 from querydet_jax.runtime.files import write_json
 
 # COCO's area ranges include both ends: an object of exactly 32x32 is small and medium.
@@ -39,7 +42,8 @@ class ImageDetections:
       classes: int [n], 0..K-1.
 
     Raises:
-      DataError: the lengths differ, or boxes are not [n,4].
+      DataError: the lengths differ, boxes are not [n,4], or a value is impossible: not finite, an end before its
+        begin, a class that is no whole number.
     """
 
     image_id: int
@@ -48,13 +52,31 @@ class ImageDetections:
     classes: np.ndarray
 
     def __post_init__(self) -> None:
-        n = len(self.boxes)
-        shapes = [np.shape(self.boxes), np.shape(self.scores), np.shape(self.classes)]
-        if shapes != [(n, 4), (n,), (n,)]:
+        who = f"image {shown(self.image_id)}"
+        if not isinstance(self.image_id, (int, np.integer)) or isinstance(self.image_id, bool):
+            raise DataError(f"{who}: is not an integer id; give the image's id in the ground truth")
+        boxes, scores, classes = (_numbers(getattr(self, name), who, name) for name in ("boxes", "scores", "classes"))
+        n, shapes = boxes.shape[:1], [boxes.shape, scores.shape, classes.shape]
+        if shapes != [(*n, 4), n, n]:
             raise DataError(
-                f"image {self.image_id}: boxes, scores, classes of shapes {shapes}, expected [n,4], [n], [n]; "
+                f"{who}: boxes, scores, classes of shapes {shapes}, expected [n,4], [n], [n]; "
                 "remove the padding from all three"
             )
+        for name, fine, problem in (
+            ("boxes", np.isfinite(boxes), "not finite; give x0, y0, x1, y1 in px"),
+            ("boxes", boxes[:, 2:] >= boxes[:, :2], "that end before they begin; give x0, y0, x1, y1 in px"),
+            ("scores", np.isfinite(scores), "not finite; remove these detections"),
+            ("classes", np.isfinite(classes) & (classes == np.rint(classes)), "not whole numbers; give 0..K-1"),
+        ):
+            if not fine.all():
+                raise DataError(f"{who}: {name} hold values {problem}")
+
+
+def _numbers(values: Any, who: str, name: str) -> np.ndarray:
+    try:
+        return np.asarray(values, np.float64)
+    except (TypeError, ValueError, OverflowError):
+        raise DataError(f"{who}: {name} are not an array of numbers") from None
 
 
 def to_coco_results(detections: Iterable[ImageDetections], category_ids: Sequence[int | None]) -> list[dict[str, Any]]:
@@ -80,7 +102,9 @@ def to_coco_results(detections: Iterable[ImageDetections], category_ids: Sequenc
         for box, score, label in zip(xywh, np.asarray(image.scores).tolist(), classes.tolist(), strict=True):
             identifier = category_ids[label]
             if identifier is not None:
-                results.append({"image_id": image.image_id, "category_id": identifier, "bbox": box, "score": score})
+                results.append(
+                    {"image_id": int(image.image_id), "category_id": identifier, "bbox": box, "score": score}
+                )
     return results
 
 
@@ -88,22 +112,27 @@ def save_results(path: str | Path, results: Sequence[dict[str, Any]]) -> None:
     """Write COCO results as JSON, atomically; create the folder if it is missing.
 
     Raises:
-      DataError: a value cannot be stored as JSON, such as nan or an array.
+      DataError: an entry is malformed, or holds a value that cannot be stored as JSON, such as nan or an array.
     """
+    check_entries(results, Result, f"{path}: results")
     try:
         write_json(path, results, default=_plain)
-    except (TypeError, ValueError) as error:
+    except QueryDetError:
+        raise
+    except (TypeError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: results not writable as JSON ({error}); see to_coco_results for the form") from None
 
 
 def evaluate(
-    ground_truth: dict[str, Any],
-    results: Sequence[dict[str, Any]],
+    ground_truth: Mapping[str, Any] | GroundTruth,
+    results: Sequence[Mapping[str, Any] | Result],
     *,
     max_detections: Sequence[int] = (1, 10, 100),
     size_bins: Iterable[tuple[float, float]] = DEFAULT_BINS,
+    recall_at: Sequence[int] = (),
     category_ids: Sequence[int] | None = None,
     image_ids: Sequence[int] | None = None,
+    names: tuple[str, str] = ("ground truth", "results"),
 ) -> CocoMetrics:
     """Compute average precision and recall of boxes over IoU 0.50, 0.55 .. 0.95, averaged over categories.
 
@@ -115,61 +144,82 @@ def evaluate(
       results: COCO results, as from ``to_coco_results``.
       max_detections: limits on detections per image and category. AR is computed at each limit, all other
         metrics at the largest.
+      recall_at: further limits, at which only AR is computed.
       size_bins: further ranges of sqrt(area) in px, ``low <= size < high``, for AP and AR; they may overlap.
         The size is the annotation's ``area``, which is that of the segment if the data set has segments.
       category_ids: evaluate these categories only.
       image_ids: evaluate these images only.
+      names: what messages call ground truth and results, such as their files.
 
     Raises:
       DataError: ground truth or results are malformed, or an image or category id is not in the ground truth.
     """
-    limits = sorted({int(limit) for limit in max_detections})
-    if not limits or limits[0] < 1:
-        raise DataError(f"max_detections: {tuple(max_detections)}, expected at least one number, each 1 or more")
+    content = check_content(ground_truth, GroundTruth, names[0])
+    entries = check_entries(results, Result, names[1])
+    headline = _limits(max_detections, "max_detections")
+    if not headline:
+        raise DataError("max_detections: (), expected at least one number, each 1 or more")
+    limits = sorted({*headline, *_limits(recall_at, "recall_at")})
+    at = limits.index(headline[-1])
     bins = as_bins(size_bins)
-    images = entries(ground_truth, "images")
-    categories = entries(ground_truth, "categories")
-    truth = annotations_of(ground_truth, images, categories)
-    found = detections_of(results, images, categories)
-
-    chosen_images = select_ids(images, image_ids, "image_ids")
-    chosen_categories = select_ids(categories, category_ids, "category_ids")
-    truth = restrict(truth, chosen_images, chosen_categories)
-    found = restrict(found, chosen_images, chosen_categories)
+    truth, found = annotations_of(content, names[0]), detections_of(entries, content, names[1])
+    images = select_ids({image.id for image in content.images}, image_ids, "image_ids")
+    labels = {category.id: category.name or str(category.id) for category in content.categories}
+    categories = {i: labels[i] for i in select_ids(labels, category_ids, "category_ids")}
+    truth, found = (_restricted(items, images, categories) for items in (truth, found))
 
     areas = dict(_COCO_AREAS)
     for entry in bins:
         # pycocotools includes both ends; half-open bins count an object of exactly 16x16 once.
         areas[entry.key] = (entry.low**2, float(np.nextafter(entry.high**2, 0)) if entry.high < np.inf else np.inf)
-    precision, recall = _run(chosen_images, chosen_categories, truth, found, areas, limits)
+    precision, recall = _run(images, list(categories), truth, found, areas, limits)
+    all_recall = recall[:, :, 0]
+    precision, recall = precision[..., at], recall[..., at]
 
     objects = [item for item in truth if not item["iscrowd"]]
     notes = []
-    if not chosen_images:
+    if not images:
         notes.append("no images to evaluate, so every metric is undefined; check `images` of the ground truth")
     elif not objects:
         notes.append(
-            f"no ground-truth objects in the {len(chosen_images)} images evaluated, so every metric is undefined; "
+            f"no ground-truth objects in the {len(images)} images evaluated, so every metric is undefined; "
             "check `annotations`, image_ids and category_ids"
         )
     elif not found:
         notes.append("no detections in the images evaluated; check the score threshold")
-    per_class = _by_class(chosen_categories, objects, precision, recall, list(areas))
+    per_class = _by_class(categories, objects, precision, recall, list(areas))
     return CocoMetrics(
-        metrics=_summary(precision, recall, areas, limits, bins),
+        metrics=_summary(precision, recall, {limit: all_recall[..., i] for i, limit in enumerate(limits)}, areas, bins),
         per_class=per_class,
         objects={key: sum(low <= item["area"] <= high for item in objects) for key, (low, high) in areas.items()},
-        num_images=len(chosen_images),
+        num_images=len(images),
         num_detections=len(found),
-        curves=_curves(precision[:, :, :, 0, -1], per_class),
+        curves=_curves(precision[..., 0], per_class),
         size_bins=bins,
         notes=tuple(notes),
     )
 
 
+def _limits(values: Sequence[int], name: str) -> list[int]:
+    try:
+        limits = sorted(set(map(operator.index, values)))
+    except TypeError:
+        limits = [0]
+    if limits and limits[0] < 1:
+        raise DataError(f"{name}: {shown(values)}, expected whole numbers, each 1 or more")
+    return limits
+
+
+def _restricted(
+    items: list[dict[str, Any]], images: Sequence[int], categories: Mapping[int, str]
+) -> list[dict[str, Any]]:
+    kept = set(images)
+    return [item for item in items if item["image_id"] in kept and item["category_id"] in categories]
+
+
 def _run(
-    images: dict[int, Any],
-    categories: dict[int, Any],
+    images: list[int],
+    categories: list[int],
     truth: list[dict[str, Any]],
     found: list[dict[str, Any]],
     areas: dict[str, tuple[float, float]],
@@ -185,8 +235,8 @@ def _run(
         for annotations in (truth, found):
             coco = COCO()
             dataset: Any = {
-                "images": list(images.values()),
-                "categories": list(categories.values()),
+                "images": [{"id": i} for i in images],
+                "categories": [{"id": i} for i in categories],
                 "annotations": annotations,
             }
             coco.dataset = dataset
@@ -196,8 +246,8 @@ def _run(
         run.params.maxDets = limits
         run.params.areaRng = [list(pair) for pair in areas.values()]
         run.params.areaRngLbl = list(areas)
-        # Sort as pycocotools does, so that axis 2 follows the order of `categories`.
-        run.params.imgIds, run.params.catIds = sorted(images), sorted(categories)
+        # Ascending, as pycocotools sorts them, so that axis 2 follows the order of `categories`.
+        run.params.imgIds, run.params.catIds = images, categories
         run.evaluate()
         run.accumulate()
     return run.eval["precision"], run.eval["recall"]
@@ -206,47 +256,45 @@ def _run(
 def _summary(
     precision: np.ndarray,
     recall: np.ndarray,
+    recall_at: dict[int, np.ndarray],
     areas: dict[str, tuple[float, float]],
-    limits: list[int],
     bins: tuple[SizeBin, ...],
 ) -> dict[str, float]:
+    """Average precision [IoU, recall, class, area], recall [IoU, class, area] and {limit: recall [IoU, class]}."""
     index = {name: i for i, name in enumerate(areas)}
     out = {
-        "AP": _mean(precision[:, :, :, 0, -1]),
-        "AP50": _mean(precision[0, :, :, 0, -1]),
-        "AP75": _mean(precision[5, :, :, 0, -1]),
+        "AP": _mean(precision[:, :, :, 0]),
+        "AP50": _mean(precision[0, :, :, 0]),
+        "AP75": _mean(precision[5, :, :, 0]),
     }
-    out |= {f"AP{size}": _mean(precision[:, :, :, index[size], -1]) for size in "sml"}
-    out |= {f"AR{limit}": _mean(recall[:, :, 0, i]) for i, limit in enumerate(limits)}
-    out |= {f"AR{size}": _mean(recall[:, :, index[size], -1]) for size in "sml"}
-    out |= {f"AP_{entry.key}": _mean(precision[:, :, :, index[entry.key], -1]) for entry in bins}
-    out |= {f"AR_{entry.key}": _mean(recall[:, :, index[entry.key], -1]) for entry in bins}
+    out |= {f"AP{size}": _mean(precision[:, :, :, index[size]]) for size in "sml"}
+    out |= {f"AR{limit}": _mean(values) for limit, values in recall_at.items()}
+    out |= {f"AR{size}": _mean(recall[:, :, index[size]]) for size in "sml"}
+    out |= {f"AP_{entry.key}": _mean(precision[:, :, :, index[entry.key]]) for entry in bins}
+    out |= {f"AR_{entry.key}": _mean(recall[:, :, index[entry.key]]) for entry in bins}
     return out
 
 
 def _by_class(
-    categories: dict[int, Any],
+    categories: Mapping[int, str],
     objects: list[dict[str, Any]],
     precision: np.ndarray,
     recall: np.ndarray,
     areas: list[str],
 ) -> dict[str, dict[str, float]]:
-    counts = dict.fromkeys(categories, 0)
-    for item in objects:
-        counts[item["category_id"]] += 1
-    names = [str(category.get("name", key)) for key, category in categories.items()]
+    counts = collections.Counter(item["category_id"] for item in objects)
+    names = collections.Counter(categories.values())
     small = areas.index("s")
-    out = {}
-    for k, key in enumerate(categories):
-        name = names[k] if names.count(names[k]) == 1 else f"{names[k]} ({key})"
-        out[name] = {
-            "AP": _mean(precision[:, :, k, 0, -1]),
-            "AP50": _mean(precision[0, :, k, 0, -1]),
-            "APs": _mean(precision[:, :, k, small, -1]),
-            "AR": _mean(recall[:, k, 0, -1]),
+    return {
+        name if names[name] == 1 else f"{name} ({key})": {
+            "AP": _mean(precision[:, :, k, 0]),
+            "AP50": _mean(precision[0, :, k, 0]),
+            "APs": _mean(precision[:, :, k, small]),
+            "AR": _mean(recall[:, k, 0]),
             "objects": counts[key],
         }
-    return out
+        for k, (key, name) in enumerate(categories.items())
+    }
 
 
 def _curves(precision: np.ndarray, per_class: dict[str, dict[str, float]]) -> Curves:

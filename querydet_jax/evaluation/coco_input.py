@@ -6,119 +6,88 @@ modifies the dictionaries it receives.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
-import numpy as np
+from msgspec import Struct
 
-from querydet_jax.runtime.errors import DataError
-
-
-def entries(ground_truth: dict[str, Any], key: str) -> dict[int, dict[str, Any]]:
-    """Return {id: entry} of the list ``key``, in ascending order of id."""
-    entries = ground_truth.get(key) if isinstance(ground_truth, dict) else None
-    if not isinstance(entries, list) or any(not isinstance(e, dict) or "id" not in e for e in entries):
-        raise DataError(f"ground truth: `{key}` is not a list of entries with an id; give a COCO annotation file")
-    out = {entry["id"]: entry for entry in entries}
-    if len(out) < len(entries):
-        raise DataError(f"ground truth: `{key}` has an id twice; make the ids unique")
-    return dict(sorted(out.items()))
+from querydet_jax.data.coco_json import Id, Result, Truth, boxes_of, check_ids, positions_of
+from querydet_jax.runtime.errors import DataError, shown
 
 
-def select_ids(known: dict[int, Any], ids: Sequence[int] | None, name: str) -> dict[int, Any]:
+class ImageId(Struct, gc=False):
+    id: Id
+
+
+class NamedId(Struct, gc=False):
+    id: Id
+    name: str = ""
+
+
+class GroundTruth(Struct):
+    """What evaluation reads of an annotation file."""
+
+    images: list[ImageId]
+    categories: list[NamedId]
+    annotations: list[Truth] = []
+
+
+def select_ids(known: Collection[int], ids: Iterable[int] | None, name: str) -> list[int]:
+    """Return the ids of ``known`` that are among ``ids``, ascending; None selects all."""
     if ids is None:
-        return known
-    unknown = sorted(set(ids) - set(known), key=str)
+        return sorted(known)
+    wanted = list(ids)
+    unknown = sorted((i for i in wanted if not isinstance(i, int) or i not in known), key=str)
     if unknown:
         raise DataError(f"{name}: {_listed(unknown)} not in the ground truth; give ids from the annotation file")
-    wanted = set(ids)
-    return {key: entry for key, entry in known.items() if key in wanted}
+    return sorted(set(wanted))
 
 
-def restrict(items: list[dict[str, Any]], images: dict[int, Any], categories: dict[int, Any]) -> list[dict[str, Any]]:
-    return [item for item in items if item["image_id"] in images and item["category_id"] in categories]
-
-
-def annotations_of(
-    ground_truth: dict[str, Any], images: dict[int, Any], categories: dict[int, Any]
-) -> list[dict[str, Any]]:
-    """Return the annotations as new dictionaries with ids from 1.
+def annotations_of(truth: GroundTruth, where: str) -> list[dict[str, Any]]:
+    """Return the annotations as dictionaries with ids from 1.
 
     pycocotools marks an unmatched detection with annotation id 0, so a match with an annotation
     whose id is 0 would count as a false positive.
     """
-    annotations = ground_truth.get("annotations", [])
-    if not isinstance(annotations, list):
-        raise DataError("ground truth: `annotations` is not a list; give a COCO annotation file")
-    out = []
-    for index, item in enumerate(annotations):
-        where = f"ground truth: annotation {item.get('id', index) if isinstance(item, dict) else index}"
-        box = _checked(item, images, categories, where, ("image_id", "category_id", "bbox"))
-        area = item.get("area")
-        out.append(
-            {
-                "id": index + 1,
-                "image_id": item["image_id"],
-                "category_id": item["category_id"],
-                "bbox": box,
-                "area": box[2] * box[3] if area is None else float(area),
-                "iscrowd": int(item.get("iscrowd") or 0),
-            }
-        )
-    return out
+    items, at = truth.annotations, f"{where}: annotations"
+    positions_of(items, "image_id", check_ids(truth.images, f"{where}: images"), at)
+    positions_of(items, "category_id", check_ids(truth.categories, f"{where}: categories"), at)
+    boxes_of(items, at)
+    return [
+        {
+            "id": number,
+            "image_id": item.image_id,
+            "category_id": item.category_id,
+            "bbox": list(item.bbox),
+            "area": item.size,
+            "iscrowd": int(item.iscrowd),
+        }
+        for number, item in enumerate(items, start=1)
+    ]
 
 
-def detections_of(
-    results: Sequence[dict[str, Any]], images: dict[int, Any], categories: dict[int, Any]
-) -> list[dict[str, Any]]:
-    for key, known, name in (("image_id", images, "image"), ("category_id", categories, "category")):
-        unknown = sorted(
-            {item[key] for item in results if isinstance(item, dict) and key in item} - set(known), key=str
-        )
+def detections_of(results: Sequence[Result], truth: GroundTruth, where: str) -> list[dict[str, Any]]:
+    for key, known in (("image", truth.images), ("category", truth.categories)):
+        unknown = sorted({getattr(item, f"{key}_id") for item in results} - {entry.id for entry in known})
         if unknown:
             raise DataError(
-                f"results: {name} id {_listed(unknown)} not in the ground truth; evaluate against the annotation "
+                f"{where}: {key} id {_listed(unknown)} not in the ground truth; evaluate against the annotation "
                 f"file of the data set that was detected on"
             )
-    out = []
-    for index, item in enumerate(results):
-        where = f"results: entry {index}"
-        box = _checked(item, images, categories, where, ("image_id", "category_id", "bbox", "score"))
-        score = float(item["score"])
-        if not np.isfinite(score):
-            raise DataError(f"{where}: score {score} is not finite; fix the detector or remove the entry")
-        out.append(
-            {
-                "id": index + 1,
-                "image_id": item["image_id"],
-                "category_id": item["category_id"],
-                "bbox": box,
-                "area": box[2] * box[3],
-                "iscrowd": 0,
-                "score": score,
-            }
-        )
-    return out
-
-
-def _checked(
-    item: Any, images: dict[int, Any], categories: dict[int, Any], where: str, keys: tuple[str, ...]
-) -> list[float]:
-    """Check the entry's fields and ids; return its box as four finite floats."""
-    missing = [key for key in keys if key not in item] if isinstance(item, dict) else list(keys)
-    if missing:
-        raise DataError(f"{where}: lacks {', '.join(missing)}; every entry needs {', '.join(keys)}")
-    for key, known in (("image_id", images), ("category_id", categories)):
-        if item[key] not in known:
-            raise DataError(f"{where}: {key} {item[key]} is not listed in the ground truth; add it or remove the entry")
-    try:
-        box = [float(value) for value in item["bbox"]]
-    except (TypeError, ValueError):
-        box = []
-    if len(box) != 4 or not np.isfinite(box).all() or box[2] < 0 or box[3] < 0:
-        raise DataError(f"{where}: bbox {item['bbox']}, expected four finite numbers x, y, w, h with w, h >= 0")
-    return box
+    boxes_of(results, where)
+    return [
+        {
+            "id": number,
+            "image_id": item.image_id,
+            "category_id": item.category_id,
+            "bbox": list(item.bbox),
+            "area": item.bbox[2] * item.bbox[3],
+            "iscrowd": 0,
+            "score": item.score,
+        }
+        for number, item in enumerate(results, start=1)
+    ]
 
 
 def _listed(ids: Sequence[Any]) -> str:
-    return ", ".join(map(str, ids[:5])) + (f" and {len(ids) - 5} more" if len(ids) > 5 else "")
+    return ", ".join(map(shown, ids[:5])) + (f" and {len(ids) - 5} more" if len(ids) > 5 else "")

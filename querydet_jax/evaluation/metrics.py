@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from querydet_jax.evaluation.curves import Curves
-from querydet_jax.runtime.errors import DataError
+from querydet_jax.runtime.errors import DataError, shown
 from querydet_jax.viz.text import percent, shorten, text_table
 
 
@@ -45,7 +45,10 @@ DEFAULT_BINS = (
 
 def as_bins(bins: Iterable[tuple[float, float]]) -> tuple[SizeBin, ...]:
     """Return ``(low, high)`` pairs as SizeBins; raise DataError unless ``0 <= low < high`` and all differ."""
-    out = tuple(SizeBin(float(low), float(high)) for low, high in bins)
+    try:
+        out = tuple(SizeBin(float(low), float(high)) for low, high in bins)
+    except (TypeError, ValueError, OverflowError):
+        raise DataError(f"size_bins: {shown(bins)}, expected pairs of numbers (low, high), in px") from None
     for entry in out:
         if not 0 <= entry.low < entry.high:
             raise DataError(f"size_bins: ({entry.low:g}, {entry.high:g}) is not a range; give 0 <= low < high, in px")
@@ -61,7 +64,7 @@ class CocoMetrics:
     Attributes:
       metrics: AP, AP50, AP75, APs, APm, APl; AR1, AR10, AR100 (one per limit on detections per image);
         ARs, ARm, ARl; then ``AP_low_high`` and ``AR_low_high`` of every size bin. All except AR1, AR10
-        and AR100 use the largest limit.
+        and AR100 use the largest of ``max_detections``; a limit of ``recall_at`` adds an AR alone.
       per_class: {class name: AP, AP50, APs, AR, number of objects}, in the data set's order.
       objects: number of ground-truth objects without crowds: ``all``, ``s``, ``m``, ``l`` and each bin's key.
       num_images: images evaluated.

@@ -153,7 +153,8 @@ def evaluate_detectors(
             runs[name].add(of_other[name])
             found[name] += found_there[name]
     for name, run in runs.items():
-        run.scores = score(dataset, found[name], indices=indices, size_bins=size_bins)
+        most = detectors[name].config.max_detections
+        run.scores = score(dataset, found[name], indices=indices, size_bins=size_bins, max_detections=most)
     return runs
 
 

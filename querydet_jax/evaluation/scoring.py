@@ -45,7 +45,9 @@ class Scores:
         coco = self.coco.metrics
         sized = {"APs": coco["APs"], "AP<16": coco.get("AP_0_16", np.nan)}
         if self.visdrone is None:
-            return {**{name: coco[name] for name in ("AP", "AP50", "AP75")}, **sized, "AR100": coco["AR100"]}
+            recalls = {name: coco[name] for name in coco if name[:2] == "AR" and name[2:].isdecimal()}
+            more = {name: value for name, value in recalls.items() if int(name[2:]) >= 100}
+            return {**{name: coco[name] for name in ("AP", "AP50", "AP75")}, **sized, **more}
         official = self.visdrone.metrics
         further = {name: official[name] for name in ("AP50", "AP75", "AR500")}
         return {"VisDrone AP": official["AP"], **further, "COCO AP": coco["AP"], **sized}
@@ -71,6 +73,7 @@ def score(
     *,
     indices: Sequence[int] | None = None,
     size_bins: Sequence[tuple[float, float]] = DEFAULT_BINS,
+    max_detections: int = 100,
 ) -> Scores:
     """Score detections against a data set's ground truth.
 
@@ -79,6 +82,8 @@ def score(
       detections: one entry per image, in any order.
       indices: positions of the images to score; None selects all.
       size_bins: see ``evaluate``.
+      max_detections: the most that the detector gives per image. Above 100, COCO's AR is also computed at this
+        limit; everything else stays at COCO's 100.
 
     Raises:
       DataError: see ``to_coco_results``, ``evaluate`` and ``evaluate_visdrone``.
@@ -86,7 +91,9 @@ def score(
     positions = range(len(dataset)) if indices is None else sorted(indices)
     results = to_coco_results(detections, dataset.category_ids)
     chosen = [dataset.image_id(i) for i in positions]
-    coco = evaluate(dataset.coco_ground_truth(), results, image_ids=chosen, size_bins=size_bins)
+    recall_at = (max_detections,) if max_detections > 100 else ()
+    truth = dataset.coco_ground_truth()
+    coco = evaluate(truth, results, image_ids=chosen, size_bins=size_bins, recall_at=recall_at)
     left_out = sum(len(image.scores) for image in detections) - len(results)
     if left_out:
         absent = [name for name, i in zip(dataset.classes, dataset.category_ids, strict=True) if i is None]

@@ -8,16 +8,18 @@ from pathlib import Path
 
 import numpy as np
 
+from querydet_jax.data.coco_json import read_file, read_results
 from querydet_jax.data.readers.folders import SUFFIXES, by_stem
 from querydet_jax.data.readers.images import read_headers
 from querydet_jax.data.readers.visdrone import parse_annotations
 from querydet_jax.evaluation.coco import evaluate
+from querydet_jax.evaluation.coco_input import GroundTruth
 from querydet_jax.evaluation.metrics import CocoMetrics
 from querydet_jax.evaluation.visdrone import VisDroneImage, evaluate_visdrone
 from querydet_jax.evaluation.visdrone_files import read_result_file
 from querydet_jax.evaluation.visdrone_results import VisDroneMetrics
 from querydet_jax.runtime.errors import DataError
-from querydet_jax.runtime.reading import read_json, read_text
+from querydet_jax.runtime.reading import read_text
 
 # An image size beyond any box, so that no region or box is cut at the image's edge.
 _BOUNDLESS = (1 << 30, 1 << 30)
@@ -81,13 +83,8 @@ def score_coco(
     Raises:
       DataError: a file is not readable, or an entry is malformed.
     """
-    truth, found = read_json(annotations), read_json(results)
-    if not isinstance(found, list):
-        raise DataError(f"{results}: not a list of detections; give COCO results, as eval.py writes them")
-    try:
-        return evaluate(truth, found, max_detections=max_detections)
-    except DataError as error:
-        raise DataError(f"{results} against {annotations}: {error}") from None
+    truth, found = read_file(annotations, GroundTruth), read_results(results)
+    return evaluate(truth, found, max_detections=max_detections, names=(str(annotations), f"{results}: results"))
 
 
 def _text_files(folder: Path, kind: str) -> dict[str, str]:

@@ -59,14 +59,14 @@ def call(name: str, *words: object) -> None:
 
 def test_train_then_eval(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(run)
-    call("eval", "run", "--pictures", 2)
+    call("eval", "run", "--pictures", 2, "--inference.max-detections", 150)
     printed = capsys.readouterr().out
     assert "dense" in printed and "csq" in printed and "speed-up" in printed
     report = json.loads((run / "run" / "report.json").read_text())
     assert set(report["methods"]) == {"dense", "csq"}
     for method in report["methods"].values():
         assert method["num_images"] == 3 and method["ms_per_image"] > 0
-        assert {"AP", "AP50", "APs", "AP_0_16", "AR100"} <= set(method["metrics"])
+        assert {"AP", "AP50", "APs", "AP_0_16", "AR100", "AR150"} <= set(method["metrics"])
     assert report["speed_up"]["dense"] == 1.0 and report["machine"]["jax"]
     assert report["config"]["train"]["steps"] == 4
     pictures = sorted((run / "run" / "pictures").iterdir())

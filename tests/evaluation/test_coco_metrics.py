@@ -11,6 +11,7 @@ import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from querydet_jax.data.dataset import Annotation, Dataset
 from querydet_jax.data.transforms import rescale_to_original
 from querydet_jax.evaluation import (
     ImageDetections,
@@ -19,6 +20,7 @@ from querydet_jax.evaluation import (
     save_results,
     to_coco_results,
 )
+from querydet_jax.evaluation.scoring import score
 from querydet_jax.runtime.errors import DataError
 
 HEADLINE = ["AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl"]
@@ -174,10 +176,61 @@ def test_own_bins_and_limits():
     assert found.metrics["AP"] == pytest.approx(100)
     assert found.metrics["AR100"] == pytest.approx(50)
     assert found.metrics["AP_0_12.5"] == pytest.approx(100)
-    with pytest.raises(DataError, match="max_detections"):
-        evaluate(truth, results, max_detections=())
-    with pytest.raises(DataError, match="not a range"):
-        evaluate(truth, results, size_bins=[(8, 8)])
+    for bad in ((), (0,), (1, 2.5), ("1",), (None,), 100, (1, -1)):
+        with pytest.raises(DataError, match="max_detections: .*expected"):
+            evaluate(truth, results, max_detections=bad)  # type: ignore[arg-type]
+    for bad in ((8, 8), (float("nan"), 8), ("a", 8), (0,), None, (0, 10**400)):
+        with pytest.raises(DataError, match="size_bins: "):
+            evaluate(truth, results, size_bins=[bad])  # type: ignore[list-item]
+
+
+def test_recall_at_a_further_limit_changes_nothing_else():
+    truth, results = random_case(1)
+    many = [(20 * i, 20 * j, 10, 10) for i in range(20) for j in range(10)]
+    truth["annotations"] += [annotation(b, image=2, id=1000 + i) for i, b in enumerate(many)]
+    results += [result(b, 1 - i / 1000, image=2) for i, b in enumerate(many)]
+    before, after = evaluate(truth, results).to_dict(), evaluate(truth, results, recall_at=(200, 100)).to_dict()
+    assert list(after["metrics"])[6:10] == ["AR1", "AR10", "AR100", "AR200"]
+    assert after["metrics"].pop("AR200") > before["metrics"]["AR100"]
+    assert after == before
+    with pytest.raises(DataError, match="recall_at"):
+        evaluate(truth, results, recall_at=(0,))
+
+
+class Crowded(Dataset):
+    """One image with 200 boxes of 10x10."""
+
+    classes, category_ids, origin = ("car",), (1,), "crowded"
+    boxes = np.array([(20 * i, 20 * j, 20 * i + 10, 20 * j + 10) for i in range(20) for j in range(10)], np.float32)
+
+    def __len__(self):
+        return 1
+
+    def image_id(self, i):
+        return 5
+
+    def file_name(self, i):
+        return "a.png"
+
+    def size(self, i):
+        return 400, 400
+
+    def annotation(self, i):
+        return Annotation(self.boxes, np.zeros(200, np.int32), np.zeros(200, bool))
+
+    def load(self, i):
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize(("most", "more"), [(50, {}), (100, {}), (150, {"AR150": 75}), (500, {"AR500": 100})])
+def test_recall_at_the_detectors_own_limit(most, more):
+    found = [ImageDetections(5, Crowded.boxes, np.linspace(1, 0.1, 200), np.zeros(200, int))]
+    scores = score(Crowded(), found, max_detections=most)
+    assert scores.headline()["AP"] == pytest.approx(100 * 51 / 101)  # COCO's, at 100 detections
+    recalls = {name: value for name, value in scores.headline().items() if name.startswith("AR")}
+    assert recalls == pytest.approx({"AR100": 50} | more)
+    assert {name: scores.named()[name] for name in more} == pytest.approx(more)
+    assert all(name in scores.table() for name in more)
 
 
 def test_subsets_of_images_and_categories():
@@ -229,11 +282,11 @@ def test_inputs_are_not_modified():
     [
         (result((1, 1, 5, 5), image=77), "image id 77"),
         (result((1, 1, 5, 5), category=99), "category id 99"),
-        (result((1, 1, float("nan"), 5)), "entry 1: bbox"),
-        (result((1, 1, 5)), "entry 1: bbox"),
-        (result((1, 1, -5, 5)), "entry 1: bbox"),
-        (result((1, 1, 5, 5), score=float("inf")), "entry 1: score"),
-        ({"image_id": 1, "category_id": 10, "bbox": [1, 1, 5, 5]}, "entry 1: lacks score"),
+        (result((1, 1, float("nan"), 5)), r"results\[1\] has bbox"),
+        (result((1, 1, 5)), r"results\[1\] has bbox"),
+        (result((1, 1, -5, 5)), r"results\[1\] has bbox"),
+        (result((1, 1, 5, 5), score=float("inf")), r"results\[1\] has score inf; give a finite number"),
+        ({"image_id": 1, "category_id": 10, "bbox": [1, 1, 5, 5]}, r"results\[1\] has no 'score'; add it"),
     ],
 )
 def test_bad_results_are_named(bad, message):
@@ -245,12 +298,15 @@ def test_bad_results_are_named(bad, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"images": None}, "`images`"),
-        ({"categories": [{"name": "car"}]}, "`categories`"),
-        ({"categories": [{"id": 10}, {"id": 10}]}, "id twice"),
-        ({"annotations": {}}, "`annotations`"),
-        ({"annotations": [annotation((1, 1, 5, 5), image=5, id=3)]}, "annotation 3: image_id 5"),
-        ({"annotations": [{"id": 4, "image_id": 1, "category_id": 10}]}, "annotation 4: lacks bbox"),
+        ({"images": None}, "ground truth: has no list 'images'"),
+        ({"categories": [{"name": "car"}]}, r"categories\[0\] has no 'id'"),
+        ({"categories": [{"id": 10}, {"id": 10}]}, r"categories\[1\] has the same id 10 as categories\[0\]"),
+        ({"annotations": {}}, "has no list 'annotations'"),
+        (
+            {"annotations": [annotation((1, 1, 5, 5), image=5, id=3)]},
+            r"annotations\[0\] has image_id 5, which no image",
+        ),
+        ({"annotations": [{"id": 4, "image_id": 1, "category_id": 10}]}, r"annotations\[0\] has no 'bbox'"),
     ],
 )
 def test_bad_ground_truth_is_named(change, message):
@@ -272,6 +328,33 @@ def test_detections_to_results():
         to_coco_results(detections, [10])
     with pytest.raises(DataError, match="image 9"):
         ImageDetections(9, np.zeros((2, 4)), np.zeros(3), np.zeros(2))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"boxes": [[1, 2, np.nan, 4]]}, "image 9: boxes .* not finite"),
+        ({"boxes": [[1, 2, 3, np.inf]]}, "image 9: boxes .* not finite"),
+        ({"boxes": [[5, 2, 3, 4]]}, "image 9: boxes .* end before they begin"),
+        ({"boxes": [[1, 2, 3, None]]}, "image 9: boxes .* not finite"),
+        ({"boxes": None}, r"image 9: boxes, scores, classes of shapes"),
+        ({"boxes": [[1, 2, 3, "x"]]}, "image 9: boxes are not an array of numbers"),
+        ({"boxes": [[1, 2], [3]]}, "image 9: boxes are not an array of numbers"),
+        ({"boxes": [[1, 2, 3, 10**400]]}, "image 9: boxes are not an array of numbers"),
+        ({"scores": [-np.inf]}, "image 9: scores .* not finite"),
+        ({"scores": [[]]}, "image 9: boxes, scores, classes of shapes"),
+        ({"classes": [0.5]}, "image 9: classes .* not whole"),
+        ({"classes": [np.nan]}, "image 9: classes .* not whole"),
+        ({"classes": ["car"]}, "image 9: classes are not an array of numbers"),
+        ({"image_id": "9"}, "image '9': is not an integer id"),
+        ({"image_id": None}, "image None: is not an integer id"),
+        ({"image_id": True}, "image True: is not an integer id"),
+    ],
+)
+def test_bad_detections_are_named(change, message):
+    with pytest.raises(DataError, match=message) as error:
+        ImageDetections(**{"image_id": 9, "boxes": [[1, 2, 3, 4]], "scores": [0.5], "classes": [0]} | change)
+    assert "\n" not in str(error.value)
 
 
 def test_rescale_by_hand():
@@ -305,7 +388,17 @@ def test_save_results_is_whole_or_absent(tmp_path):
     save_results(path, [result((1, 2, 3, 4), score=np.float32(0.5))])  # type: ignore[arg-type]
     assert json.loads(path.read_text())[0]["score"] == 0.5
     before = path.read_text()
-    for bad in (result((1, 2, 3, 4), score=float("nan")), {"bbox": np.zeros(4)}):
+    endless: list[object] = []
+    endless.append(endless)
+    good = result((1, 2, 3, 4))
+    for bad in (
+        result((1, 2, 3, 4), score=float("nan")),
+        {"bbox": np.zeros(4)},
+        good | {"bbox": None},
+        good | {"note": endless},
+        good | {"note": object()},
+        good | {"note": float("inf")},
+    ):
         with pytest.raises(DataError, match="results.json"):
             save_results(path, [bad])
     assert path.read_text() == before

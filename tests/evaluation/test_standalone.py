@@ -115,8 +115,8 @@ def test_coco_files_score_as_their_content(coco):
     [
         ("results", "[{]", r"results.json: not readable as JSON \(.*line 1 column 3"),
         ("results", "{}", r"results.json: not a list of detections"),
-        ("results", '[{"image_id": 1}]', r"results.json against .*truth.json: results: entry 0: lacks category_id"),
-        ("truth", "[]", r"against .*truth.json: ground truth: `images` is not a list"),
+        ("results", '[{"image_id": 1}]', r"results.json: results\[0\] has no 'category_id'; add it"),
+        ("truth", "[]", r"truth.json: not a COCO annotation file"),
         ("truth", None, r"truth.json: not readable \(No such file"),
     ],
 )
