@@ -60,6 +60,9 @@ class MatchedDataset(Dataset):
     def load(self, i: int) -> np.ndarray:
         return self._dataset.load(i)
 
+    def check_image(self, i: int) -> None:
+        self._dataset.check_image(i)
+
     def official_truth(self, i: int) -> np.ndarray | None:
         rows = self._dataset.official_truth(i)
         return None if rows is None else rows[~np.isin(rows[:, 5], self._left_out)]

@@ -66,6 +66,12 @@ class Dataset(abc.ABC):
           DataError: the image is missing or damaged, or its size is not ``size(i)``.
         """
 
+    def check_image(self, i: int) -> None:
+        """Raise DataError if image i is missing or its header shows what ``load`` would raise; decode nothing.
+
+        Opening the data set has read all headers where this does nothing.
+        """
+
     def official_truth(self, i: int) -> np.ndarray | None:
         """Return the ground truth of image i for VisDrone's official evaluation, int32 [n, 8] as in its text files.
 

@@ -135,6 +135,13 @@ class TrainBatches:
             raise ConfigError(f"train.seed {seed}, start step {start_step}: must not be negative")
         plan = TrainPlan(dataset, data, batch_size, seed)
         _warn_of_crowding(dataset, plan, data.max_boxes)
+        if len(plan.indices) < len(dataset):
+            _log.info(
+                "%d of %d training images are left out, because they have no box (or crowd boxes only); "
+                "data.keep_empty trains on them too",
+                len(dataset) - len(plan.indices),
+                len(dataset),
+            )
         self.step = start_step
         self._dataset, self._num_images = dataset, len(plan.indices)
         self._tried, self._failed = 0, set()

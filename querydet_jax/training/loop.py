@@ -10,6 +10,7 @@ import dataclasses
 import logging
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -204,13 +205,15 @@ def _open_validation(config: Config, named_by: str) -> Dataset:
     """Open the validation set, and check what an evaluation would find only when it comes to it.
 
     Raises:
-      DataError: it holds no image; one fits no canvas.
+      DataError: it holds no image; one fits no canvas, is missing or has a damaged header.
     """
     dataset = open_split(config, "val", named_by)
     chosen = list(range(len(dataset)))[: config.train.eval_images or None]
     if not chosen:
         raise DataError(f"{dataset.origin}: no validation image; add some, or set train.eval_every 0")
     eval_plan(dataset, config.data, 1, chosen)
+    with ThreadPoolExecutor(8) as pool:  # mostly waiting, above all on network disks
+        list(pool.map(dataset.check_image, chosen))
     return dataset
 
 

@@ -103,7 +103,8 @@ def check_batch_size(batch_size: int, accumulate: int = 1) -> None:
     count = jax.device_count() * accumulate
     if batch_size % count:
         parts = f" x train.accumulate {accumulate}" if accumulate > 1 else ""
+        below, above = batch_size // count * count, (batch_size // count + 1) * count
         raise ConfigError(
             f"train.batch_size {batch_size} does not divide over {jax.device_count()} devices{parts}; "
-            f"use {batch_size // count * count or count} or {(batch_size // count + 1) * count}"
+            f"use {f'{below} or ' if below else ''}{above}"
         )

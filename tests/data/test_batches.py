@@ -141,6 +141,23 @@ def test_training_leaves_out_images_without_objects(many, folder):
         TrainPlan(folder.open(), DATA, 2, seed=0)
 
 
+@pytest.mark.parametrize(("empty", "crowd", "keep_empty"), [(0, 0, False), (2, 0, False), (1, 2, False), (1, 2, True)])
+def test_images_left_out_of_training_are_counted_in_one_line(many, caplog, empty, crowd, keep_empty):
+    made = many(3)
+    for i in range(empty + crowd):
+        made.image(i, 32, 64)
+        if i >= empty:
+            made.box(i, 1, [1, 1, 9, 9], iscrowd=1)
+    with caplog.at_level(logging.INFO, logger="querydet_jax"):
+        take(made.open(), 1, dataclasses.replace(DATA, keep_empty=keep_empty))
+    lines = [r.getMessage() for r in caplog.records if "left out" in r.getMessage()]
+    if empty + crowd == 0 or keep_empty:
+        assert not lines
+    else:
+        (line,) = lines
+        assert line.startswith(f"{empty + crowd} of {3 + empty + crowd} training images are left out")
+
+
 def test_choose_canvas():
     canvases = ((64, 96), (96, 64), (96, 96), (64, 64))
     assert choose_canvas((60, 60), canvases) == 3

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import quick
 from full_disk import no_file_longer_than
+from PIL import Image
 from small_training import SCENES
 
 from querydet_jax.config import Config, load_config, override, save_config
@@ -117,6 +118,47 @@ def test_what_an_evaluation_needs_is_checked_before_the_first_step(config, tmp_p
     with pytest.raises(QueryDetError, match=message):
         train(seldom, tmp_path, evaluate=lambda model, dataset, stop_if_told: {}, prepare=prepare)
     assert not steps(tmp_path) and not (tmp_path / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (lambda path: path.unlink(), "no such image file"),
+        (lambda path: path.write_bytes(b"RIFF"), "not readable as an image"),
+        (lambda path: Image.new("RGB", (50, 96)).save(path), "is 50x96 .* but the annotations say 96x96"),
+    ],
+)
+def test_images_of_an_evaluation_are_looked_at_before_the_first_step(config, tmp_path, harm, message):
+    """As far as headers tell; only those that an evaluation takes."""
+    names = [f"{i}.png" for i in range(4)]
+    truth = {
+        "images": [{"id": i, "file_name": name, "width": 96, "height": 96} for i, name in enumerate(names)],
+        "annotations": [{"id": 1, "image_id": 0, "category_id": 1, "bbox": [1, 1, 50, 50]}],
+        "categories": [{"id": i, "name": name} for i, name in enumerate("abc")],
+    }
+    (tmp_path / "truth.json").write_text(json.dumps(truth))
+    for name in names:
+        Image.new("RGB", (96, 96)).save(tmp_path / name)
+    harm(tmp_path / names[2])
+    folder = {
+        "train_images": ".",
+        "val_images": ".",
+        "train_annotations": "truth.json",
+        "val_annotations": "truth.json",
+    }
+    coco = {
+        "data.source": "coco",
+        "data.root": str(tmp_path),
+        **{f"data.{key}": value for key, value in folder.items()},
+    }
+
+    def prepare(model) -> None:
+        raise ConfigError("only the first two")
+
+    for images, expected in ((0, rf"2.png: .*{message}"), (2, "only the first two")):
+        few = override(config, {**coco, "train.eval_every": 3, "train.eval_images": images})
+        with pytest.raises(QueryDetError, match=expected):
+            train(few, tmp_path / "run", evaluate=lambda model, dataset, stop_if_told: {}, prepare=prepare)
 
 
 @pytest.mark.parametrize(("number", "error"), [(signal.SIGTERM, Preempted), (signal.SIGINT, Interrupted)])

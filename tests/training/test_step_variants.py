@@ -157,6 +157,9 @@ def test_batch_that_does_not_divide_names_the_remedy():
         check_batch_size(3)
     with pytest.raises(ConfigError, match="batch_size 6 .* 2 devices x train.accumulate 2; use 4 or 8"):
         check_batch_size(6, 2)
+    for batch, accumulate, least in ((1, 1, 2), (3, 4, 8), (7, 4, 8)):  # fewer images than devices and parts
+        with pytest.raises(ConfigError, match=rf"train.batch_size {batch} .*; use {least}$"):
+            check_batch_size(batch, accumulate)
     for key, value in (("accumulate", 0), ("ema", 1.0), ("ema", -0.1)):
         with pytest.raises(ConfigError, match=f"train.{key} {value}: must be"):
             override(SMALL, {f"train.{key}": value})

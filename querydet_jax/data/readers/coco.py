@@ -16,7 +16,7 @@ from querydet_jax.data.coco_json import Annotation as Entry
 from querydet_jax.data.coco_json import Instances, boxes_of, check_ids, positions_of, read_file
 from querydet_jax.data.dataset import Annotation, Dataset
 from querydet_jax.data.readers.folders import SUFFIXES, list_files, near
-from querydet_jax.data.readers.images import DEFAULT, Reading, headers_if_readable, read_image
+from querydet_jax.data.readers.images import DEFAULT, Reading, check_header, headers_if_readable, read_image
 from querydet_jax.data.readers.orientation import decide, spread
 from querydet_jax.data.transforms import MIN_SIDE
 from querydet_jax.runtime.errors import DataError, shown
@@ -166,6 +166,9 @@ class CocoDataset(Dataset):
     def load(self, i: int) -> np.ndarray:
         path = self.image_path(i)
         return read_image(path, str(path), self._sizes[i], self.reading)
+
+    def check_image(self, i: int) -> None:
+        check_header(self.image_path(i), self._sizes[i], self.reading)
 
     def coco_ground_truth(self) -> dict[str, Any]:
         """Return the ground truth with the file's own boxes, not clipped, and areas (of segmentations, if present).

@@ -96,6 +96,11 @@ def read_header(source: Path | bytes, name: str, reading: Reading = DEFAULT) -> 
     return _read(read, source, name)
 
 
+def check_header(path: Path, size: tuple[int, int], reading: Reading) -> None:
+    """Raise what ``read_image`` raises of a picture that is missing, has no header that can be read, or another size."""
+    _upright(read_header(path, str(path), reading), size, str(path), reading)
+
+
 def read_headers(paths: Sequence[Path], reading: Reading = DEFAULT) -> list[Header]:
     """Read the headers of many files in parallel; raise like ``read_header``."""
     with ThreadPoolExecutor(_READERS) as pool:
