@@ -15,6 +15,7 @@ from querydet_jax.cli.arguments import parse
 from querydet_jax.data import open_dataset
 from querydet_jax.runtime import machine
 from querydet_jax.runtime.files import write_csv, write_json, writing
+from querydet_jax.runtime.names import printable
 from querydet_jax.viz.plots import NEEDS, save_plot
 
 
@@ -39,7 +40,7 @@ def report(words: Sequence[str], program: str) -> None:
     out = Path(arguments.out) if arguments.out else above / f"data-{arguments.split}"
     found = measure(open_dataset(config.data, arguments.split), config, arguments.split)
     counted: dict[str, Any] = results(found)
-    print(text(counted, config))
+    print(printable(text(counted, config)))
     write_json(out / "report.json", counted, indent=2)
     write_csv(out / "images.csv", image_rows(found))
     with writing(out / "report.png"):
