@@ -71,6 +71,7 @@ class Dataset(abc.ABC):
 
         Opening the data set has read all headers where this does nothing.
         """
+        return
 
     def official_truth(self, i: int) -> np.ndarray | None:
         """Return the ground truth of image i for VisDrone's official evaluation, int32 [n, 8] as in its text files.

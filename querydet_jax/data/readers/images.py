@@ -97,7 +97,7 @@ def read_header(source: Path | bytes, name: str, reading: Reading = DEFAULT) -> 
 
 
 def check_header(path: Path, size: tuple[int, int], reading: Reading) -> None:
-    """Raise what ``read_image`` raises of a picture that is missing, has no header that can be read, or another size."""
+    """Raise what ``read_image`` raises of a picture that is missing, of another size, or has a damaged header."""
     _upright(read_header(path, str(path), reading), size, str(path), reading)
 
 
