@@ -57,6 +57,7 @@ def _prepare_coco(
     overwrite: bool = False,
     exif: Literal["auto", "apply", "ignore"] = "auto",
     max_pixels: int = DataConfig.max_pixels,
+    outside_root: bool = False,
 ) -> None:
     """Write COCO 2017 once in ArrayRecord, laid out as tensorflow_datasets' coco/2017, for --data.source tfds.
 
@@ -67,8 +68,9 @@ def _prepare_coco(
       overwrite: Replace a copy in ArrayRecord that is there.
       exif: EXIF orientation, as data.exif; the copy remembers it.
       max_pixels: Refuse larger pictures (0: none), as data.max_pixels.
+      outside_root: Pictures may lie outside the folder, as data.outside_root.
     """
     from querydet_jax.data.prepare.coco import prepare_coco
 
     reading = Reading.of(DataConfig(exif=exif, max_pixels=max_pixels))
-    print(prepare_coco(source, out, overwrite=overwrite, reading=reading))
+    print(prepare_coco(source, out, overwrite=overwrite, reading=reading, outside_root=outside_root))

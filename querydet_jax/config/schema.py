@@ -178,6 +178,7 @@ class DataConfig:
     train_images: str = ""
     val_annotations: str = ""
     val_images: str = ""
+    outside_root: bool = False  # coco: file_name may also lead to pictures outside root and the folder of images
     ignore_classes: tuple[str, ...] = ()  # categories to leave out, by name, with their boxes, such as a root category
     patches: bool = False  # visdrone: train on the four quarters of every image
     train_short: tuple[int, ...] = (640, 672, 704, 736, 768, 800)

@@ -98,7 +98,8 @@ def _open(data: DataConfig, split: Literal["train", "val"]) -> Dataset:
     )
     images = root / (images or _IMAGES[data.source].format(split))
     if data.source == "coco":
-        return CocoDataset(root / (annotations or f"annotations/instances_{split}2017.json"), images, reading=reading)
+        path = root / (annotations or f"annotations/instances_{split}2017.json")
+        return CocoDataset(path, images, reading=reading, root=root, outside_root=data.outside_root)
     if data.source == "visdrone":
         return VisDroneDataset(images, patches=data.patches and split == "train", reading=reading)
     labels = root / annotations if annotations else labels_beside(images)

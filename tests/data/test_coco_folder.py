@@ -15,7 +15,7 @@ from querydet_jax.config import DataConfig
 from querydet_jax.data import open_dataset
 from querydet_jax.data.readers.coco import CocoDataset
 from querydet_jax.data.readers.images import read_image
-from querydet_jax.runtime.errors import DataError
+from querydet_jax.runtime.errors import DataError, shown
 
 
 def test_reads_sparse_ids_crowd_and_sizes(folder):
@@ -116,6 +116,115 @@ def test_bad_entries_are_refused(folder, entry, change, message):
         folder.open()
     assert str(error.value).startswith(str(folder.root / "instances.json"))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("entry", "field"),
+    [
+        *((_images, field) for field in ("id", "file_name", "width", "height")),
+        *((_annotations, field) for field in ("id", "image_id", "category_id", "bbox", "area", "iscrowd")),
+        *((_categories, field) for field in ("id", "name")),
+    ],
+)
+@pytest.mark.parametrize(
+    "value", ["null", '""', "[]", "[[[[]]]]", "{}", "1.5", "-1e999", "NaN", "1" + "0" * 5000, "-7"]
+)
+def test_every_field_is_checked(folder, entry, field, value):
+    if field == "id" and value == "-7":
+        value = "true"  # -7 is an id
+    entry(folder.content)[field] = "HERE"
+    path = folder.root / "instances.json"
+    path.write_text(json.dumps(folder.content).replace('"HERE"', value))
+    if (field, value) in (("name", '""'), ("area", "1.5")):
+        CocoDataset(path, folder.images)
+        return
+    with pytest.raises(DataError, match=rf"instances.json: \w+\[1\].* has {field} .*; (give|correct)") as error:
+        CocoDataset(path, folder.images)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 400
+
+
+@pytest.mark.parametrize(
+    ("change", "value"),
+    [
+        ((_annotations, "iscrowd"), True),
+        ((_annotations, "iscrowd"), 1.0),
+        ((_annotations, "image_id"), 7.0),
+        ((_annotations, "area"), 0),
+        ((_images, "width"), 30.0),
+    ],
+)
+def test_values_that_mean_the_same_are_taken(folder, change, value):
+    (entry, field) = change
+    entry(folder.content)[field] = value
+    assert folder.open().annotation(0).crowd.tolist() == [True]
+
+
+@pytest.mark.parametrize("key", ["images", "annotations", "bbox", "image_id", "area"])
+def test_a_key_given_twice_is_refused(folder, key):
+    path = folder.root / "instances.json"
+    path.write_text(json.dumps(folder.content).replace(f'"{key}": ', f'"{key}": [], "{key}": ', 1))
+    with pytest.raises(
+        DataError, match=rf"instances.json: not readable as JSON \(an object.* has the key '{key}' twice"
+    ):
+        CocoDataset(path, folder.images)
+    path.write_text(json.dumps(folder.content | {"info": {"note": f'the "{key}" of all', "x": [key, key]}}))
+    assert len(CocoDataset(path, folder.images)) == 2
+
+
+def test_deep_nesting_is_refused_where_it_is_read_and_where_not(folder):
+    path = folder.root / "instances.json"
+    for key in ("bbox", "segmentation"):
+        _annotations(folder.content)[key] = "HERE"
+        path.write_text(json.dumps(folder.content).replace('"HERE"', "[" * 100_000 + "]" * 100_000))
+        with pytest.raises(DataError, match="instances.json: not readable as JSON .nested too deeply"):
+            CocoDataset(path, folder.images)
+        _annotations(folder.content)[key] = [1, 1, 5, 5]
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("../../secret.png", "outside the data set; move the picture below data.root, or set data.outside_root"),
+        ("/etc/secret.png", "outside the data set"),
+        ("x/../../../secret.png", "outside the data set"),
+        ("a\0.png", "which no file can have"),
+        ("\ud800.png", "which no file can have"),
+        ("a" * 300 + ".png", "which no file can have"),
+        ("a/" * 3000 + "b.png", "which no file can have"),
+        (".", "which no file can have"),
+        ("/", "which no file can have"),
+    ],
+    ids=shown,
+)
+def test_names_that_lead_out_or_that_no_file_can_have(folder, name, problem):
+    _images(folder.content)["file_name"] = name
+    with pytest.raises(DataError, match=rf"images\[1\] has file_name .*, {problem}") as error:
+        folder.open()
+    assert str(error.value).isprintable() and len(str(error.value)) < 400
+    data = DataConfig(
+        "coco", str(folder.root), train_annotations="instances.json", train_images="images", outside_root=True
+    )
+    if "outside" in problem:
+        assert open_dataset(data, "train").file_name(1) == name
+    else:
+        with pytest.raises(DataError, match=problem):
+            open_dataset(data, "train")
+
+
+def test_names_within_the_data_set_may_be_absolute_or_go_up(folder):
+    pixels = folder.open().load(1)
+    (folder.root / "other").mkdir()
+    (folder.images / "3.png").rename(folder.root / "other" / "3.png")
+    (folder.images / "link").symlink_to(folder.root / "other")  # a link is its owner's decision
+    data = DataConfig("coco", str(folder.root), train_annotations="instances.json", train_images="images")
+    for name in ("../other/3.png", str(folder.root / "other" / "3.png"), "x/../../other/3.png", "link/3.png"):
+        _images(folder.content)["file_name"] = name
+        (folder.root / "instances.json").write_text(json.dumps(folder.content))
+        np.testing.assert_array_equal(open_dataset(data, "train").load(1), pixels)
+    # As written, this stays inside; the system would follow the link and leave.
+    _images(folder.content)["file_name"] = "link/../other/3.png"
+    with pytest.raises(DataError, match=r"link/../other/3.png: no such image file"):
+        folder.open().load(1)
 
 
 @pytest.mark.parametrize("key", ["images", "annotations", "categories"])

@@ -275,6 +275,9 @@ def _full(path):
         ("shares", (0, 3), np.nan, "a box exceeds its image"),
         ("labels", 0, 2, "a label outside 0 to 1"),
         ("ids", 0, 899, "two images have the same id"),
+        ("areas", 0, -1, "a negative area"),
+        ("names", 0, "", "an image without a file name"),
+        ("names", 0, "/", "an image without a file name"),
     ],
 )
 def test_impossible_records_are_refused(copy, key, at, value, message):
@@ -285,6 +288,34 @@ def test_impossible_records_are_refused(copy, key, at, value, message):
     with pytest.raises(DataError, match=f"damaged copy of a data set .{message}.; prepare the copy again") as error:
         TfdsCocoDataset(copy, "coco/2017", "train")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "change"),
+    [
+        ("counts", lambda a: -a),
+        ("counts", lambda a: a.astype(float)),
+        ("shares", lambda a: a[:-1]),
+        ("sizes", lambda a: a * 0),
+        ("names", lambda a: np.array([1.5] * len(a))),
+        ("crowd", lambda a: a[:, None]),
+    ],
+)
+def test_an_index_that_does_not_fit_together_is_made_again(copy, key, change, caplog):
+    expected = TfdsCocoDataset(copy, "coco/2017", "train").coco_ground_truth()
+    path = copy / COPY / "querydet_index-train.npz"
+    index = dict(np.load(path))
+    np.savez(path, **index | {key: change(index[key])})
+    with caplog.at_level(logging.WARNING, logger="querydet_jax"):
+        assert TfdsCocoDataset(copy, "coco/2017", "train").coco_ground_truth() == expected
+    assert "querydet_index-train.npz: not readable" in caplog.text
+
+
+@pytest.mark.parametrize("ids", [5, [1], [1, "2"], [1, 1], [True, 2], [1, 10**30], [1, None], {"0": 1, "1": 2}])
+def test_category_ids_of_a_copy_are_checked(copy, ids):
+    (copy / COPY / "metadata.json").write_text(json.dumps({"category_ids": ids}))
+    with pytest.raises(DataError, match="category_ids is not a list of 2 integers, one per class, each once"):
+        TfdsCocoDataset(copy, "coco/2017", "train")
 
 
 def test_damaged_records_are_refused(copy):

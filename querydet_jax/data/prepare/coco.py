@@ -38,7 +38,14 @@ _SHARD = 1000  # images per file, about 160 MB of COCO; TFDS holds one file in m
 Examples = Callable[[], Iterator[tuple[int, dict[str, Any]]]]
 
 
-def prepare_coco(source: str | Path, out: str | Path, *, overwrite: bool = False, reading: Reading = DEFAULT) -> str:
+def prepare_coco(
+    source: str | Path,
+    out: str | Path,
+    *,
+    overwrite: bool = False,
+    reading: Reading = DEFAULT,
+    outside_root: bool = False,
+) -> str:
     """Write ``out/coco/2017/1.1.0`` as ArrayRecord, with the features of TFDS's ``coco/2017``.
 
     From a COCO folder, keep the image order of the annotation file and the encoded bytes, clip boxes
@@ -53,6 +60,7 @@ def prepare_coco(source: str | Path, out: str | Path, *, overwrite: bool = False
       out: the TFDS data directory.
       overwrite: whether to replace an existing ArrayRecord copy.
       reading: whether boxes are drawn on pictures turned by their EXIF orientation, stored in ``metadata.json``.
+      outside_root: whether the pictures of a COCO folder may lie outside it.
 
     Returns:
       One line that reports what was written.
@@ -67,7 +75,7 @@ def prepare_coco(source: str | Path, out: str | Path, *, overwrite: bool = False
     _check_target(folder, source, overwrite)
     write = functools.partial(_convert, source)
     if not (source / _INFO).is_file():
-        write = functools.partial(_write, _open(source, reading))
+        write = functools.partial(_write, _open(source, reading, outside_root))
     try:
         with folder_written_aside(folder) as aside:
             write(aside)
@@ -96,8 +104,8 @@ def _check_target(folder: Path, source: Path, overwrite: bool) -> None:
         raise DataError(f"{folder}: is prepared already; add --overwrite to replace it, or use it")
 
 
-def _open(source: Path, reading: Reading) -> dict[str, CocoDataset]:
-    data = DataConfig(source="coco", root=str(source), exif=reading.exif, max_pixels=reading.max_pixels)
+def _open(source: Path, reading: Reading, outside_root: bool) -> dict[str, CocoDataset]:
+    data = DataConfig("coco", str(source), exif=reading.exif, max_pixels=reading.max_pixels, outside_root=outside_root)
     datasets: dict[str, Any] = {theirs: open_dataset(data, ours) for ours, theirs in SPLITS.items()}
     train, val = datasets["train"], datasets["validation"]
     if (train.category_ids, train.classes) != (val.category_ids, val.classes):

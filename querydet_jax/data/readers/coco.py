@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import logging
 import os
+from collections.abc import Collection
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -39,13 +40,23 @@ class CocoDataset(Dataset):
       annotations: the JSON file.
       images: the folder that its ``file_name`` entries are relative to.
       reading: how files become pixels.
+      root: the folder that ``file_name`` may not lead out of, if that is above ``images``.
+      outside_root: whether it may lead anywhere.
 
     Raises:
       DataError: the file or folder is missing, the JSON is damaged, or an entry is missing,
         contradictory or impossible.
     """
 
-    def __init__(self, annotations: str | Path, images: str | Path, *, reading: Reading = DEFAULT):
+    def __init__(
+        self,
+        annotations: str | Path,
+        images: str | Path,
+        *,
+        reading: Reading = DEFAULT,
+        root: str | Path | None = None,
+        outside_root: bool = False,
+    ):
         self._path, self._folder = Path(annotations), Path(images)
         if not self._path.exists():
             raise DataError(
@@ -64,6 +75,7 @@ class CocoDataset(Dataset):
         position = check_ids(content.images, f"{self._path}: images")
         self._ids = list(position)
         self._names = [image.file_name for image in content.images]
+        self._check_names(None if outside_root else {self._folder, Path(root or self._folder)})
         self._sizes = [(image.height, image.width) for image in content.images]
         categories = sorted(content.categories, key=lambda category: category.id)
         self.category_ids = category_ids = tuple(check_ids(categories, f"{self._path}: categories"))
@@ -71,6 +83,24 @@ class CocoDataset(Dataset):
         self.origin = str(self._path)
         self._index(content.annotations, position, {identifier: k for k, identifier in enumerate(category_ids)})
         self._decide_orientation(reading, content.info)
+
+    def _check_names(self, folders: Collection[Path] | None) -> None:
+        """Raise DataError for a name that no file can have, or that leads out of ``folders``; None allows any place."""
+        above = {side for folder in folders or () for side in (os.path.abspath(folder), os.path.realpath(folder))}
+        for n, name in enumerate(self._names):
+            problem = ""
+            if not _possible(name):
+                problem = "which no file can have; give the file's name"
+            elif folders is not None and (".." in name or os.path.isabs(name)):
+                target = self._place(name)
+                if not any(Path(target).is_relative_to(folder) for folder in above):
+                    problem = "outside the data set; move the picture below data.root, or set data.outside_root"
+            if problem:
+                raise DataError(f"{self._path}: images[{n}] has file_name {shown(name)}, {problem}")
+
+    def _place(self, name: str) -> str:
+        """Return the path of a name; its ``..`` lead upwards in the path as written, not where links point."""
+        return os.path.normpath(os.path.join(os.path.abspath(self._folder), name))
 
     def _decide_orientation(self, reading: Reading, info: Any) -> None:
         looked_at = spread(len(self._ids))
@@ -153,11 +183,12 @@ class CocoDataset(Dataset):
         )
 
     def _found(self, i: int) -> Path | None:
-        path = self._folder / self._names[i]
+        name = self._names[i]
+        path = Path(self._place(name)) if ".." in name else self._folder / name
         if os.path.exists(path):
             return path
-        name = self._on_disk.get(_key(self._names[i]))
-        return None if name is None else self._folder / name
+        stored = self._on_disk.get(_key(name))
+        return None if stored is None else self._folder / stored
 
     @functools.cached_property
     def _on_disk(self) -> dict[str, str]:
@@ -191,6 +222,15 @@ class CocoDataset(Dataset):
             for number, entry in enumerate(self._entries, start=1)
         ]
         return {"images": images, "annotations": annotations, "categories": self._coco_categories()}
+
+
+def _possible(name: str) -> bool:
+    """Return whether a file can have this name: Linux takes 255 bytes per part and 4,095 in all."""
+    try:
+        parts = os.fsencode(name).split(b"/")
+    except UnicodeEncodeError:
+        return False
+    return "\0" not in name and PurePath(name).name != "" and max(map(len, parts)) <= 255 and len(name) < 4000
 
 
 def _key(name: str) -> str:

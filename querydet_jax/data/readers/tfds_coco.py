@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Literal
 
 import numpy as np
@@ -133,8 +133,11 @@ class TfdsCocoDataset(Dataset):
         names = tuple(builder.info.features["objects"].feature["label"].names)
         ids = (builder.info.metadata or {}).get(IDS_KEY)
         if ids is not None:
-            if len(ids) != len(names) or not all(isinstance(i, int) for i in ids):
-                raise self._damaged(f"metadata.json: {IDS_KEY} is not a list of {len(names)} integers, one per class")
+            whole = isinstance(ids, (list, tuple)) and all(type(i) is int and abs(i) < 2**63 for i in ids)
+            if not whole or len(ids) != len(names) or len(set(ids)) < len(ids):
+                raise self._damaged(
+                    f"metadata.json: {IDS_KEY} is not a list of {len(names)} integers, one per class, each once"
+                )
             return names, tuple(ids)
         # Some copies lack the file of class names; TFDS then gives numbers.
         if names not in (COCO_CLASSES, tuple(map(str, range(len(COCO_CLASSES))))):
@@ -167,6 +170,11 @@ class TfdsCocoDataset(Dataset):
 
     def _make_index(self) -> _Index:
         headers, objects, ids, names = [], [], [], []
+
+        def joined(key: str, kind: type, *shape: int) -> np.ndarray:
+            parts = [np.asarray(o[key], kind).reshape(-1, *shape) for o in objects]
+            return np.concatenate([np.zeros((0, *shape), kind), *parts])
+
         try:
             records = range(len(self._records))
             for i in progress(records, f"indexing {self._name} {self._split}", " images"):
@@ -176,26 +184,21 @@ class TfdsCocoDataset(Dataset):
                 objects.append(record["objects"])
                 ids.append(int(record["image/id"]))
                 names.append(name)
+            return _Index(
+                ids=np.array(ids, np.int64),
+                names=np.array(names, str),
+                sizes=np.array([header.stored for header in headers], np.int32).reshape(-1, 2),
+                orientations=np.array([header.orientation for header in headers], np.int8),
+                counts=np.array([len(o["label"]) for o in objects], np.int64),
+                shares=joined("bbox", np.float32, 4),
+                labels=joined("label", np.int64),
+                crowd=joined("is_crowd", np.bool_),
+                areas=joined("area", np.int64),
+            )
         except DataError:
             raise
         except Exception as error:  # as above
             raise self._damaged(error) from None
-
-        def joined(key: str, kind: type, *shape: int) -> np.ndarray:
-            parts = [np.asarray(o[key], kind).reshape(-1, *shape) for o in objects]
-            return np.concatenate([np.zeros((0, *shape), kind), *parts])
-
-        return _Index(
-            ids=np.array(ids, np.int64),
-            names=np.array(names, str),
-            sizes=np.array([header.stored for header in headers], np.int32).reshape(-1, 2),
-            orientations=np.array([header.orientation for header in headers], np.int8),
-            counts=np.array([len(o["label"]) for o in objects], np.int64),
-            shares=joined("bbox", np.float32, 4),
-            labels=joined("label", np.int64),
-            crowd=joined("is_crowd", np.bool_),
-            areas=joined("area", np.int64),
-        )
 
     def _check_index(self, index: _Index) -> None:
         if not len(index.ids):
@@ -206,6 +209,10 @@ class TfdsCocoDataset(Dataset):
             raise self._damaged("a box exceeds its image")
         if not ((index.labels >= 0) & (index.labels < len(self.classes))).all():
             raise self._damaged(f"a label outside 0 to {len(self.classes) - 1}")
+        if not (index.areas >= 0).all():
+            raise self._damaged("a negative area")
+        if not all(PurePath(name).name for name in index.names.tolist()):
+            raise self._damaged("an image without a file name")
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -251,6 +258,21 @@ class _Index:
     labels: np.ndarray  # int64 [m]
     crowd: np.ndarray  # bool [m]
     areas: np.ndarray  # int64 [m], px^2
+
+    def __post_init__(self) -> None:
+        """Raise ValueError if the arrays do not belong together."""
+        n, m = len(self.ids), int(self.counts.sum())
+        forms = {
+            **dict.fromkeys(("ids", "orientations", "counts"), ((n,), "i")),
+            **dict.fromkeys(("labels", "areas"), ((m,), "i")),
+            "names": ((n,), "U"), "sizes": ((n, 2), "i"), "shares": ((m, 4), "f"), "crowd": ((m,), "b"),
+        }  # fmt: skip
+        for name, form in forms.items():
+            array = getattr(self, name)
+            if (array.shape, array.dtype.kind) != form:
+                raise ValueError(f"{name} is {array.dtype} {list(array.shape)}")
+        if min(self.counts.min(initial=0), self.sizes.min(initial=1) - 1) < 0:
+            raise ValueError("a negative count or size")
 
 
 _FORM = "2"  # version of the index; raise it whenever _Index changes
