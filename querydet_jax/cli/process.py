@@ -30,8 +30,9 @@ def run(command: Callable[[], None]) -> None:
     # force: libraries imported by now have set up handlers of their own.
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger("querydet_jax").setLevel(logging.INFO)
-    # About odd tags of pictures that are read well; those that are not have a message of their own.
+    # Pillow's remarks on odd tags of pictures that are read well; others have a message of their own.
     warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)
     try:
         command()
     except Preempted as error:

@@ -16,8 +16,8 @@ from querydet_jax.data.classes import plain
 from querydet_jax.data.coco_json import Annotation as Entry
 from querydet_jax.data.coco_json import Instances, boxes_of, check_ids, positions_of, read_file
 from querydet_jax.data.dataset import Annotation, Dataset
-from querydet_jax.data.readers.folders import SUFFIXES, list_files, near
-from querydet_jax.data.readers.images import DEFAULT, Reading, check_header, headers_if_readable, read_image
+from querydet_jax.data.readers.folders import SUFFIXES, list_files
+from querydet_jax.data.readers.images import DEFAULT, Reading, check_header, read_image, try_headers
 from querydet_jax.data.readers.orientation import decide, spread
 from querydet_jax.data.transforms import MIN_SIDE
 from querydet_jax.runtime.errors import DataError, shown
@@ -108,7 +108,7 @@ class CocoDataset(Dataset):
         rule = decide(
             str(self._path),
             reading.exif,
-            headers_if_readable([self._found(i) for i in looked_at], reading),
+            try_headers([self._found(i) or self._folder / self._names[i] for i in looked_at], reading),
             convention=(told != "ignore", f"as info.{EXIF} says" if told else "most tools that read COCO apply it"),
             stated=[self._sizes[i] for i in looked_at],
             names=[self._names[i] for i in looked_at],
@@ -175,7 +175,8 @@ class CocoDataset(Dataset):
         path, name = self._found(i), self._names[i]
         if path is not None:
             return path
-        hint = near(plain(name), self._on_disk.values())
+        other = self._in_any_case.get(_key(name).casefold())
+        hint = f" (there is {other})" if other else ""
         if "\\" in name:
             hint = " (its name has backslashes; write / in their place)"
         raise DataError(
@@ -193,6 +194,10 @@ class CocoDataset(Dataset):
     @functools.cached_property
     def _on_disk(self) -> dict[str, str]:
         return {_key(name): name for name in list_files(self._folder, SUFFIXES)}
+
+    @functools.cached_property
+    def _in_any_case(self) -> dict[str, str]:
+        return {key.casefold(): name for key, name in self._on_disk.items()}
 
     def load(self, i: int) -> np.ndarray:
         path = self.image_path(i)

@@ -103,18 +103,22 @@ def check_header(path: Path, size: tuple[int, int], reading: Reading) -> None:
 
 def read_headers(paths: Sequence[Path], reading: Reading = DEFAULT) -> list[Header]:
     """Read the headers of many files in parallel; raise like ``read_header``."""
-    with ThreadPoolExecutor(_READERS) as pool:
-        return list(pool.map(lambda path: read_header(path, str(path), reading), paths))
+    headers = []
+    for found in try_headers(paths, reading):
+        if isinstance(found, DataError):
+            raise found
+        headers.append(found)
+    return headers
 
 
-def headers_if_readable(paths: Sequence[Path | None], reading: Reading = DEFAULT) -> list[Header | None]:
-    """As ``read_headers``, with None for no path and for files that cannot be read: reading them whole reports that."""
+def try_headers(paths: Sequence[Path], reading: Reading = DEFAULT) -> list[Header | DataError]:
+    """As ``read_headers``; a file that cannot be read gives its error."""
 
-    def read(path: Path | None) -> Header | None:
+    def read(path: Path) -> Header | DataError:
         try:
-            return None if path is None else read_header(path, str(path), reading)
-        except DataError:
-            return None
+            return read_header(path, str(path), reading)
+        except DataError as error:
+            return error
 
     with ThreadPoolExecutor(_READERS) as pool:
         return list(pool.map(read, paths))

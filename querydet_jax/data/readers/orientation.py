@@ -10,6 +10,8 @@ from typing import Literal, NamedTuple
 
 from PIL import Image
 
+from querydet_jax.runtime.errors import DataError
+
 _log = logging.getLogger("querydet_jax")
 
 TAG = 0x0112
@@ -97,7 +99,7 @@ def spread(total: int) -> list[int]:
 def decide(
     where: str,
     setting: Literal["auto", "apply", "ignore"],
-    headers: Sequence[Header | None],
+    headers: Sequence[Header | DataError],
     *,
     convention: tuple[bool, str],
     stated: Sequence[tuple[int, int]] = (),
@@ -108,15 +110,15 @@ def decide(
     Args:
       where: the data set in messages.
       setting: ``data.exif``.
-      headers: of the pictures looked at; None is an unreadable one.
+      headers: of the pictures looked at; an error is an unreadable one, which tells nothing.
       convention: the rule where no size tells, and whose it is.
       stated: (height, width) of these pictures in the annotations; empty if these state none.
       names: of these pictures, for messages; empty as ``stated``.
     """
-    tagged = sum(header is not None and header.orientation != 1 for header in headers)
+    tagged = sum(isinstance(header, Header) and header.orientation != 1 for header in headers)
     stored, turned = [], []
     for header, size, name in zip(headers, stated, names, strict=True) if stated else ():
-        if header is not None and header.turned != header.stored:
+        if isinstance(header, Header) and header.turned != header.stored:
             (stored if size == header.stored else turned if size == header.turned else []).append(name)
     if setting != "auto":
         upright, why = setting == "apply", f"data.exif {setting}"

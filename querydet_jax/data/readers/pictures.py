@@ -10,7 +10,7 @@ import numpy as np
 
 from querydet_jax.data.dataset import Annotation, Dataset
 from querydet_jax.data.readers.folders import SUFFIXES, list_files
-from querydet_jax.data.readers.images import DEFAULT, Reading, read_header, read_image
+from querydet_jax.data.readers.images import DEFAULT, Reading, read_image, try_headers
 from querydet_jax.data.readers.orientation import decide
 from querydet_jax.runtime.errors import DataError
 
@@ -47,15 +47,10 @@ class Pictures(Dataset):
                 raise DataError(f"{path}: no such picture or folder")
         if not files:
             raise DataError("no pictures given; name a picture or a folder")
-        self.broken: list[str] = []
-        self._files: list[Path] = []
-        headers = []
-        for path in files:
-            try:
-                headers.append(read_header(path, str(path), reading))
-                self._files.append(path)
-            except DataError as error:
-                self.broken.append(str(error))
+        found = try_headers(files, reading)
+        self.broken = [str(header) for header in found if isinstance(header, DataError)]
+        self._files = [path for path, header in zip(files, found, strict=True) if not isinstance(header, DataError)]
+        headers = [header for header in found if not isinstance(header, DataError)]
         if not headers:
             several = f"none of {len(files)} pictures can be read, the first: " if len(files) > 1 else ""
             raise DataError(several + self.broken[0])
