@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import struct
 
 import numpy as np
@@ -10,7 +12,7 @@ import pytest
 from full_disk import no_file_longer_than
 
 from querydet_jax.runtime.errors import QueryDetError
-from querydet_jax.runtime.files import LineFile, write_json
+from querydet_jax.runtime.files import LineFile, folder_written_aside, write_json, written_aside
 from querydet_jax.training.guards import FiniteLoss
 from querydet_jax.training.tensorboard import TensorBoardFile
 
@@ -35,6 +37,54 @@ def test_files_are_whole_or_not_there(tmp_path):
     with no_file_longer_than(4), pytest.raises(QueryDetError, match=r"config.json: cannot be written \(File too large"):
         write_json(path, {"a": "b" * 100})
     assert [file.name for file in tmp_path.iterdir()] == ["config.json"] and json.loads(path.read_text()) == {"a": 1}
+
+
+@pytest.mark.parametrize("name", [".config.{pid}.json", "config.json", ".config.json.{pid}", ".config.json.{pid}.old"])
+def test_nothing_is_written_through_a_link(tmp_path, name):
+    """Neither one of a name to be foreseen for a temporary file or folder, nor one in the place of the file."""
+    victim, path = tmp_path / "victim", tmp_path / "out" / "config.json"
+    victim.write_text("precious")
+    path.parent.mkdir()
+    (path.parent / name.format(pid=os.getpid())).symlink_to(victim)
+    write_json(path, {"a": 1})
+    assert json.loads(path.read_text()) == {"a": 1} and not path.is_symlink()
+    path.unlink()
+    with folder_written_aside(path) as aside:
+        (aside / "a").write_text("b")
+    assert (path / "a").read_text() == "b" and victim.read_text() == "precious"
+
+
+def test_temporary_names_are_random_private_and_gone_afterwards(tmp_path):
+    path, seen = tmp_path / "a.json", set()
+    for fails in (False, True):
+        with contextlib.suppress(KeyError), written_aside(path) as aside:
+            seen.add(aside.parent)
+            assert aside.name == path.name and aside.parent.stat().st_mode & 0o777 == 0o700
+            aside.write_text(str(fails))
+            if fails:
+                raise KeyError
+    assert len(seen) == 2 and list(tmp_path.iterdir()) == [path] and path.read_text() == "False"
+    assert path.stat().st_mode & 0o777 == 0o666 & ~current_umask()
+
+
+def current_umask() -> int:
+    mask = os.umask(0o22)
+    os.umask(mask)
+    return mask
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe", "below a file"])
+def test_what_cannot_be_a_log_is_one_line(tmp_path, kind):
+    path = tmp_path / "metrics.jsonl"
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.write_text("")
+        path = path / "metrics.jsonl"
+    with pytest.raises(QueryDetError, match="metrics.jsonl: cannot be written"):
+        LineFile(path)
 
 
 def test_no_room_for_the_batch_of_a_loss_that_is_not_finite(tmp_path):
