@@ -8,8 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
+from querydet_jax.analysis.findings import measure, results
+from querydet_jax.analysis.tables import text
 from querydet_jax.cli.report import report
+from querydet_jax.config import load_config, override
+from querydet_jax.data import open_dataset
 from querydet_jax.runtime.errors import QueryDetError
 
 CONFIG = str(Path(__file__).parents[2] / "configs/demo.py")
@@ -136,3 +141,21 @@ def test_bad_input(monkeypatch, folder):
     (folder / "out").write_text("a file")
     with pytest.raises(QueryDetError, match="report.json: cannot be written .*, or choose a folder that can be"):
         call(monkeypatch, folder, "")
+
+
+def test_the_report_says_what_is_done_about_orientation(tmp_path):
+    for inside in ("images/train", "labels/train"):
+        (tmp_path / inside).mkdir(parents=True)
+    tag = Image.Exif()
+    tag[0x0112] = 6
+    Image.new("RGB", (64, 32)).save(tmp_path / "images/train/a.jpg", exif=tag)
+    (tmp_path / "labels/train/a.txt").write_text("0 0.5 0.5 0.2 0.2\n")
+    (tmp_path / "data.yaml").write_text("names: [car]")
+    for exif, size, said in (("auto", "64x32", "YOLO tools apply it"), ("ignore", "32x64", "data.exif ignore")):
+        config = override(load_config("demo"), {"data.source": "yolo", "data.root": str(tmp_path), "data.exif": exif})
+        found = results(measure(open_dataset(config.data, "train"), config, "train"))
+        lines = text(found, config)
+        assert (
+            f"1 of 1 pictures have an EXIF orientation, which is {'applied' if size == '64x32' else 'ignored'}" in lines
+        )
+        assert said in found["exif"] and size in lines

@@ -64,7 +64,7 @@ def coco(folder, sizes: dict[str, tuple[int, int]], exif: str = "auto") -> Datas
 def test_every_orientation_is_applied_or_ignored(tmp_path, orientation, suffix):
     path = tmp_path / f"a{suffix}"
     save(path, WIDE, orientation)
-    stored = read_image(path, "a", reading=Reading("ignore", upright=False))
+    stored = read_image(path, "a", reading=Reading("ignore"))
     if suffix != ".webp":  # which loses detail
         np.testing.assert_array_equal(stored, WIDE)
     turned = np.asarray(ImageOps.exif_transpose(_tagged(stored, orientation)))

@@ -113,7 +113,7 @@ class CocoDataset(Dataset):
             stated=[self._sizes[i] for i in looked_at],
             names=[self._names[i] for i in looked_at],
         )
-        self.reading, self.exif_note = dataclasses.replace(reading, upright=rule.upright), rule.note
+        self.reading, self.exif_note = dataclasses.replace(reading, decided=rule.upright), rule.note
 
     def _index(self, entries: list[Entry], position: dict[int, int], k_of: dict[int, int]) -> None:
         """Collect the boxes of all images in one array, ordered by image, with each image's range."""

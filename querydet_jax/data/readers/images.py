@@ -32,18 +32,23 @@ class Reading:
     """How files become pixels: ``DataConfig.exif``, ``bit_depth`` and ``max_pixels``.
 
     Attributes:
-      upright: whether the EXIF orientation is applied; with ``exif`` auto, a size that the annotations state decides
-        for its own picture where it can tell.
+      decided: what a data set's reader decided for ``exif`` auto (``orientation.decide``): whether the orientation is
+        applied. A size that the annotations state still decides for its own picture where it can tell.
     """
 
     exif: Literal["auto", "apply", "ignore"] = "auto"
     bit_depth: str = ""
     max_pixels: int = DataConfig.max_pixels
-    upright: bool = True
+    decided: bool | None = None
 
     @classmethod
     def of(cls, data: DataConfig) -> Reading:
-        return cls(data.exif, data.bit_depth, data.max_pixels, data.exif != "ignore")
+        return cls(data.exif, data.bit_depth, data.max_pixels)
+
+    @property
+    def upright(self) -> bool:
+        """Whether the EXIF orientation is applied."""
+        return self.exif != "ignore" if self.decided is None else self.decided
 
 
 DEFAULT = Reading()

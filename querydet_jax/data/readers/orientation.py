@@ -123,7 +123,7 @@ def decide(
     if setting != "auto":
         upright, why = setting == "apply", f"data.exif {setting}"
     elif stored or turned:
-        upright = len(turned) > len(stored)
+        upright = len(turned) > len(stored) or (len(turned) == len(stored) and convention[0])
         why = f"the sizes in the annotations are those of the {'turned' if upright else 'stored'} pictures"
     else:
         upright, why = convention

@@ -55,7 +55,7 @@ class Pictures(Dataset):
             several = f"none of {len(files)} pictures can be read, the first: " if len(files) > 1 else ""
             raise DataError(several + self.broken[0])
         rule = decide("pictures", reading.exif, headers, convention=(True, "viewers show pictures turned"))
-        self._reading = dataclasses.replace(reading, upright=rule.upright)
+        self._reading = dataclasses.replace(reading, decided=rule.upright)
         self._sizes = [header.size(upright=rule.upright) for header in headers]
 
     def __len__(self) -> int:

@@ -88,7 +88,7 @@ class TfdsCocoDataset(Dataset):
         told = ((builder.info.metadata or {}).get(EXIF_KEY) or {}).get(self._split)
         why = "as metadata.json says" if told else "TFDS's tools do not apply it"
         rule = decide(str(self._folder), reading.exif, headers, convention=(told == "apply", why))
-        self.reading, self.exif_note = dataclasses.replace(reading, upright=rule.upright), rule.note
+        self.reading, self.exif_note = dataclasses.replace(reading, decided=rule.upright), rule.note
         self._ids, self._names = index.ids, index.names
         self._sizes = np.array([header.size(upright=rule.upright) for header in headers], np.int32)
         owner = np.repeat(np.arange(len(index.counts)), index.counts)

@@ -80,7 +80,7 @@ class VisDroneDataset(Dataset):
         # Read all sizes and boxes now: training needs all boxes before its first step.
         headers = read_headers([self.folder / "images" / name for name in self._names], reading)
         rule = decide(str(self.folder), reading.exif, headers, convention=(False, "VisDrone's tools do not apply it"))
-        self.reading, self.exif_note = dataclasses.replace(reading, upright=rule.upright), rule.note
+        self.reading, self.exif_note = dataclasses.replace(reading, decided=rule.upright), rule.note
         self._sizes = [header.size(upright=rule.upright) for header in headers]
         if patches and min(map(min, self._sizes)) < 2:
             tiny = next(name for name, size in zip(self._names, self._sizes, strict=True) if min(size) < 2)

@@ -70,7 +70,7 @@ class YoloDataset(Dataset):
         self._names = list(pictures.values())
         headers = read_headers([self._folder / name for name in self._names], reading)
         rule = decide(str(self._folder), reading.exif, headers, convention=(True, "YOLO tools apply it"))
-        self.reading, self.exif_note = dataclasses.replace(reading, upright=rule.upright), rule.note
+        self.reading, self.exif_note = dataclasses.replace(reading, decided=rule.upright), rule.note
         self._sizes = [header.size(upright=rule.upright) for header in headers]
         self._annotations, empty, total = [], 0, 0
         for stem, size in zip(pictures, self._sizes, strict=True):
