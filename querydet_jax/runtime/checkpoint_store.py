@@ -166,7 +166,8 @@ def _newest(folder: Path) -> int | None:
       WeightsError: the folder cannot be read.
     """
     try:
-        strays = sorted(child.name for child in folder.iterdir() if child.name.isdecimal() and _step(child) is None)
+        strays = [child for child in sorted(folder.iterdir()) if child.name.isdecimal() and _step(child) is None]
+        strays = [child.name for child in strays if os.path.lexists(child)]  # else a training has just removed it
         if strays:
             _warn_of_strays(folder, ", ".join(strays[:5]))
         return max(_steps(folder), default=None)
@@ -224,8 +225,10 @@ def _write_checksums(step: Path) -> None:
 
 def _verify(step: Path, item: str) -> None:
     """Raise WeightsError if a file of an item, or of those that all items share, is not the one that was written."""
-    if not (step / _CHECKSUMS).exists():
+    if not os.path.lexists(step / _CHECKSUMS):
         return
+    if not (step / _CHECKSUMS).is_file():
+        raise WeightsError(f"{_CHECKSUMS} is damaged: no file")
     data = (step / _CHECKSUMS).read_bytes()
     lines = data[: data.rfind(b"\n", 0, -1) + 1]
     if data != lines + _end(lines):

@@ -131,8 +131,9 @@ def _set_damaged_lines_aside(path: Path) -> None:
         return
     with writing(path):
         lines = path.read_bytes().splitlines(keepends=True)
-    good = [line for line in lines if _is_whole(line)]
-    bad = [line for line in lines if not _is_whole(line) and line.strip()]
+    good, bad = [], []
+    for line in lines:
+        (good if _is_whole(line) else bad if line.strip() else []).append(line)
     if not bad and (not lines or lines[-1].endswith(b"\n")):
         return
     if bad:

@@ -157,7 +157,7 @@ def train(
                     # On resume only if the evaluation of this step was given up.
                     if done > start or not log.has_evaluation(done):
                         save(state, wait=True)
-                        with log.paused(), watch.during("evaluation"), failures.caught(done):
+                        with log.paused(), failures.caught(done), watch.during("evaluation"):
                             merge_into(model, devices.unreplicate(state))
                             log.write(done, evaluate(model, validation, stop_if_told))
 
@@ -222,7 +222,8 @@ def _say_what_differs(run: Path, config: Config) -> None:
     try:
         changed = differences(load_config(run), config)
     except ConfigError as error:
-        changed = [f"not known, because {error}"]
+        _log.warning("%s: goes on; whether settings differ is not known (%s)", run, error)
+        return
     if changed:
         _log.warning("%s: goes on with other settings than before: %s", run, ", ".join(changed))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import re
 import shutil
 import sys
@@ -159,7 +160,7 @@ def test_a_flipped_bit_in_any_file_is_noticed(copy):
     assert set(read_checkpoint(copy, "model")) == {"a.weight", "b"}
 
 
-@pytest.mark.parametrize("damage", ["missing", "longer", "empty", "no checksums", "half of the checksums", "swapped"])
+@pytest.mark.parametrize("damage", ["missing", "longer", "empty", "no checksums", "half of them", "a pipe", "swapped"])
 def test_other_damage_is_noticed_too(copy, damage):
     shutil.rmtree(copy / FOLDER / "1")
     step = copy / FOLDER / "2"
@@ -173,7 +174,10 @@ def test_other_damage_is_noticed_too(copy, damage):
         largest.write_bytes(b"")
     elif damage == "no checksums":
         checksums.write_bytes(b"")
-    elif damage == "half of the checksums":
+    elif damage == "a pipe":
+        checksums.unlink()
+        os.mkfifo(checksums)
+    elif damage == "half of them":
         checksums.write_text("".join(checksums.read_text().splitlines(keepends=True)[3:]))
     else:
         shutil.copy(step / "model" / "manifest.ocdbt", largest)
