@@ -178,9 +178,7 @@ def test_coco_finds_names_that_are_stored_otherwise(folder, on_disk, named):
         ("Day/a.png", "day/a.png", r" \(there is Day/a.png\)"),
         ("a.png", "c.png", ""),
         ("a.png", "a.png/b.png", ""),
-        ("a.png", "a" * 300 + ".png", ""),
-        ("a.png", "a\0.png", ""),
-        ("a.png", "\ud800.png", ""),
+        ("a.png", "a\n.png", ""),
     ],
 )
 def test_coco_hints_at_the_name_that_is_meant(folder, on_disk, named, hint):
