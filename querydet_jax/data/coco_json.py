@@ -81,6 +81,8 @@ class Instances(Struct):
     info: Any = None
 
 
+_REFUSED = (msgspec.ValidationError, UnicodeEncodeError)  # the second: half a character (a lone surrogate)
+
 _REMEDIES = {
     "id": "give every entry an integer id",
     "image_id": "give the integer id of an image",
@@ -177,7 +179,7 @@ def check_entries(items: Any, kind: type[E], where: str) -> list[E]:
         raise DataError(f"{where} is {shown(items)}, not a list of entries; give a list")
     try:
         return msgspec.convert(items, list[kind])
-    except msgspec.ValidationError:
+    except _REFUSED:
         return [_entry(item, kind, f"{where}[{n}]") for n, item in enumerate(items)]
 
 
@@ -198,7 +200,7 @@ def _entry(item: Any, kind: type[E], where: str) -> E:
         if field.name in item:
             try:
                 values[field.name] = _value(item[field.name], field.type)
-            except msgspec.ValidationError:
+            except _REFUSED:
                 named = issubclass(kind, Truth) and isinstance(item.get("id"), int) and field.name != "id"
                 label = f" (id {shown(item['id'])})" if named else ""
                 raise DataError(
@@ -217,7 +219,7 @@ def _value(value: Any, kind: Any) -> Any:
         value = [part.tolist() if hasattr(part, "tolist") else part for part in value]
     try:
         return msgspec.convert(value, kind)
-    except msgspec.ValidationError:
+    except _REFUSED:
         if isinstance(value, float) and value.is_integer():
             return msgspec.convert(int(value), kind)
         raise
