@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -33,6 +33,7 @@ def _visdrone(
     results: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RESULT_FOLDER")],
     annotations: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="ANNOTATION_FOLDER")],
     images: Annotated[str, tyro.conf.arg(metavar="FOLDER")] = "",
+    exif: Literal["auto", "apply", "ignore"] = "auto",
     out: _Out = "",
 ) -> None:
     """Score VisDrone's text files by the official protocol.
@@ -41,9 +42,10 @@ def _visdrone(
       results: Folder of the results, one text file per image, x,y,w,h,score,category,-1,-1 per line.
       annotations: Folder of the official annotation files, or the split's folder.
       images: Folder of the images, read for their sizes alone (default: images/ beside the annotations).
+      exif: Whether these sizes are those of images turned by their EXIF orientation, as data.exif.
       out: Write report.json and the recall-precision curves to this folder.
     """
-    metrics = score_visdrone(results, annotations, images or None)
+    metrics = score_visdrone(results, annotations, images or None, exif=exif)
     _publish(metrics, "visdrone", metrics.recall_precision(), out, results)
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
 from querydet_jax.data.coco_json import read_file, read_results
-from querydet_jax.data.readers.folders import SUFFIXES, by_stem
+from querydet_jax.data.readers.folders import SUFFIXES, by_stem, near
 from querydet_jax.data.readers.images import read_headers
+from querydet_jax.data.readers.orientation import Header
 from querydet_jax.data.readers.visdrone import parse_annotations
 from querydet_jax.evaluation.coco import evaluate
 from querydet_jax.evaluation.coco_input import GroundTruth
@@ -25,7 +27,13 @@ from querydet_jax.runtime.reading import read_text
 _BOUNDLESS = (1 << 30, 1 << 30)
 
 
-def score_visdrone(results: str | Path, annotations: str | Path, images: str | Path | None = None) -> VisDroneMetrics:
+def score_visdrone(
+    results: str | Path,
+    annotations: str | Path,
+    images: str | Path | None = None,
+    *,
+    exif: Literal["auto", "apply", "ignore"] = "auto",
+) -> VisDroneMetrics:
     """Evaluate VisDrone result files, one per image, by the official protocol.
 
     The protocol needs only the images' sizes: it cuts boxes and ignored regions at the image's edges before it decides
@@ -35,6 +43,8 @@ def score_visdrone(results: str | Path, annotations: str | Path, images: str | P
       results: folder of the result files. An image without one counts as without detections, and a note reports it.
       annotations: folder of the official annotation files, or the split's folder that contains ``annotations/``.
       images: folder of the images; None uses ``images/`` beside the annotations if it exists.
+      exif: whether the boxes are those of images turned by their EXIF orientation; auto: they are not, as in
+        VisDrone's own tools.
 
     Raises:
       DataError: a folder is missing or empty; a line is malformed; a result file has no annotation file, or an
@@ -47,13 +57,14 @@ def score_visdrone(results: str | Path, annotations: str | Path, images: str | P
     for stem, name in found.items():
         if stem not in truth:
             raise DataError(
-                f"{results / name}: there is no annotation file {annotations / stem}.txt; score results against the "
-                "annotations of the same split"
+                f"{results / name}: there is no annotation file {annotations / stem}.txt{near(stem, truth)}; score "
+                "results against the annotations of the same split"
             )
     beside = annotations.parent / "images"
     sizes, notes = [_BOUNDLESS] * len(truth), []
     if images is not None or beside.is_dir():
-        sizes = _sizes(Path(images or beside), annotations, truth)
+        headers = _headers(Path(images or beside), annotations, truth)
+        sizes = [header.size(upright=exif == "apply") for header in headers]
     else:
         notes.append("no images, so no sizes: ignored regions and boxes are not cut at an image's edge; add --images")
     missing = len(truth) - len(found)
@@ -96,13 +107,14 @@ def _text_files(folder: Path, kind: str) -> dict[str, str]:
     return texts
 
 
-def _sizes(folder: Path, annotations: Path, truth: dict[str, str]) -> list[tuple[int, int]]:
+def _headers(folder: Path, annotations: Path, truth: dict[str, str]) -> list[Header]:
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; give the folder of the images")
     names = by_stem(folder, SUFFIXES)
     for stem, name in truth.items():
         if stem not in names:
             raise DataError(
-                f"{annotations / name}: there is no image {folder / stem}.jpg; give the images of the same split"
+                f"{annotations / name}: there is no image {folder / stem}.jpg{near(stem, names)}; give the images of "
+                "the same split"
             )
-    return [header.stored for header in read_headers([folder / names[stem] for stem in truth])]  # as VisDrone's tools
+    return read_headers([folder / names[stem] for stem in truth])

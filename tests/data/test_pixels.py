@@ -28,6 +28,8 @@ from querydet_jax.data.readers.folders import FORMATS
 from querydet_jax.data.readers.images import Reading, read_header, read_image
 from querydet_jax.data.readers.orientation import TAG
 from querydet_jax.data.readers.pictures import Pictures
+from querydet_jax.evaluation import standalone
+from querydet_jax.evaluation.visdrone import VisDroneImage
 from querydet_jax.inference.export.artifact import Artifact
 from querydet_jax.runtime.errors import ConfigError, DataError
 
@@ -145,6 +147,19 @@ def test_formats_without_sizes_have_a_convention(tmp_path, source, exif, caplog)
         np.testing.assert_array_equal(dataset.load(i), turned[i] if applied else stored)
         assert dataset.size(i) == dataset.load(i).shape[:2]
     assert sum("2 of 2 pictures have an EXIF orientation" in r.getMessage() for r in caplog.records) == 1
+
+
+@pytest.mark.parametrize(("exif", "width"), [("auto", 16), ("ignore", 16), ("apply", 8)])
+def test_scores_take_the_same_sizes(tmp_path, exif, width, monkeypatch):
+    for inside in ("images", "annotations", "results"):
+        (tmp_path / inside).mkdir()
+    save(tmp_path / "images/a.png", WIDE, 6)
+    for inside in ("annotations", "results"):
+        (tmp_path / inside / "a.txt").write_text("1,1,4,4,1,4,0,0\n")
+    seen = []
+    monkeypatch.setattr(standalone, "VisDroneImage", lambda *given: seen.append(given[1]) or VisDroneImage(*given))
+    standalone.score_visdrone(tmp_path / "results", tmp_path / "annotations", exif=exif)
+    assert [size[1] for size in seen] == [width]
 
 
 @pytest.mark.parametrize("patches", [False, True])

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import ImageFile
 
 _SOS, _EOI = 0xDA, b"\xff\xd9"
+_ARITHMETIC = (0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF)  # frames whose decoder reads beyond its last pixel
 _CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # of PNG's colour types
 _PASSES = ((8, 8, 0, 0), (8, 8, 0, 4), (8, 4, 4, 0), (4, 4, 0, 2), (4, 2, 2, 0), (2, 2, 0, 1), (2, 1, 1, 0))  # Adam7
 
@@ -82,6 +83,8 @@ def _jpeg_ends_early(data: bytes, pixels: np.ndarray, decode: Callable[[bytes], 
     """Return whether bytes added at the end of the picture's data change the picture: then it wanted more."""
     at = 2
     while at + 4 <= len(data) and data[at + 1] != _SOS:
+        if data[at + 1] in _ARITHMETIC:
+            return False
         at += 2 + struct.unpack_from(">H", data, at + 2)[0]
     end = data.find(_EOI, at)
     return end > 0 and not np.array_equal(decode(data[:end] + b"\x55" * 64 + data[end:]), pixels)
