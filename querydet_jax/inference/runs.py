@@ -22,7 +22,13 @@ def open_model(config: Config, source: str | Path, weights: str | Path | None = 
             raise ConfigError(f"{source}: a configuration holds no weights; add --weights, or give a run folder")
         weights = source
     model = build_model(config.model)
-    report = load_weights(model, weights)
+    # Another run may number the classes otherwise.
+    named = config.classes if weights != source and Path(weights).is_dir() else ()
+    report = load_weights(model, weights, classes=named or None)
+    if report.fresh:
+        raise ConfigError(
+            f"{weights}: lacks classes of this configuration: {report.classes}; give weights that have all"
+        )
     if report.missing:
         raise ConfigError(
             f"{weights}: lacks {len(report.missing)} of the model's tensors ({', '.join(report.missing[:3])}, ...); "

@@ -96,7 +96,9 @@ def train(
         if validation is not None and prepare is not None:
             prepare(model)
         if settings.init:
-            _log.info("%s: %s", settings.init, on_every(lambda: load_weights(model, settings.init)))
+            _log.info(
+                "%s: %s", settings.init, on_every(lambda: load_weights(model, settings.init, classes=config.classes))
+            )
         optimizer, ema = make_optimizer(settings), settings.ema > 0
         state = checkpoints.restore(model, optimizer, ema=ema) if resume else init_state(model, optimizer, ema=ema)
         start = int(state.step)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from flax import nnx
 
 from querydet_jax.config.rules import backbone_flavors
 from querydet_jax.runtime.errors import WeightsError
+from querydet_jax.weights.classes import class_names, fit_classes, in_class_layer
 from querydet_jax.weights.names import (
     ModelPath,
     from_torch_layout,
@@ -41,14 +42,22 @@ class LoadReport:
       loaded: tensors of the model that now hold the source's values (official names).
       missing: tensors of the model that the source lacks, unchanged (official names).
       unexpected: tensors of the source that the model has no place for (the source's names).
+      fresh: tensors of the class layer of which all or some rows keep their initial values (official names; those
+        of which some rows are taken are among ``loaded``).
+      classes: what became of the class layer, in words; "" where there is nothing to say.
     """
 
     loaded: tuple[str, ...]
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
+    fresh: tuple[str, ...] = ()
+    classes: str = ""
 
     def __str__(self) -> str:
-        lines = [f"loaded {len(self.loaded)} of the model's {len(self.loaded) + len(self.missing)} tensors"]
+        number = len({*self.loaded, *self.missing, *self.fresh})
+        lines = [f"loaded {len(self.loaded)} of the model's {number} tensors"]
+        if self.classes:
+            lines.append(self.classes)
         for title, names in (("missing", self.missing), ("unexpected", self.unexpected)):
             if names:
                 more = f" and {len(names) - 6} more" if len(names) > 6 else ""
@@ -56,7 +65,9 @@ class LoadReport:
         return "\n".join(lines)
 
 
-def load_weights(model: nnx.Module, source: str | Path | Mapping[str, Any]) -> LoadReport:
+def load_weights(
+    model: nnx.Module, source: str | Path | Mapping[str, Any], *, classes: Sequence[str] | None = None
+) -> LoadReport:
     """Copy weights into a model, in place. On an error the model is as it was.
 
     Args:
@@ -67,6 +78,9 @@ def load_weights(model: nnx.Module, source: str | Path | Mapping[str, Any]) -> L
         timm's and Caffe2's (MSRA) of a ResNet, torchvision's and timm's of MobileNetV2 and torchvision's of
         ShuffleNetV2, with or without ``module.`` or ``model.`` in front. Arrays are in torch layout (convolutions
         OIHW) and of any real type; they become float32.
+      classes: names of the model's classes, to start a training from weights with other classes (``fit_classes``): the
+        rows of classes that a run folder names alike are taken, whatever their order, and the rest of the class layer
+        keeps its initial values, which the report says. None: the class layer must fit, and is taken as it is.
 
     Returns:
       Which tensors were loaded, which are missing and which were not expected.
@@ -85,6 +99,10 @@ def load_weights(model: nnx.Module, source: str | Path | Mapping[str, Any]) -> L
     _check_style(model, tensors, unexpected, where)
 
     arrays = {official: _float32(tensors[name], name, where) for official, name in named.items()}
+    fresh, said = (), ""
+    if classes is not None:
+        source_names = None if isinstance(source, Mapping) else class_names(Path(source))
+        fresh, said = _fit_classes(model, arrays, variables, classes, source_names, where)
     _check_shapes(arrays, variables, named, where)
     _check_pixels(model, arrays, where)
     if naming_style(tensors) == "caffe2":
@@ -99,8 +117,10 @@ def load_weights(model: nnx.Module, source: str | Path | Mapping[str, Any]) -> L
     nnx.update(model, nnx.from_flat_state(update))
     return LoadReport(
         loaded=tuple(name for name in variables if name in arrays),
-        missing=tuple(name for name in variables if name not in arrays),
+        missing=tuple(name for name in variables if name not in arrays and name not in fresh),
         unexpected=tuple(unexpected),
+        fresh=fresh,
+        classes=said,
     )
 
 
@@ -183,6 +203,24 @@ def _float32(value: Any, name: str, where: str) -> np.ndarray:
     if not np.isfinite(array).all():
         raise WeightsError(f"{where}: tensor {name} holds NaN or infinity; give weights of a run that did not diverge")
     return array
+
+
+def _fit_classes(
+    model: nnx.Module,
+    arrays: dict[str, np.ndarray],
+    variables: dict[str, tuple[ModelPath, nnx.Variable[Any]]],
+    classes: Sequence[str],
+    source_names: Sequence[str] | None,
+    where: str,
+) -> tuple[tuple[str, ...], str]:
+    config = model.config  # pyright: ignore[reportAttributeAccessIssue]
+    initial = {
+        name: to_torch_layout(np.asarray(variable.get_value(), np.float32), path)
+        for name, (path, variable) in variables.items()
+        if in_class_layer(name)
+    }
+    anchors = 1 if config.detector == "fcos" else config.anchors.per_cell
+    return fit_classes(arrays, initial, anchors=anchors, names=classes, source_names=source_names, where=where)
 
 
 def _check_shapes(
