@@ -524,6 +524,7 @@ def test_a_picture_with_a_plain_border_is_whole(kind, options):
         lambda data: data[:8] + data[8:][::-1],
     ],
 )
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 @pytest.mark.parametrize("kind", FORMATS)
 def test_damaged_pictures_are_one_line(damage, kind):
     try:

@@ -85,7 +85,7 @@ def prepare_coco(
             "a writable folder with space for the images"
         ) from None
     # Opening reads every record once and writes the index that training would otherwise build first.
-    counts = [f"{len(TfdsCocoDataset(root, f'{NAME}:{VERSION}', ours))} {ours}" for ours in SPLITS]
+    counts = [f"{len(TfdsCocoDataset(root, f'{NAME}:{VERSION}', ours, reading=reading))} {ours}" for ours in SPLITS]
     return f"wrote {' and '.join(counts)} images to {folder}; use it with --data.source tfds --data.root {out}"
 
 

@@ -71,7 +71,7 @@ class TfdsCocoDataset(Dataset):
 
     def __init__(self, root: str | Path, name: str, split: Literal["train", "val"], *, reading: Reading = DEFAULT):
         self._folder = _version_folder(Path(root or DATA_DIR), name)
-        self._split, self._name = SPLITS[split], name
+        self._split, self._name, self.reading = SPLITS[split], name, reading
         try:
             with quiet():
                 builder: Any = tfds.builder_from_directory(self._folder)
@@ -180,7 +180,7 @@ class TfdsCocoDataset(Dataset):
             for i in progress(records, f"indexing {self._name} {self._split}", " images"):
                 record = self._records[i]
                 name = _decoded(record["image/filename"])
-                headers.append(read_header(record["image"], f"{self._folder} {name}"))
+                headers.append(read_header(record["image"], f"{self._folder} {name}", self.reading))
                 objects.append(record["objects"])
                 ids.append(int(record["image/id"]))
                 names.append(name)
