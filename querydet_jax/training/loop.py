@@ -46,7 +46,7 @@ def train(
     evaluate: Evaluate | None = None,
     prepare: Callable[[DenseDetector], object] | None = None,
     profile: bool = False,
-    evaluate_with: str = "querydet eval",
+    evaluate_with: str = "",
 ) -> DenseDetector:
     """Train a detector and leave its checkpoints, ``config.json`` and ``metrics.jsonl`` in ``run``.
 
@@ -60,7 +60,7 @@ def train(
         host alone ends the evaluation, not the run.
       prepare: called before the first step with the model if there will be evaluations; may raise QueryDetError.
       profile: also write ``run/profile``, a trace of a few steps (``StepTrace``).
-      evaluate_with: the command that evaluates a run, for messages.
+      evaluate_with: the command that evaluates a run, to be named at the end.
 
     Returns:
       The trained model, in inference mode; with ``train.ema`` the moving average.
@@ -194,12 +194,13 @@ def train(
         merge_into(model, devices.unreplicate(state))
         if failures:
             raise QueryDetError(
-                f"{run}: trained and saved, but {failures}; mend that, then evaluate with: {evaluate_with} {run}"
+                f"{run}: trained and saved, but {failures}; mend that, then evaluate with: "
+                f"{evaluate_with or 'querydet eval'} {run}"
             )
-        if done > start:
-            log.say(f"trained; evaluate with: {evaluate_with} {run}")
-        else:
+        if done == start:
             log.say(f"{run}: step {start} is saved and train.steps is {settings.steps}: nothing to train")
+        elif evaluate_with:
+            log.say(f"trained; evaluate with: {evaluate_with} {run}")
         return model
 
 
