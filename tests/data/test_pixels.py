@@ -343,8 +343,9 @@ def test_8_bit_pictures_do_not_change(bit_depth):
     "text", ["auto", "16", "5:5", "9:1", "1%:99", "1:99%", "0:nan", "0:inf", "a:b", "-1%:50%", "0%:101%", ":", "1:2:3"]
 )
 def test_a_bit_depth_that_says_nothing_is_refused(text):
-    with pytest.raises(ConfigError, match=r"data.bit_depth .*: give file, values LOW:HIGH such as"):
-        override(Config(), {"data.bit_depth": text})
+    for use in (lambda: override(Config(), {"data.bit_depth": text}), lambda: Reading(bit_depth=text)):
+        with pytest.raises(ConfigError, match=r"data.bit_depth .*: give file, values LOW:HIGH such as"):
+            use()
 
 
 @pytest.mark.parametrize("text", ["", "file", "-40:120.5", "0:16383", "0.5%:99.5%", "-1e3:1e3"])

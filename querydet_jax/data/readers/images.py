@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image, ImageFile, TiffImagePlugin
 
 from querydet_jax.config import DataConfig
+from querydet_jax.config.bit_depth import parse_bit_depth
 from querydet_jax.data.readers.agreement import check_filled, check_tiles, png_exif
 from querydet_jax.data.readers.deep import deep_pixels, to_8_bits, wanted
 from querydet_jax.data.readers.folders import FORMATS, open_regular
@@ -34,12 +35,18 @@ class Reading:
     Attributes:
       decided: what a data set's reader decided for ``exif`` auto (``orientation.decide``): whether the orientation is
         applied. A size that the annotations state still decides for its own picture where it can tell.
+
+    Raises:
+      ConfigError: ``bit_depth`` is malformed, see ``parse_bit_depth``.
     """
 
     exif: Literal["auto", "apply", "ignore"] = "auto"
     bit_depth: str = ""
     max_pixels: int = DataConfig.max_pixels
     decided: bool | None = None
+
+    def __post_init__(self) -> None:
+        parse_bit_depth(self.bit_depth)
 
     @classmethod
     def of(cls, data: DataConfig) -> Reading:
