@@ -7,6 +7,7 @@ to name the entry and the field at fault, or to accept what means the same: whol
 from __future__ import annotations
 
 import contextlib
+import json
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -69,7 +70,7 @@ class Image(Struct, gc=False):
 
 class Category(Struct, gc=False):
     id: Id
-    name: str
+    name: Annotated[str, Meta(min_length=1)]
 
 
 class Instances(Struct):
@@ -204,11 +205,15 @@ def _entry(item: Any, kind: type[E], where: str) -> E:
                 named = issubclass(kind, Truth) and isinstance(item.get("id"), int) and field.name != "id"
                 label = f" (id {shown(item['id'])})" if named else ""
                 raise DataError(
-                    f"{where}{label} has {field.name} {shown(item[field.name])}; {_REMEDIES[field.name]}"
+                    f"{where}{label} has {field.name} {_in_json(item[field.name])}; {_REMEDIES[field.name]}"
                 ) from None
         elif field.required:
             raise DataError(f"{where} has no {field.name!r}; add it or remove the entry")
     return kind(**values)
+
+
+def _in_json(value: Any) -> str:
+    return json.dumps(value) if value is None or isinstance(value, bool) else shown(value)
 
 
 def _value(value: Any, kind: Any) -> Any:

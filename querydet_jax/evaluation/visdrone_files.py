@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from querydet_jax.data.readers.folders import SUFFIXES
-from querydet_jax.runtime.errors import DataError
+from querydet_jax.runtime.errors import DataError, shown
 from querydet_jax.runtime.files import written_aside
 from querydet_jax.runtime.reading import numbers, read_text
 
@@ -33,7 +33,9 @@ def read_result_file(path: str | Path) -> np.ndarray:
         row = numbers(line.strip().removesuffix(",").split(","))
         problem = _problem(row)
         if problem:
-            raise DataError(f"{path}: line {number}: {problem}; expected {_COLUMNS},truncation,occlusion")
+            raise DataError(
+                f"{path}: line {number}: {problem} in {shown(line.strip())}; expected {_COLUMNS},truncation,occlusion"
+            )
         rows.append((row + [-1.0, -1.0])[:8])
     return np.array(rows, np.float64).reshape(-1, 8)
 
