@@ -36,11 +36,14 @@ def select_ids(known: Collection[int], ids: Iterable[int] | None, name: str) -> 
     """Return the ids of ``known`` that are among ``ids``, ascending; None selects all."""
     if ids is None:
         return sorted(known)
-    wanted = list(ids)
-    unknown = sorted((i for i in wanted if not isinstance(i, int) or i not in known), key=str)
+    try:
+        wanted = set(ids)
+    except TypeError:
+        raise DataError(f"{name}: {shown(ids)} is not a list of ids; give ids from the annotation file") from None
+    unknown = sorted(wanted - set(known), key=str)
     if unknown:
         raise DataError(f"{name}: {_listed(unknown)} not in the ground truth; give ids from the annotation file")
-    return sorted(set(wanted))
+    return sorted(set(known) & wanted)
 
 
 def annotations_of(truth: GroundTruth, where: str) -> list[dict[str, Any]]:

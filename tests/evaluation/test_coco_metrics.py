@@ -5,6 +5,7 @@ import copy
 import io
 import json
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -244,6 +245,9 @@ def test_subsets_of_images_and_categories():
     assert list(evaluate(truth, results, category_ids=[20]).per_class) == ["person"]
     with pytest.raises(DataError, match="image_ids: 7"):
         evaluate(truth, results, image_ids=[7])
+    for bad in (7, [[1]], ["1"], [None], [1.5]):
+        with pytest.raises(DataError, match="category_ids: "):
+            evaluate(truth, results, category_ids=bad)  # type: ignore[arg-type]
 
 
 def test_no_results_is_zero_not_a_crash():
@@ -312,6 +316,42 @@ def test_bad_results_are_named(bad, message):
 def test_bad_ground_truth_is_named(change, message):
     with pytest.raises(DataError, match=message):
         evaluate(ground_truth([]) | change, [])
+
+
+@pytest.mark.parametrize("box", [(0, 0, 1e9, 1e9), (0, 0, 100_001, 100_000), (-5e8, 0, 1e8, 101)])
+def test_boxes_too_large_for_coco_are_refused(box):
+    # pycocotools leaves them out of every metric: such a detection would be no false positive.
+    truth, good = ground_truth([annotation((10, 10, 20, 20))]), result((10, 10, 20, 20))
+    with pytest.raises(DataError, match=r"results\[1\] has bbox .* of more than 1e\+10 px\^2, which COCO"):
+        evaluate(truth, [good, result(box)])
+    with pytest.raises(DataError, match=r"annotations\[0\] has bbox .* of more than 1e\+10 px\^2"):
+        evaluate(ground_truth([annotation(box)]), [good])
+    for area in (1.1e10, -1, float("nan"), float("inf"), None, "9"):
+        with pytest.raises(DataError, match=r"annotations\[0\] \(id 0\) has area .*; give a finite number from 0 to"):
+            evaluate(ground_truth([annotation((1, 1, 2, 2), area=area)]), [good])
+
+
+@pytest.mark.parametrize("only", [{"iscrowd": 1}, {"iscrowd": True}])
+def test_crowds_alone_are_no_objects(only):
+    found = evaluate(ground_truth([annotation((10, 10, 20, 20), **only)]), [result((10, 10, 20, 20))])
+    assert found.objects["all"] == 0 and all(map(math.isnan, found.metrics.values()))
+    assert "every metric is undefined" in found.table()
+
+
+def test_numbers_of_other_libraries_are_taken():
+    truth, results = random_case(2)
+    expected = evaluate(truth, results).to_dict()
+    as_arrays: list[Any] = [
+        {
+            "image_id": np.int64(entry["image_id"]),
+            "category_id": np.float32(entry["category_id"]),
+            "bbox": np.array(entry["bbox"]) if i % 2 else [np.float64(v) for v in entry["bbox"]],
+            "score": np.float64(entry["score"]),
+        }
+        for i, entry in enumerate(results)
+    ]
+    assert evaluate(truth, as_arrays).to_dict() == expected
+    assert evaluate(truth, tuple(as_arrays), image_ids=np.arange(1, 7)).to_dict() == expected  # type: ignore[arg-type]
 
 
 def test_detections_to_results():
