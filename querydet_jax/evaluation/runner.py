@@ -162,14 +162,16 @@ def detectors_to_compare(model: DenseDetector, config: Config, methods: Sequence
     """Build one detector per query method, the dense one first, so that speed-ups are over it.
 
     Args:
-      methods: of dense, csq, cq, ccq; none: dense and, with a query head, ``inference.query`` (csq if that is dense).
+      methods: of dense, csq, cq, ccq; none: dense and, with a query head and heads without group norm,
+        ``inference.query`` (csq if that is dense).
 
     Raises:
       DataError: another method.
     """
     if not methods:
         configured = config.inference.query if config.inference.query != "dense" else "csq"
-        methods = ("dense", configured) if model.query_head is not None else ("dense",)
+        sparse = model.query_head is not None and model.config.head.norm == "none"  # group norm needs whole maps
+        methods = ("dense", configured) if sparse else ("dense",)
     known = ("dense", "csq", "cq", "ccq")
     for name in methods:
         if name not in known:

@@ -25,6 +25,7 @@ from querydet_jax.cli.main import SUMMARIES, load, main, run_command
 from querydet_jax.cli.process import run as run_process
 from querydet_jax.config import Config, override
 from querydet_jax.evaluation.runner import detectors_to_compare
+from querydet_jax.models import build_model
 from querydet_jax.runtime.errors import DataError, Interrupted, Preempted, QueryDetError
 
 ROOT = Path(__file__).parents[2]
@@ -94,6 +95,13 @@ def test_what_eval_compares(configured: str, asked: tuple[str, ...], expected: l
     assert [detector.config.query for detector in detectors.values()] == list(detectors) == expected
     with pytest.raises(DataError, match="--methods sparse: is not one of dense, csq, cq, ccq"):
         detectors_to_compare(small_model(), config, ("sparse",))
+
+
+def test_what_eval_compares_with_group_norm() -> None:
+    """The dense detector alone: training asks before its first step, and would otherwise not start."""
+    model = override(MODEL, {"head.norm": "group", "head.channels": 32})
+    config = Config(model=model, inference=override(BASE, {"query": "dense"}))
+    assert list(detectors_to_compare(build_model(model), config)) == ["dense"]
 
 
 def test_predict_on_a_folder_of_either_orientation(
