@@ -11,7 +11,7 @@ from typing import Literal
 from querydet_jax.cli.arguments import parse
 from querydet_jax.data.plan import both_orientations
 from querydet_jax.inference.detector import Detector
-from querydet_jax.inference.export.writer import PLATFORMS, write_artifact
+from querydet_jax.inference.export.writer import PLATFORMS, any_batch_size, write_artifact
 from querydet_jax.inference.runs import open_model
 from querydet_jax.runtime import machine
 
@@ -25,8 +25,8 @@ class ExportArguments:
     platforms: tuple[Literal["cpu", "cuda", "tpu"], ...] = PLATFORMS
     """Platforms to compile for; none needs to be present."""
     batch_sizes: tuple[int, ...] = ()
-    """Images per call, one program each (default: for dense inference any number, in one program; otherwise
-    inference.batch_size, because the cascade's buffers are pooled over the batch)."""
+    """Images per call, one program each (default: for dense inference any number, in one program; for Faster R-CNN
+    and otherwise inference.batch_size, because buffers are pooled over the batch)."""
     both_orientations: bool = True
     """Also accept every canvas of data.test-canvases turned on its side, as predict does."""
 
@@ -46,7 +46,7 @@ def export(words: Sequence[str], program: str) -> None:
     if arguments.both_orientations:
         canvases = both_orientations(canvases)
     batch_sizes = arguments.batch_sizes
-    if not batch_sizes and config.inference.query != "dense":
+    if not batch_sizes and not any_batch_size(config.inference, config.model.detector):
         batch_sizes = (config.inference.batch_size,)
     folder = source if source.is_dir() else Path("runs") / config.name
     out = Path(arguments.out) if arguments.out else folder / "detector.zip"

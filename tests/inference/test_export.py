@@ -189,21 +189,175 @@ def test_what_is_not_what_was_written_is_refused(folder, tmp_path):
             Artifact(file)
 
 
-def test_programs_of_a_jax_that_writes_otherwise_are_refused(folder, tmp_path):
-    part = "programs/64x96.bin"
-    whole = contents(folder / "dense.zip")
-    exported = jax.export.deserialize(bytearray(whole[part]))
+PART = "programs/64x96.bin"
+
+
+def resealed(path: Path, to: Path, part: str, data: bytes, **fields) -> Path:
+    """An artifact with another part, whose manifest agrees."""
+    parts = json.loads(contents(path)["manifest.json"])["parts"]
+    parts[part] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    return rewritten(path, to, {part: data}, **{"parts": parts, **fields})
+
+
+@pytest.fixture(scope="module")
+def exported(folder):
+    return jax.export.deserialize(bytearray(contents(folder / "dense.zip")[PART]))
+
+
+def test_programs_of_a_jax_that_writes_otherwise_are_refused(folder, tmp_path, exported):
     newer = exported.calling_convention_version + 99
-    for foreign in (
-        b"not what jax.export serializes",
-        bytes(dataclasses.replace(exported, calling_convention_version=newer).serialize()),
-        bytes(dataclasses.replace(exported, mlir_module_serialized=b"newer operations").serialize()),
+    foreign = bytes(dataclasses.replace(exported, calling_convention_version=newer).serialize())
+    unknown = bytes(dataclasses.replace(exported, mlir_module_serialized=b"newer operations").serialize())
+    other = {"made_with": {"jax": "0.99.0"}}
+    for data, fields in ((foreign, {}), (unknown, other), (b"not what jax.export serializes", other)):
+        detect = Artifact(resealed(folder / "dense.zip", tmp_path / "x.zip", PART, data, **fields))
+        with pytest.raises(ArtifactError, match=f"x.zip: {PART} was written by jax .* pip install jax=="):
+            detect(small.pictures(1, *CANVAS))
+
+
+@pytest.mark.parametrize("kind", ["not a program", "cut short", "its operations", "zeros"])
+def test_a_damaged_program_says_so(folder, tmp_path, exported, kind):
+    data = contents(folder / "dense.zip")[PART]
+    foreign = {
+        "not a program": b"not what jax.export serializes",
+        "cut short": data[: len(data) // 2],
+        "its operations": bytes(dataclasses.replace(exported, mlir_module_serialized=b"MLcut").serialize()),
+        "zeros": data[: len(data) // 3] + bytes(1000) + data[len(data) // 3 + 1000 :],
+    }
+    detect = Artifact(resealed(folder / "dense.zip", tmp_path / "x.zip", PART, foreign[kind]))
+    with pytest.raises(ArtifactError, match=f"x.zip: {PART} is damaged .*copy it again from its source"):
+        detect(small.pictures(1, *CANVAS))
+
+
+@pytest.mark.parametrize("target", ["xla_ffi_python_cpu_callback", "shape_assertion_", "Sharding"])
+def test_a_program_that_reaches_out_is_not_run(folder, tmp_path, exported, target):
+    """A resealed one; ``exported`` lends it everything but the computation."""
+
+    def program(weights, images, sizes):
+        seen = jax.ffi.ffi_call(target, jax.ShapeDtypeStruct((), jnp.float32))(jnp.float32(1))
+        return exported.call(weights, images, sizes)["scores"] + seen
+
+    weights, images, sizes = jax.tree.unflatten(exported.in_tree, exported.in_avals)[0]
+    images, sizes = (jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype) for x in (images, sizes))
+    checks = [jax.export.DisabledSafetyCheck.custom_call(target)]
+    evil = jax.export.export(jax.jit(program), disabled_checks=checks)(weights, images, sizes)
+    detect = Artifact(resealed(folder / "dense.zip", tmp_path / "x.zip", PART, bytes(evil.serialize())))
+    with pytest.raises(ArtifactError, match=f"x.zip: {PART} asks for custom_call, which no exported detector does"):
+        detect(small.pictures(1, *CANVAS))
+
+
+def test_a_program_for_something_else_is_not_run(folder, tmp_path, exported):
+    csq = contents(folder / "csq.zip")["programs/64x96_batch1.bin"]
+    other = jax.export.export(jax.jit(lambda x: x + 1))(jax.ShapeDtypeStruct((3,), jnp.float32))
+    for data in (csq, bytes(other.serialize())):
+        detect = Artifact(resealed(folder / "dense.zip", tmp_path / "x.zip", PART, data))
+        with pytest.raises(ArtifactError, match=f"x.zip: {PART} is not the program that its manifest.json describes"):
+            detect(small.pictures(1, *CANVAS))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("classes", None),
+        ("classes", []),
+        ("classes", "ant"),
+        ("classes", ["ant", 3]),
+        ("canvases", [[64]]),
+        ("canvases", [[64, "96"]]),
+        ("canvases", [[64, 96], [-1, 96]]),
+        ("canvases", [[64.0, 96.0]]),
+        ("canvases", {}),
+        ("batch_sizes", 3),
+        ("batch_sizes", []),
+        ("batch_sizes", [True]),
+        ("platforms", "cpu"),
+        ("platforms", ["quantum"]),
+        ("name", 3),
+        ("made_with", {"jax": 1}),
+        ("made_with", []),
+        ("preprocessing", None),
+        ("preprocessing", {"test_short": "64", "test_max": 96}),
+        ("preprocessing", {"test_short": 64}),
+        ("inference", {"query": "dense", "threshold": None}),
+        ("inference", {"query": "sparse", "threshold": 0.1}),
+        ("inference", {"query": "dense", "threshold": float("nan")}),
+        ("programs", []),
+        ("programs", [3]),
+        ("programs", [{"part": PART, "canvas": [64, 96]}]),
+        ("programs", [{"part": ["x"], "canvas": [64, 96], "batch_size": None}]),
+        ("programs", [{"part": "programs/other.bin", "canvas": [64, 96], "batch_size": None}]),
+        ("programs", [{"part": "weights.npz", "canvas": [64, 96], "batch_size": None}]),
+        ("programs", [{"part": PART, "canvas": [32, 96], "batch_size": None}]),
+        ("programs", [{"part": PART, "canvas": [64, 96], "batch_size": 1}]),
+        ("programs", [{"part": PART, "canvas": [64, 96], "batch_size": None}] * 2),
+        ("parts", None),
+        ("parts", {}),
+        ("parts", {PART: {"bytes": 3, "sha256": "x"}}),
+        ("parts", {"weights.npz": "x"}),
+        ("parts", {"weights.npz": {"bytes": "3", "sha256": "x"}}),
+    ],
+)
+def test_an_edited_manifest_is_refused(folder, tmp_path, field, value):
+    edited = rewritten(folder / "dense.zip", tmp_path / "x.zip", {}, **{field: value})
+    with pytest.raises(ArtifactError, match=f"x.zip: manifest.json, {field}[^;\n]*; copy it again from its source"):
+        Artifact(edited)
+
+
+@pytest.mark.parametrize(
+    "field", ["classes", "canvases", "batch_sizes", "platforms", "programs", "parts", "name", "inference"]
+)
+def test_a_manifest_without_a_field_is_refused(folder, tmp_path, field):
+    manifest = json.loads(contents(folder / "dense.zip")["manifest.json"])
+    del manifest[field]
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        for name, data in {**contents(folder / "dense.zip"), "manifest.json": json.dumps(manifest).encode()}.items():
+            archive.writestr(name, data)
+    with pytest.raises(ArtifactError, match=f"x.zip: manifest.json, {field}[.a-z_]*: missing; copy it again"):
+        Artifact(tmp_path / "x.zip")
+
+
+@pytest.mark.parametrize("text", [b"", b"{", b"[]", b"3", b"[" * 100_000, b'"\xff"', b"9" * 5000])
+def test_a_manifest_that_is_none_is_refused(folder, tmp_path, text):
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        for name, data in {**contents(folder / "dense.zip"), "manifest.json": text}.items():
+            archive.writestr(name, data)
+    with pytest.raises(ArtifactError, match="x.zip: .*give a file written by export.py|x.zip: damaged, cut short"):
+        Artifact(tmp_path / "x.zip")
+
+
+def test_bombs_are_refused(folder, tmp_path):
+    """Small files that ask for much memory, without a wrong checksum."""
+    whole, bomb = contents(folder / "dense.zip"), tmp_path / "x.zip"
+    with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in {**whole, "programs/zeros.bin": bytes(10**7)}.items():
+            archive.writestr(name, data)
+    with pytest.raises(ArtifactError, match="x.zip: damaged.*compressed entries"):
+        Artifact(bomb)
+
+    with zipfile.ZipFile(bomb, "w") as archive, pytest.warns(UserWarning, match="Duplicate name"):
+        for name, data in [*whole.items(), *whole.items()]:
+            archive.writestr(name, data)
+    with pytest.raises(ArtifactError, match="x.zip: damaged.*two entries of one name"):
+        Artifact(bomb)
+
+    def npz(array: np.ndarray, header: dict | None = None, method: int = zipfile.ZIP_STORED) -> bytes:
+        raw, file = io.BytesIO(), io.BytesIO()
+        np.lib.format.write_array_header_1_0(raw, header or np.lib.format.header_data_from_array_1_0(array))
+        with zipfile.ZipFile(file, "w", method) as archive:
+            archive.writestr("head.bias.npy", raw.getvalue() + array.tobytes())
+        return file.getvalue()
+
+    huge = {"descr": "<f4", "fortran_order": False, "shape": (10**6, 10**6)}
+    for weights in (
+        npz(np.zeros(3, np.float32), huge),
+        npz(np.zeros(3, np.float32), {**huge, "shape": (2,)}),
+        npz(np.zeros(3, np.float32), {**huge, "shape": (-3,)}),
+        npz(np.zeros(3, np.float32), {**huge, "descr": "|O"}),
+        npz(np.zeros(10**6, np.float32), method=zipfile.ZIP_DEFLATED),
+        b"PK\x03\x04",
     ):
-        parts = json.loads(whole["manifest.json"])["parts"]
-        parts[part]["sha256"] = hashlib.sha256(foreign).hexdigest()
-        other = Artifact(rewritten(folder / "dense.zip", tmp_path / "x.zip", {part: foreign}, parts=parts))
-        with pytest.raises(ArtifactError, match=f"x.zip: {part} was written by jax .* pip install jax=="):
-            other(small.pictures(1, *CANVAS))
+        with pytest.raises(ArtifactError, match="x.zip: damaged, cut short"):
+            Artifact(resealed(folder / "dense.zip", bomb, "weights.npz", weights))
 
 
 def test_another_platform_is_refused(tmp_path):
@@ -226,11 +380,22 @@ def test_other_input_is_refused(folder):
         detect(np.zeros((1, *CANVAS, 3), np.float32))
     with pytest.raises(ArtifactError, match="give .height, width. per image"):
         detect(np.zeros((1, *CANVAS, 3), np.uint8), SIZES)
+    for sizes, message in {
+        ((0, 96),): r"sizes\[0\] is \[0, 96\], on a canvas of 64x96",
+        ((64, 97),): r"sizes\[0\] is \[64, 97\]",
+        ((-1, 5),): r"sizes\[0\] is \[-1, 5\]",
+        ((64.0, 96.0),): r"sizes are float64 \[1, 2\]",
+        (64, 96): r"sizes are int64 \[2\]",
+    }.items():
+        with pytest.raises(ArtifactError, match=message):
+            detect(np.zeros((1, *CANVAS, 3), np.uint8), sizes)
+    with pytest.raises(ArtifactError, match="channels 'grb': choose rgb or bgr"):
+        Artifact(folder / "csq.zip", channels="grb")
 
 
 def test_what_cannot_be_exported_is_refused(tmp_path):
     for message, changes in {
-        "buffers whose size depends on the batch": {"batch_sizes": ()},
+        "retinanet with inference.query csq has buffers whose size depends on the batch": {"batch_sizes": ()},
         "batch_sizes .0,.: must be at least 1": {"batch_sizes": (0,)},
         "canvases .*each once": {"canvases": [CANVAS, CANVAS]},
         "platforms .*at least one": {"platforms": ()},
@@ -252,6 +417,22 @@ def test_without_flatbuffers(folder, tmp_path, monkeypatch):
         write_artifact(tmp_path / "x.zip", detector("dense"), CONFIG, canvases=[CANVAS])
     with pytest.raises(ArtifactError, match="dense.zip: reading it needs flatbuffers; pip install flatbuffers"):
         Artifact(folder / "dense.zip")
+
+
+def test_opencv_pictures(folder, monkeypatch):
+    """The program sees RGB."""
+    images, seen = small.pictures(2, *CANVAS), []
+
+    def program(weights, pictures, sizes):
+        seen.append(pictures)
+        return {"stats": {}}
+
+    monkeypatch.setattr(Artifact, "_program", lambda self, shape: program)
+    monkeypatch.setattr(artifact_module, "ArtifactDetections", dict)
+    Artifact(folder / "dense.zip")(images)
+    Artifact(folder / "dense.zip", channels="bgr")(images[..., ::-1])
+    for pictures in seen:
+        np.testing.assert_array_equal(pictures, images)
 
 
 def run_command(command, *words: object) -> None:

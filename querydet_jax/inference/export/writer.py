@@ -51,7 +51,7 @@ def write_artifact(
       detector: weights and inference settings.
       config: name, classes and resize rule for the manifest.
       canvases: (height, width) of the inputs.
-      batch_sizes: images per call; empty is any number, which only dense inference supports.
+      batch_sizes: images per call; empty is any number, where ``any_batch_size``.
       platforms: any of cpu, cuda, tpu; each program runs on all of them.
 
     Returns:
@@ -61,7 +61,7 @@ def write_artifact(
       ConfigError: canvases or platforms are empty or repeat a value, or a batch size is invalid.
       DataError: flatbuffers is not installed, or the file cannot be written.
     """
-    _check(detector.config, canvases, batch_sizes, platforms)
+    _check(detector.config, config.model.detector, canvases, batch_sizes, platforms)
     names, parameters = named_parameters(detector)
     parts, programs = {WEIGHTS: _npz(dict(zip(names, parameters, strict=True)))}, []
     for height, width in canvases:
@@ -96,6 +96,14 @@ def write_artifact(
     }
     _write(Path(path), {MANIFEST: json.dumps(manifest, indent=2, allow_nan=False).encode(), **parts})
     return manifest
+
+
+def any_batch_size(inference: InferenceConfig, model: str) -> bool:
+    """Return whether one program of the detector ``model`` can take any number of images.
+
+    Buffers of the cascade's sites, and of Faster R-CNN's pooled boxes, are shared by the batch.
+    """
+    return inference.query == "dense" and model != "faster_rcnn"
 
 
 def lower(detector: Detector, shape: tuple[int | None, int, int], platforms: Sequence[str]) -> bytes:
@@ -135,7 +143,11 @@ def named_parameters(detector: Detector) -> tuple[list[str], list[Array]]:
 
 
 def _check(
-    inference: InferenceConfig, canvases: Sequence[Canvas], batch_sizes: Sequence[int], platforms: Sequence[str]
+    inference: InferenceConfig,
+    model: str,
+    canvases: Sequence[Canvas],
+    batch_sizes: Sequence[int],
+    platforms: Sequence[str],
 ) -> None:
     if importlib.util.find_spec("flatbuffers") is None:
         raise DataError("exporting needs flatbuffers; pip install -r requirements-export.txt")
@@ -144,10 +156,11 @@ def _check(
             raise ConfigError(f"{name} {values}: give at least one, each once")
     if any(batch < 1 for batch in batch_sizes):
         raise ConfigError(f"batch_sizes {batch_sizes}: must be at least 1")
-    if not batch_sizes and inference.query != "dense":
+    if not batch_sizes and not any_batch_size(inference, model):
+        remedy = ", or set inference.query dense" if model != "faster_rcnn" else ""
         raise ConfigError(
-            f"inference.query {inference.query} has buffers whose size depends on the batch size: give batch_sizes, or "
-            "set inference.query dense"
+            f"{model} with inference.query {inference.query} has buffers whose size depends on the batch size: give "
+            f"batch_sizes{remedy}"
         )
 
 
