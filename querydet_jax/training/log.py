@@ -130,19 +130,18 @@ def _set_damaged_lines_aside(path: Path) -> None:
     if not path.is_file():
         return
     with writing(path):
-        lines = path.read_bytes().splitlines(keepends=True)
+        before = path.read_bytes()
     good, bad = [], []
-    for line in lines:
-        (good if _is_whole(line) else bad if line.strip() else []).append(line)
-    if not bad and (not lines or lines[-1].endswith(b"\n")):
-        return
+    for line in before.splitlines():
+        (good if _is_whole(line) else bad if line.strip() else []).append(line + b"\n")
     if bad:
         aside = path.with_name(f"{path.stem}.damaged{path.suffix}")
         with writing(aside), aside.open("ab") as file:
-            file.writelines(line.rstrip(b"\r\n") + b"\n" for line in bad)
+            file.writelines(bad)
         _log.warning("%s: %d damaged line(s) moved to %s", path, len(bad), aside.name)
-    with writing(path), written_aside(path) as new:
-        new.write_bytes(b"".join(line.rstrip(b"\r\n") + b"\n" for line in good))
+    if b"".join(good) != before:
+        with writing(path), written_aside(path) as new:
+            new.write_bytes(b"".join(good))
 
 
 def _is_whole(line: bytes) -> bool:

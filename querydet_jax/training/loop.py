@@ -56,8 +56,8 @@ def train(
       resume: go on from the newest checkpoint.
       evaluate: called on every host with the model and the validation set every ``train.eval_every`` steps; what it
         returns is logged. It must call its third argument after every batch, equally often on all hosts: that call
-        raises an exception to stop the run. An evaluation stopped so is rerun on resume. Any other exception of one
-        host alone ends the evaluation, not the run.
+        raises an exception to stop the run. An evaluation stopped so is rerun on resume. Where there is one host,
+        any other exception ends the evaluation, not the run.
       prepare: called before the first step with the model if there will be evaluations; may raise QueryDetError.
       profile: also write ``run/profile``, a trace of a few steps (``StepTrace``).
       evaluate_with: the command that evaluates a run, to be named at the end.
