@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 from typing import Any
 
 from querydet_jax.config.bit_depth import parse_bit_depth
@@ -18,6 +19,18 @@ _LIGHT_FLAVORS = {
 }
 
 
+# Smallest and largest value of numbers, alone or in a tuple, and the fields.
+_RANGES = (
+    (1, math.inf, "model.backbone.width model.fpn.channels model.head.channels model.query.channels"),
+    (1, math.inf, "model.anchors.sizes_per_octave"),
+    (0, math.inf, "model.head.num_convs model.query.num_convs model.loss.focal_gamma model.loss.level_weights"),
+    (0, math.inf, "model.loss.query_weights model.loss.query_gammas model.loss.query_radius_factor"),
+    (0, 1, "model.loss.focal_alpha model.loss.query_alpha model.loss.normalizer_momentum"),
+    (0, 1, "model.loss.iou_background model.loss.iou_foreground"),
+    (0, 1, "inference.threshold inference.score_threshold inference.nms_iou inference.soft_prune"),
+    (1e-6, math.inf, "model.anchors.scale model.anchors.ratios model.loss.normalizer_init"),
+)
+
 _NAME_BYTES = 200  # file systems allow 255
 
 
@@ -31,6 +44,7 @@ def check(config: Config) -> None:
     model, inference, data, train = config.model, config.inference, config.data, config.train
     _check_name(config.name)
     _check_finite(config, "")
+    _check_ranges(config)
     levels = model.levels
     if not 2 <= model.min_level <= 5 <= model.max_level <= 7 or model.min_level == model.max_level:
         raise ConfigError(
@@ -176,6 +190,17 @@ def _check_finite(group: Any, prefix: str) -> None:
         values = value if isinstance(value, tuple) else (value,)
         if any(isinstance(x, float) and not math.isfinite(x) for x in values):
             raise ConfigError(f"{prefix}{field.name} {value}: must be finite")
+
+
+def _check_ranges(config: Config) -> None:
+    for low, high, names in _RANGES:
+        for name in names.split():
+            value = operator.attrgetter(name)(config)
+            if not all(low <= x <= high for x in (value if isinstance(value, tuple) else (value,))):
+                limits = f"at least {low}" if high == math.inf else f"from {low} to {high}"
+                raise ConfigError(f"{name} {value}: must be {limits}")
+    if not config.model.anchors.ratios:
+        raise ConfigError("model.anchors.ratios is empty: give one or more, height over width")
 
 
 def _check_faster_rcnn(model: ModelConfig) -> None:

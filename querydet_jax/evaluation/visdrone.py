@@ -32,7 +32,7 @@ import numpy as np
 from querydet_jax.evaluation.metrics import DEFAULT_BINS, SizeBin, as_bins
 from querydet_jax.evaluation.visdrone_files import checked_rows
 from querydet_jax.evaluation.visdrone_results import CLASSES, Curve, VisDroneMetrics, summarize
-from querydet_jax.runtime.errors import DataError
+from querydet_jax.runtime.errors import DataError, shown
 
 LIMITS = (1, 10, 100, 500)
 THRESHOLDS = np.linspace(0.5, 0.95, 10)
@@ -66,8 +66,9 @@ class VisDroneImage:
     detections: np.ndarray
 
     def __post_init__(self) -> None:
-        if len(self.size) != 2 or min(self.size) < 1:
-            raise DataError(f"{self.name}: size {tuple(self.size)}, expected (height, width), both 1 or more")
+        sides = self.size if isinstance(self.size, tuple) else ()
+        if len(sides) != 2 or not all(isinstance(side, (int, np.integer)) and side >= 1 for side in sides):
+            raise DataError(f"{self.name}: size {shown(self.size)}, expected (height, width), both 1 or more")
         for field in ("truth", "detections"):
             object.__setattr__(self, field, checked_rows(getattr(self, field), f"{self.name}: {field}"))
         if not (self.truth == np.rint(self.truth)).all():

@@ -352,6 +352,8 @@ def test_other_names_are_good(name):
         ("train.eval_images", -3),
         ("train.seed", -1),
         ("inference.score_threshold", float("-inf")),
+        ("inference.threshold", 7.0),
+        ("inference.nms_iou", -0.1),
     ],
 )
 def test_numbers_that_mean_nothing_are_refused(field, value):
@@ -360,3 +362,21 @@ def test_numbers_that_mean_nothing_are_refused(field, value):
     changed = dataclasses.replace(getattr(Config(), group), **{name: value})
     with pytest.raises(ConfigError, match=rf"^{field} .*: must "):
         check(dataclasses.replace(Config(), **{group: changed}))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("model.fpn.channels", 0),
+        ("model.backbone.width", -64),
+        ("model.head.num_convs", -1),
+        ("model.anchors.ratios", (1.0, 0.0)),
+        ("model.anchors.ratios", ()),
+        ("model.anchors.scale", -4.0),
+        ("model.loss.focal_alpha", 1.5),
+        ("model.loss.query_weights", (10.0, -1.0)),
+        ("inference.score_threshold", 2.0),
+    ],
+)
+def test_numbers_out_of_their_range_are_refused(field, value):
+    assert message({field: value}).startswith(f"{field} ")

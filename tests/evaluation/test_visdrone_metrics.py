@@ -316,6 +316,10 @@ def test_inputs_are_not_modified():
     [
         ([box(1, 1, 5, 5)], [(1, 1, 5, 5)], r"a: detections: shape \[1, 4\]"),
         ([box(1, 1, 5, 5)], [box(1, 1, 5, 5), box(1, math.nan, 5, 5)], "a: detections: row 1: .*finite"),
+        ([], [box(1, 1, 5, 5), box(1, 1e308, 5, 5)], r"a: detections: row 1: .* beyond 1e\+09"),
+        ([], [box(1, 1, 5, 5), box(1, "x", 5, 5)], "a: detections: not an array of numbers"),
+        ([], [box(1, None, 5, 5)], "a: detections: row 0: .*finite"),
+        ([], [box(1, 10**400, 5, 5)], "a: detections: not an array of numbers"),
         ([], [box(1, 1, -5, 5)], "a: detections: row 0: negative"),
         ([], [box(1, 1, 5, 5, 12)], "category 12"),
         ([], [box(1, 1, 5, 5, 1.5)], "category 1.5"),
@@ -329,8 +333,9 @@ def test_bad_rows_are_named(truth, detections, message):
 
 
 def test_bad_images_are_named():
-    with pytest.raises(DataError, match="a: size"):
-        image([], [], size=(0, 10))
+    for size in ((0, 10), (10,), (float("nan"), 10), ("10", 10), None, (10.5, 10), (-1, 10)):
+        with pytest.raises(DataError, match="a: size"):
+            image([], [], size=size)
     with pytest.raises(DataError, match="a: given twice"):
         evaluate_visdrone([image([], []), image([], [])])
     with pytest.raises(DataError, match="not a range"):
@@ -401,6 +406,10 @@ def _written(folder, text):
         ("1,2,3,4,nan,1,-1,-1", "finite"),
         ("1,2,-3,4,0.5,1,-1,-1", "negative"),
         ("1,2,3,4,0.5,13,-1,-1", "category 13"),
+        ("1,2,3,4_0,0.5,1,-1,-1", r"not 6 to 8 numbers, all finite in '1,2,3,4_0,0.5,1,-1,-1'"),
+        ("1,2,3,1e999,0.5,1,-1,-1", "not 6 to 8 numbers, all finite"),
+        ("1,2,3,1e300,0.5,1,-1,-1", "not finite or beyond"),
+        ("1,2,\u0663,4,0.5,1", "not 6 to 8 numbers, all finite"),
     ],
 )
 def test_bad_lines_are_named(tmp_path, line, message):
