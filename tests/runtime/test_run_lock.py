@@ -26,9 +26,7 @@ def test_a_second_training_names_the_first_and_a_killed_one_keeps_nothing(tmp_pa
     other = subprocess.Popen([sys.executable, "-c", HOLD, str(run)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     try:
         assert other.stdout is not None and other.stdout.readline() == "held\n"
-        with pytest.raises(
-            ConfigError, match=rf"run: host .+, process {other.pid}, since .+ trains in this folder; wait"
-        ):
+        with pytest.raises(ConfigError, match=rf"run: in use .*\(host .+, process {other.pid}, since .+\): wait"):
             with run_lock(run):
                 pass
     finally:
