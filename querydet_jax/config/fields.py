@@ -147,6 +147,6 @@ def _typed(hint: Any, value: Any, key: str) -> Any:
         value = float(value) if abs(value) < _LARGEST else math.inf
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
         raise ConfigError(f"{key}: expected {hint.__name__}, got {shown(value)}")
-    if isinstance(value, (int, float)) and not abs(value) < _LARGEST:  # nan, too
+    if isinstance(value, int | float) and not abs(value) < (math.inf if hint is float else _LARGEST):  # nan, too
         raise ConfigError(f"{key}: expected a finite number, got {shown(value)}")
     return value
