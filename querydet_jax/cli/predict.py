@@ -20,7 +20,7 @@ from querydet_jax.inference.results import run_on_images
 from querydet_jax.inference.runs import open_model
 from querydet_jax.runtime import machine
 from querydet_jax.runtime.errors import ConfigError, DataError, QueryDetError
-from querydet_jax.runtime.names import printable, result_stems
+from querydet_jax.runtime.names import one_line, result_stems
 from querydet_jax.viz.draw import save_image
 from querydet_jax.viz.stages import cascade_pictures
 
@@ -110,6 +110,10 @@ def _of_artifact(artifact: Artifact) -> _Subject:
 def _predict(subject: _Subject, arguments: PredictArguments) -> None:
     if not arguments.images:
         raise DataError("--images: name at least one picture or folder")
+    if "" in arguments.images:
+        raise DataError("--images: one of the names is empty; give a picture or folder, . for this folder")
+    if not 0 <= arguments.min_score <= 1:
+        raise ConfigError(f"--min-score {arguments.min_score:g}: give a score from 0 to 1")
     if arguments.draw == "queries" and (isinstance(subject.detector, Artifact) or subject.query == "dense"):
         raise ConfigError(
             f"--draw queries: {subject.name} shows none, because "
@@ -117,9 +121,11 @@ def _predict(subject: _Subject, arguments: PredictArguments) -> None:
         )
     pictures = Pictures(arguments.images, subject.classes, Reading.of(subject.resizing))
     files = [pictures.file_name(i) for i in range(len(pictures))]
-    stems, inputs = result_stems(files), {_identity(Path(file)) for file in files} - {None}
+    stems, inputs = result_stems(files), {_identity(path) for path in pictures.paths} - {None}
     out = Path(arguments.out)
-    if any(Path(file).resolve().parent == out.resolve() for file in files):
+    if _identity(out / "detections.json") in inputs:
+        raise ConfigError(f"--out {out}: its detections.json is one of the pictures; choose another folder")
+    if arguments.draw != "none" and any(path.resolve().parent == out.resolve() for path in pictures.paths):
         _log.warning("--out %s holds the pictures, too: a later prediction over this folder reads what is drawn", out)
     facts = {"model": subject.name, "query": subject.query}
     with DetectionsFile(out / "detections.json", facts) as listed:
@@ -147,7 +153,7 @@ def _predict(subject: _Subject, arguments: PredictArguments) -> None:
                 for title, picture in drawn.items():
                     save_image(_beside(out / f"{stem}_{title}.jpg", inputs), picture)
                 shown += f"; {', '.join(sorted(drawn))} -> {out}/{stem}_*.jpg"
-            print(printable(shown), flush=True)
+            print(one_line(shown), flush=True)
     print(f"wrote {out}/detections.json", flush=True)
     if listed.broken:
         raise DataError(

@@ -65,7 +65,8 @@ class _Formatter(logging.Formatter):
     """Escapes control characters, which names of files and classes may hold."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return printable(super().format(record))
+        text = super().format(record)
+        return one_line(text) if record.name == "querydet_jax" and not record.exc_info else printable(text)
 
 
 @contextlib.contextmanager

@@ -12,9 +12,10 @@ import pytest
 from PIL import Image
 
 from querydet_jax.cli.predict import PredictArguments, _predict, _Subject
+from querydet_jax.cli.process import run
 from querydet_jax.config import DataConfig
 from querydet_jax.inference.detections_file import DetectionsFile
-from querydet_jax.runtime.errors import DataError, QueryDetError
+from querydet_jax.runtime.errors import ConfigError, DataError, QueryDetError
 
 
 class Found(NamedTuple):
@@ -122,6 +123,71 @@ def test_inputs_are_never_overwritten(tmp_path, caplog, out):
     assert len(files(folder)) == 3 + 3 + 1 and "holds the pictures, too" in caplog.text
 
 
+@pytest.mark.parametrize("damage", ["text", "too large", "linked"])
+def test_inputs_that_cannot_be_used_are_never_overwritten(tmp_path, damage, caplog):
+    folder = tmp_path / "in"
+    picture(folder / "a.png")
+    other, kept = folder / "a_detections.jpg", tmp_path / "kept.jpg"
+    if damage == "too large":
+        picture(other, 40, 50)
+    else:
+        kept.write_text("no picture")
+        (other.symlink_to if damage == "linked" else other.write_bytes)(
+            kept if damage == "linked" else kept.read_bytes()
+        )
+    before = other.read_bytes()
+    subject = _Subject(one_box, "toy", ("car",), DataConfig(threads=0, max_pixels=1000), "csq", 0.1, 1)
+    with pytest.raises(DataError, match="1 of 2 pictures could not be used"):
+        _predict(subject, PredictArguments((str(folder),), str(folder)))
+    assert other.read_bytes() == before and (damage != "linked" or other.is_symlink())
+    assert files(folder) == {"a.png", "a_detections.jpg", "a_detections_.jpg", "detections.json"}
+
+
+@pytest.mark.parametrize("kind", ["itself", "link", "hard link"])
+def test_a_picture_in_the_place_of_the_list_is_kept(tmp_path, kind):
+    out = tmp_path / "out"
+    shown = picture(tmp_path / "in" / "x.png")
+    out.mkdir()
+    listed = out / "detections.json"
+    if kind == "itself":
+        shown = shown.rename(listed)
+    elif kind == "link":
+        listed.symlink_to(shown)
+    else:
+        os.link(shown, listed)
+    before = shown.read_bytes()
+    with pytest.raises(ConfigError, match=r"its detections\.json is one of the pictures; choose another folder"):
+        predict(shown, out=out)
+    assert shown.read_bytes() == before and files(out) == {"detections.json"}
+
+
+@pytest.mark.parametrize("again", ["in", "in/../in", "link", "in/x.png"])
+def test_a_picture_named_again_is_left_out(tmp_path, caplog, again):
+    caplog.set_level("INFO", logger="querydet_jax")
+    picture(tmp_path / "in" / "x.png")
+    (tmp_path / "link").symlink_to("in")
+    content = predict(tmp_path / "in", tmp_path / again, out=tmp_path / "out", draw="none")
+    assert [entry["file"] for entry in content["images"]] == [str(tmp_path / "in" / "x.png")]
+    assert "left out 1 pictures that are named again" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("images", "score", "message"),
+    [
+        ("", 0.3, "--images: one of the names is empty"),
+        ("in/*.png", 0.3, r"in/\*.png: no such picture or folder; leave its pattern to the shell"),
+        ("in", float("nan"), "--min-score nan: give a score from 0 to 1"),
+        ("in", 30.0, "--min-score 30: give a score from 0 to 1"),
+    ],
+)
+def test_arguments_that_mean_nothing_are_refused(tmp_path, monkeypatch, images, score, message):
+    picture(tmp_path / "in" / "x.png")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(QueryDetError, match=message):
+        predict(images, out=tmp_path / "out", min_score=score)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("height", "width"), [(1, 1), (1, 2), (3, 1), (1, 64), (2, 2), (1, 300)], ids=lambda value: str(value)
 )
@@ -129,6 +195,17 @@ def test_pictures_of_a_pixel_work(tmp_path, height, width):
     picture(tmp_path / "in" / "x.png", height, width)
     content = predict(tmp_path / "in", out=tmp_path / "out")
     assert len(content["images"]) == 1 and files(tmp_path / "out") == {"detections.json", "x_detections.jpg"}
+
+
+@pytest.mark.parametrize("name", ["a\nERROR: forged", "b\x1b[2J", "c\r\n"])
+def test_a_message_with_a_name_is_one_line(tmp_path, capsys, name):
+    (tmp_path / f"{name}.png").write_bytes(b"no picture")
+    picture(tmp_path / "x.png")
+    with pytest.raises(SystemExit):
+        run(lambda: predict(tmp_path, out=tmp_path / "out"))
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2 and said[0].startswith("WARNING: left out ") and said[1].startswith("error: 1 of 2")
+    assert all(line.isprintable() for line in said)
 
 
 def test_odd_names_lose_nothing(tmp_path, capsys):
@@ -146,7 +223,8 @@ def test_odd_names_lose_nothing(tmp_path, capsys):
     content = predict(folder, out=out)
     assert len(content["images"]) == len(list(folder.iterdir())) and not content["broken"]
     assert len(files(out)) == 1 + len(content["images"])
-    assert "\x1b" not in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "\x1b" not in said and len(said.splitlines()) == len(content["images"]) + 1
 
 
 @pytest.mark.parametrize("draw", ["none", "boxes"])

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,9 +17,13 @@ from querydet_jax.data.readers.images import DEFAULT, Reading, read_image, try_h
 from querydet_jax.data.readers.orientation import decide
 from querydet_jax.runtime.errors import DataError
 
+_log = logging.getLogger("querydet_jax")
+
 
 class Pictures(Dataset):
     """Image files, in the order given; a folder stands for the images directly in it, sorted by name.
+
+    A file that is named again is left out, which is logged.
 
     Args:
       paths: files and folders.
@@ -24,6 +31,7 @@ class Pictures(Dataset):
       reading: how files become pixels; EXIF orientation is applied by default.
 
     Attributes:
+      paths: all files, with those that are left out.
       broken: a message for each file that is left out because its header cannot be read. Damage behind the header
         shows when ``load`` reads the file.
 
@@ -35,6 +43,7 @@ class Pictures(Dataset):
         self.classes = classes
         self.category_ids = tuple(range(1, len(classes) + 1))
         files: list[Path] = []
+        folder_of = functools.cache(os.path.realpath)
         for path in map(Path, paths):
             if path.is_dir():
                 inside = list_files(path, SUFFIXES, deep=False)
@@ -44,9 +53,14 @@ class Pictures(Dataset):
             elif path.exists():
                 files.append(path)
             else:
-                raise DataError(f"{path}: no such picture or folder")
+                hint = "; leave its pattern to the shell, without quotes" if set("*?[") & set(path.name) else ""
+                raise DataError(f"{path}: no such picture or folder{hint}")
         if not files:
             raise DataError("no pictures given; name a picture or a folder")
+        self.paths = tuple(files)
+        files = list({(folder_of(path.parent), path.name): path for path in reversed(files)}.values())[::-1]
+        if len(files) < len(self.paths):
+            _log.info("left out %d pictures that are named again", len(self.paths) - len(files))
         found = try_headers(files, reading)
         self.broken = [str(header) for header in found if isinstance(header, DataError)]
         self._files = [path for path, header in zip(files, found, strict=True) if not isinstance(header, DataError)]
