@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import math
+import os
 import sys
 import zipfile
 import zlib
@@ -19,7 +22,13 @@ PICKLE_SUFFIXES = (".pth", ".pt", ".pkl", ".bin", ".ckpt")
 SUFFIXES = (*PICKLE_SUFFIXES, ".npz", ".safetensors")
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # the first object of a file of torch.save before 1.6
-_DAMAGE = (SafetensorError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, OverflowError)
+_DAMAGE = (
+    SafetensorError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, OverflowError, OSError, KeyError,
+    ValueError, TypeError, AttributeError, MemoryError,
+)  # fmt: skip
+# torch.save and numpy.savez do not compress; numpy.savez_compressed halves weights at most. What grows more is a bomb.
+_MOST_GROWTH, _SMALL = 20, 2**26
+_SAFETENSORS = {"BOOL", "U8", "I8", "U16", "I16", "F16", "BF16", "U32", "I32", "F32", "U64", "I64", "F64"}
 _WRAPPERS = ("model", "state_dict", "model_state_dict", "blobs")  # keys under which checkpoints keep the weights
 
 
@@ -47,11 +56,11 @@ def read_tensors(path: str | Path) -> dict[str, np.ndarray]:
     if path.suffix not in SUFFIXES:
         raise WeightsError(f"{path}: unknown kind of weight file; give one ending in {', '.join(SUFFIXES)}")
     if not path.is_file():
-        raise WeightsError(f"{path}: no such weight file; check the path")
+        found = "is no regular file" if path.exists() else "no such weight file"
+        raise WeightsError(f"{path}: {found}; check the path")
     try:
         if path.suffix == ".safetensors":
-            with safe_open(path, framework="np") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            tensors = _read_safetensors(path)
         elif path.suffix == ".npz":
             with path.open("rb") as file:
                 tensors = _read_npz(file)
@@ -63,24 +72,78 @@ def read_tensors(path: str | Path) -> dict[str, np.ndarray]:
         if not tensors:
             raise WeightsError("no tensors in it; save the model's state dict")
     except WeightsError as error:
-        # Names from a damaged file may hold anything, line breaks included.
-        raise WeightsError(f"{path}: {' '.join(str(error).split())}") from None
-    except (*_DAMAGE, OSError, KeyError, ValueError, TypeError, MemoryError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+        raise WeightsError(f"{path}: {_one_line(error)}") from None
+    except _DAMAGE as error:
+        reason = _one_line(error)
         raise WeightsError(f"{path}: damaged, or no weight file at all ({reason}); fetch or write it again") from None
     return tensors
 
 
+def _one_line(error: Exception) -> str:
+    """Return a message as a line: names from a damaged file may hold anything, of any length."""
+    text = " ".join((str(error) or type(error).__name__).split())
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    return text if len(text) <= 400 else f"{text[:200]} ... {text[-200:]}"
+
+
+def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
+    tensors = {}
+    with safe_open(path, framework="np") as file:
+        for name in file.keys():  # noqa: SIM118
+            kind = file.get_slice(name).get_dtype()
+            if kind not in _SAFETENSORS:
+                raise WeightsError(f"tensor {name}: type {kind} is not supported; save it as float32")
+            tensors[name] = file.get_tensor(name)
+    return tensors
+
+
+def _check_growth(archive: zipfile.ZipFile, size: int) -> None:
+    """Raise WeightsError if what an archive of ``size`` bytes holds is out of proportion to it."""
+    total = sum(entry.file_size for entry in archive.infolist())
+    if total > _room(size):
+        raise WeightsError(f"{size} bytes that unpack to {total}; write it again without compression")
+
+
+def _room(size: int) -> int:
+    """Return how many bytes the tensors of a file may have."""
+    return max(_MOST_GROWTH * size, _SMALL)
+
+
+def _size(file: BinaryIO) -> int:
+    return os.fstat(file.fileno()).st_size
+
+
 def _read_npz(file: BinaryIO) -> dict[str, np.ndarray]:
-    arrays = np.load(file, allow_pickle=False)
-    if isinstance(arrays, np.ndarray):
+    if file.read(6) == b"\x93NUMPY":
         raise WeightsError("a single array without a name; save a dictionary of arrays with numpy.savez")
-    with arrays:
-        return {name: arrays[name] for name in arrays.files}
+    file.seek(0)
+    with zipfile.ZipFile(file) as archive:
+        _check_growth(archive, _size(file))
+        return {name.removesuffix(".npy"): _read_npy(name, archive.read(name)) for name in archive.namelist()}
+
+
+def _read_npy(name: str, raw: bytes) -> np.ndarray:
+    """Read an array in NumPy's format, without allocating what its header claims."""
+    file = io.BytesIO(raw)
+    try:
+        version = np.lib.format.read_magic(file)
+        read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
+        shape, fortran, dtype = read(file)
+    except Exception as error:  # parts of Python's tokenizer and parser read the header
+        raise WeightsError(f"{name}: has no header of an array ({type(error).__name__}: {error})") from None
+    if dtype.hasobject:
+        raise WeightsError(f"{name}: holds Python objects; save arrays of numbers")
+    start, size = file.tell(), math.prod(shape) * dtype.itemsize
+    if any(side < 0 for side in shape) or size != len(raw) - start:
+        raise WeightsError(f"{name}: its header says {size} bytes, but it has {len(raw) - start}; write it again")
+    if not size:
+        return np.zeros(shape, dtype)
+    return np.frombuffer(raw, dtype, offset=start).reshape(shape, order="F" if fortran else "C")
 
 
 def _read_torch_zip(file: BinaryIO) -> dict[str, np.ndarray]:
     with zipfile.ZipFile(file) as archive:
+        _check_growth(archive, _size(file))
         entries = [name for name in archive.namelist() if name.count("/") == 1 and name.endswith("/data.pkl")]
         if len(entries) != 1:
             raise WeightsError("a zip archive, but not of torch.save; give a .pth of weights, or rename it to .npz")
@@ -88,37 +151,37 @@ def _read_torch_zip(file: BinaryIO) -> dict[str, np.ndarray]:
         order = b"little"
         if f"{folder}/byteorder" in archive.namelist():
             order = archive.read(f"{folder}/byteorder").strip()
+        if order not in (b"little", b"big"):
+            raise WeightsError(f"its byteorder is {order[:20]!r}, not little or big; save the state dict again")
+        size = archive.getinfo(entries[0]).file_size
         with archive.open(entries[0]) as pickled:
-            checkpoint = load_pickle(pickled)
+            checkpoint = load_pickle(pickled, size)
+        storages: dict[str, np.ndarray] = {}
 
         def load(storage: Storage) -> np.ndarray:
-            data = np.frombuffer(archive.read(f"{folder}/data/{storage.key}"), np.uint8)
-            return _part(data, storage)
+            if storage.key not in storages:
+                storages[storage.key] = np.frombuffer(archive.read(f"{folder}/data/{storage.key}"), np.uint8)
+            return storages[storage.key][: storage.count * itemsize(storage.dtype)]
 
-        return _tensors(checkpoint, load, swap=order.decode("ascii", "replace") != sys.byteorder)
+        return _tensors(checkpoint, load, swap=order.decode() != sys.byteorder, room=_room(_size(file)))
 
 
 def _read_pickle(file: BinaryIO) -> dict[str, np.ndarray]:
-    checkpoint = load_pickle(file)
+    checkpoint = load_pickle(file, _size(file))
     if checkpoint == _LEGACY_MAGIC:
         raise WeightsError(
             "written by torch.save before PyTorch 1.6; convert it with PyTorch: "
             "torch.save(torch.load(OLD, map_location='cpu'), NEW)"
         )
-    return _tensors(checkpoint, _no_storage, swap=False)
-
-
-def _part(data: np.ndarray, storage: Storage) -> np.ndarray:
-    width = itemsize(storage.dtype)
-    return data[: storage.count * width]
+    return _tensors(checkpoint, _no_storage, swap=False, room=_room(_size(file)))
 
 
 def _no_storage(storage: Storage) -> np.ndarray:
     raise WeightsError("a pickle of tensors without their data; write it with torch.save")
 
 
-def _tensors(checkpoint: Any, load: Callable[[Storage], np.ndarray], swap: bool) -> dict[str, np.ndarray]:
-    """Return the weights of a checkpoint; read each storage once."""
+def _tensors(checkpoint: Any, load: Callable[[Storage], np.ndarray], swap: bool, room: int) -> dict[str, np.ndarray]:
+    """Return the weights of a checkpoint, of at most ``room`` bytes together."""
     if not isinstance(checkpoint, dict):
         what = checkpoint.kind if isinstance(checkpoint, Inert) else type(checkpoint).__name__
         raise WeightsError(f"holds a {what}, not a dictionary of tensors; save the model's state dict")
@@ -129,13 +192,6 @@ def _tensors(checkpoint: Any, load: Callable[[Storage], np.ndarray], swap: bool)
             break
         if isinstance(inner, Inert):
             raise WeightsError(f"holds a whole {inner.kind} as {wrapper!r}; save its state dict")
-    storages: dict[Storage, np.ndarray] = {}
-
-    def load_once(storage: Storage) -> np.ndarray:
-        if storage not in storages:
-            storages[storage] = load(storage)
-        return storages[storage]
-
     tensors = {}
     for name, value in checkpoint.items():
         if not isinstance(name, str):
@@ -144,7 +200,9 @@ def _tensors(checkpoint: Any, load: Callable[[Storage], np.ndarray], swap: bool)
             raise WeightsError(f"tensor {name}: kind {value.kind} is not supported; save it dense, as float32")
         if isinstance(value, (TorchTensor, NumpyArray)):
             try:
-                tensors[name] = value.read(load_once, swap) if isinstance(value, TorchTensor) else value.read()
+                array = value.read(load, swap, room) if isinstance(value, TorchTensor) else value.read(room)
             except WeightsError as error:
                 raise WeightsError(f"tensor {name}: {error}") from None
+            room -= array.nbytes
+            tensors[name] = array
     return tensors
