@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import logging
 import os
@@ -18,6 +19,9 @@ from typing import NoReturn
 from querydet_jax.runtime.errors import Interrupted, Preempted, QueryDetError
 from querydet_jax.runtime.files import cannot_write
 from querydet_jax.runtime.names import one_line, printable
+
+# Errors that only a path that a user has named can cause.
+_BAD_PATH = (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENOTDIR)
 
 
 def run(command: Callable[[], None]) -> None:
@@ -47,9 +51,11 @@ def run(command: Callable[[], None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)  # as a shell reports SIGPIPE
     except OSError as error:
-        if not cannot_write(error):
+        if cannot_write(error):
+            _fail(f"{error.filename or 'an output'} cannot be written ({error.strerror})", 2)
+        if error.filename is None or error.errno not in _BAD_PATH:
             raise
-        _fail(f"{error.filename or 'an output'} cannot be written ({error.strerror})", 2)
+        _fail(f"{str(error.filename)[:200]}: {error.strerror}; correct the path, or its permissions", 2)
     except Exception as error:
         if not _among_several_hosts():
             raise

@@ -106,9 +106,15 @@ def config_path(source: str | Path) -> Path:
       ConfigError: it is none of these.
     """
     name, source = str(source), Path(source)
-    if source.is_dir():
+    try:
+        is_folder, exists = source.is_dir(), source.exists()
+    except OSError as error:
+        raise ConfigError(
+            f"{name[:200]}: {error.strerror}; give a card's name, a configuration file or a run folder"
+        ) from None
+    if is_folder:
         path = source / "config.json"
         if not path.is_file():
             raise ConfigError(f"{source}: no config.json in this folder; give a folder that `querydet train` wrote")
         return path
-    return source if source.exists() else find_card(name)
+    return source if exists else find_card(name)

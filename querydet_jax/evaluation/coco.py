@@ -23,7 +23,7 @@ from pycocotools.cocoeval import COCOeval
 from querydet_jax.data.coco_json import Result, check_content, check_entries
 from querydet_jax.evaluation.coco_input import GroundTruth, annotations_of, detections_of, select_ids
 from querydet_jax.evaluation.curves import IOUS, Curves, Line, mean_lines
-from querydet_jax.evaluation.metrics import DEFAULT_BINS, CocoMetrics, SizeBin, as_bins
+from querydet_jax.evaluation.metrics import DEFAULT_BINS, CocoMetrics, SizeBin, as_bins, as_numbers
 from querydet_jax.runtime.errors import DataError, QueryDetError, shown
 from querydet_jax.runtime.files import write_json
 
@@ -55,7 +55,9 @@ class ImageDetections:
         who = f"image {shown(self.image_id)}"
         if not isinstance(self.image_id, (int, np.integer)) or isinstance(self.image_id, bool):
             raise DataError(f"{who}: is not an integer id; give the image's id in the ground truth")
-        boxes, scores, classes = (_numbers(getattr(self, name), who, name) for name in ("boxes", "scores", "classes"))
+        boxes, scores, classes = (
+            as_numbers(getattr(self, name), f"{who}: {name}") for name in ("boxes", "scores", "classes")
+        )
         n, shapes = boxes.shape[:1], [boxes.shape, scores.shape, classes.shape]
         if shapes != [(*n, 4), n, n]:
             raise DataError(
@@ -72,13 +74,6 @@ class ImageDetections:
                 raise DataError(f"{who}: {name} hold values {problem}")
 
 
-def _numbers(values: Any, who: str, name: str) -> np.ndarray:
-    try:
-        return np.asarray(values, np.float64)
-    except (TypeError, ValueError, OverflowError):
-        raise DataError(f"{who}: {name} are not an array of numbers") from None
-
-
 def to_coco_results(detections: Iterable[ImageDetections], category_ids: Sequence[int | None]) -> list[dict[str, Any]]:
     """Convert to COCO's list of results: ``image_id``, ``category_id``, ``bbox`` [x, y, w, h], ``score``.
 
@@ -89,6 +84,8 @@ def to_coco_results(detections: Iterable[ImageDetections], category_ids: Sequenc
     Raises:
       DataError: a class is outside 0..K-1.
     """
+    if not all(i is None or (isinstance(i, (int, np.integer)) and not isinstance(i, bool)) for i in category_ids):
+        raise DataError(f"category_ids: {shown(category_ids)}, expected an integer id, or None, per class")
     results = []
     for image in detections:
         boxes = np.asarray(image.boxes, np.float64)
@@ -103,7 +100,7 @@ def to_coco_results(detections: Iterable[ImageDetections], category_ids: Sequenc
             identifier = category_ids[label]
             if identifier is not None:
                 results.append(
-                    {"image_id": int(image.image_id), "category_id": identifier, "bbox": box, "score": score}
+                    {"image_id": int(image.image_id), "category_id": int(identifier), "bbox": box, "score": score}
                 )
     return results
 

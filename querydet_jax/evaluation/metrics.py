@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from querydet_jax.evaluation.curves import Curves
 from querydet_jax.runtime.errors import DataError, shown
 from querydet_jax.viz.text import percent, shorten, text_table
@@ -139,6 +141,14 @@ class CocoMetrics:
         sides[1] += [""] * (len(sides[0]) - len(sides[1]))
         width = max(map(len, sides[0]))
         return "\n".join(f"{a:<{width}}  |  {b}".rstrip() for a, b in zip(*sides, strict=True))
+
+
+def as_numbers(values: Any, name: str) -> np.ndarray:
+    """Return values as a float64 array; raise DataError if they are not numbers."""
+    try:
+        return np.asarray(values, np.float64)
+    except (TypeError, ValueError, OverflowError):
+        raise DataError(f"{name} are not an array of numbers") from None
 
 
 def nan_to_none(value: float | None) -> float | None:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from querydet_jax.evaluation.metrics import DEFAULT_BINS, as_bins, nan_to_none, without_nan
+from querydet_jax.evaluation.metrics import DEFAULT_BINS, as_bins, as_numbers, nan_to_none, without_nan
 from querydet_jax.runtime.errors import DataError
 from querydet_jax.viz.text import percent, text_table
 
@@ -38,13 +38,16 @@ def query_recall(
       hits int64 [...,S], totals int64 [S]. A box whose centre is outside the map counts as missed.
 
     Raises:
-      DataError: a shape differs from these, or keys are not boolean.
+      DataError: a shape differs from these, boxes are not finite numbers, or keys are not boolean.
     """
     bins = as_bins(bins)
-    boxes = np.asarray(boxes, np.float32).reshape(-1, 4) if np.size(boxes) == 0 else np.asarray(boxes, np.float32)
-    keys = np.asarray(keys)
+    boxes = as_numbers(boxes, "boxes")
+    boxes, keys = boxes.reshape(-1, 4) if boxes.size == 0 else boxes, np.asarray(keys)
     if boxes.ndim != 2 or boxes.shape[1] != 4:
         raise DataError(f"boxes: shape {list(boxes.shape)}, expected [n,4] xyxy")
+    if not (np.abs(boxes) < 1e9).all():  # false for nan, too
+        raise DataError("boxes hold values that are not finite or beyond 1e9; give xyxy in px")
+    boxes = boxes.astype(np.float32)
     if keys.ndim < 2 or keys.dtype != np.bool_:
         raise DataError(f"keys: {keys.dtype} {list(keys.shape)}, expected bool [...,h,w] of one image and level")
     if not stride > 0:

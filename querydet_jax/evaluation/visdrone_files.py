@@ -9,8 +9,9 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from querydet_jax.data.readers.folders import SUFFIXES
+from querydet_jax.evaluation.metrics import as_numbers
 from querydet_jax.runtime.errors import DataError, shown
-from querydet_jax.runtime.files import written_aside
+from querydet_jax.runtime.files import writing, written_aside
 from querydet_jax.runtime.reading import numbers, read_text
 
 _COLUMNS = "x,y,w,h,score,category"
@@ -59,6 +60,8 @@ def write_result_files(folder: str | Path, detections: Mapping[str, ArrayLike]) 
     """
     texts: dict[str, str] = {}
     for name, rows in detections.items():
+        if not isinstance(name, str) or "\0" in name:
+            raise DataError(f"{shown(name)}: not an image name; give a relative name")
         path = PurePath(name)
         stem = path.with_suffix("").as_posix() if path.suffix.lower() in SUFFIXES else name
         if not path.name or path.is_absolute() or ".." in path.parts:
@@ -69,11 +72,11 @@ def write_result_files(folder: str | Path, detections: Mapping[str, ArrayLike]) 
             f"{x:.2f},{y:.2f},{w:.2f},{h:.2f},{score:.8f},{category:.0f},-1,-1\n"
             for x, y, w, h, score, category in as_written(rows, name).tolist()
         )
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    paths = []
-    for stem, text in texts.items():
-        paths.append(Path(folder) / f"{stem}.txt")
-        with written_aside(paths[-1]) as aside:
+    with writing(folder):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    paths = [Path(folder) / f"{stem}.txt" for stem in texts]
+    for path, text in zip(paths, texts.values(), strict=True):
+        with writing(path), written_aside(path) as aside:
             aside.write_text(text, encoding="utf-8")
     return paths
 
@@ -95,10 +98,7 @@ def checked_rows(values: ArrayLike, name: str) -> np.ndarray:
     Raises:
       DataError: the shape or a row is malformed; the message begins with ``name``.
     """
-    try:
-        rows = np.asarray(values, np.float64)
-    except (TypeError, ValueError, OverflowError):
-        raise DataError(f"{name}: not an array of numbers; give [n,6..8], {_COLUMNS}") from None
+    rows = as_numbers(values, f"{name}: rows")
     if rows.size == 0:
         return np.zeros((0, 8))
     if rows.ndim != 2 or not 6 <= rows.shape[1] <= 8:

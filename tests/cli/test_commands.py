@@ -173,6 +173,16 @@ def test_an_unknown_field_names_the_nearest(capsys: pytest.CaptureFixture[str]) 
             2,
             "error: run/x cannot be written (No space left)",
         ),
+        (
+            OSError(36, "File name too long", "x" * 5000),
+            2,
+            f"error: {'x' * 200}: File name too long; correct the path, or its permissions",
+        ),
+        (
+            PermissionError(13, "Permission denied", Path("data/val")),
+            2,
+            "error: data/val: Permission denied; correct the path, or its permissions",
+        ),
     ],
 )
 def test_how_a_command_ends(raised: BaseException, status: int, line: str, capsys: pytest.CaptureFixture[str]) -> None:

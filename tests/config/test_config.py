@@ -303,6 +303,8 @@ def test_no_such_file(tmp_path: Path) -> None:
         load_config(tmp_path / "nothing.py")
     with pytest.raises(ConfigError, match="no config.json in this folder"):
         load_config(tmp_path)
+    with pytest.raises(ConfigError, match=r"^a{200}: File name too long; give a card's name"):
+        load_config("a" * 5000)
 
 
 def test_a_card_by_name_and_a_run_folder(tmp_path: Path) -> None:

@@ -366,6 +366,9 @@ def test_detections_to_results():
     ]
     with pytest.raises(DataError, match="image 7: classes 1..1"):
         to_coco_results(detections, [10])
+    for bad in (["10", 20], [[1], 2], [True, 2], [1.5, 2]):
+        with pytest.raises(DataError, match="category_ids: .*expected an integer id"):
+            to_coco_results(detections, bad)  # type: ignore[arg-type]
     with pytest.raises(DataError, match="image 9"):
         ImageDetections(9, np.zeros((2, 4)), np.zeros(3), np.zeros(2))
 

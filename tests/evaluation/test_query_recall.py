@@ -156,6 +156,9 @@ def test_dense_inference_has_no_thresholds():
         (np.zeros((3, 4)), np.zeros((2, 2), np.int32), 8, "keys"),
         (np.zeros((3, 4)), np.zeros(2, bool), 8, "keys"),
         (np.zeros((3, 4)), np.zeros((2, 2), bool), 0, "stride"),
+        ([[1, 2, float("nan"), 4]], np.zeros((4, 4), bool), 4, "boxes hold values that are not finite"),
+        ([[1, 2, 1e308, 4]], np.zeros((4, 4), bool), 4, "boxes hold values that are not finite or beyond 1e9"),
+        ([[1, 2, "x", 4]], np.zeros((4, 4), bool), 4, "boxes are not an array of numbers"),
     ],
 )
 def test_bad_input_is_named(boxes, keys, stride, message):

@@ -317,9 +317,9 @@ def test_inputs_are_not_modified():
         ([box(1, 1, 5, 5)], [(1, 1, 5, 5)], r"a: detections: shape \[1, 4\]"),
         ([box(1, 1, 5, 5)], [box(1, 1, 5, 5), box(1, math.nan, 5, 5)], "a: detections: row 1: .*finite"),
         ([], [box(1, 1, 5, 5), box(1, 1e308, 5, 5)], r"a: detections: row 1: .* beyond 1e\+09"),
-        ([], [box(1, 1, 5, 5), box(1, "x", 5, 5)], "a: detections: not an array of numbers"),
+        ([], [box(1, 1, 5, 5), box(1, "x", 5, 5)], "a: detections: rows are not an array of numbers"),
         ([], [box(1, None, 5, 5)], "a: detections: row 0: .*finite"),
-        ([], [box(1, 10**400, 5, 5)], "a: detections: not an array of numbers"),
+        ([], [box(1, 10**400, 5, 5)], "a: detections: rows are not an array of numbers"),
         ([], [box(1, 1, -5, 5)], "a: detections: row 0: negative"),
         ([], [box(1, 1, 5, 5, 12)], "category 12"),
         ([], [box(1, 1, 5, 5, 1.5)], "category 1.5"),
@@ -433,6 +433,7 @@ def test_invalid_input_writes_no_file(tmp_path):
         ({"b": [(1, 2, 3, 4, math.inf, 1)]}, "b: row 0"),
         ({"../b": good}, "not an image name"),
         ({"/b": good}, "not an image name"),
+        ({"b\0": good}, "'b.x00': not an image name"),
         ({"a.png": good}, "a second image"),
     ):
         with pytest.raises(DataError, match=message):
