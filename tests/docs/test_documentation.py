@@ -97,8 +97,9 @@ def test_links_lead_somewhere(page: Path):
             assert (page.parent / target.split("#")[0]).exists(), f"{page.name}: {target}"
 
 
-def test_every_test_of_the_fault_table_exists():
-    names = set(re.findall(r"`(test_\w+)`", (ROOT / "docs" / "reliability.md").read_text()))
+@pytest.mark.parametrize("page", ["reliability.md", "files.md"])
+def test_every_test_of_the_fault_tables_exists(page: str):
+    names = set(re.findall(r"`(test_\w+)`", (ROOT / "docs" / page).read_text()))
     source = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
     assert names and not [name for name in sorted(names) if f"def {name}(" not in source]
 

@@ -139,7 +139,7 @@ def test_a_threshold_is_as_if_configured():
             assert mine.keys() == other.keys()
             for level, x in mine.items():
                 np.testing.assert_array_equal(x, other[level])
-    assert swept._trace._cache_size() == 1  # one program, whatever the threshold
+    assert swept._programs[IMAGES.shape].trace._cache_size() == 1  # one program, whatever the threshold
     counts = [int(trace.keys[3].sum()) for trace in found]
     assert counts == sorted(counts, reverse=True) and counts[0] > counts[-1]
 

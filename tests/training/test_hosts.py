@@ -15,6 +15,10 @@ from querydet_jax.runtime.errors import ConfigError
 from querydet_jax.runtime.hosts import Hosts, check
 from querydet_jax.weights import read_tensors
 
+# Sums over four devices are in another order than over one. Which instructions a processor has decides how far four
+# steps carry that: 3e-6 of a layer's norm on some.
+_ROUNDING = 1e-5
+
 
 def result(run: Path) -> tuple[dict[str, np.ndarray], dict[str, float]]:
     """Return the exported parameters and the metrics of every step, but for times."""
@@ -40,7 +44,7 @@ def test_two_hosts_of_two_devices_equal_one_device(tmp_path):
     *outputs, _ = finished(*(started(cwd, data, 2, *flags) for cwd, flags in pair), started(one, data, 1))
     expected = result(one / "run")
     assert {"4/loss", "3/dense/AP"} < set(expected[1])
-    assert_same_run(result(first / "run"), expected)
+    assert_same_run(result(first / "run"), expected, rtol=_ROUNDING)
 
     # Only the first host writes and prints.
     assert "step 4/4  loss" in outputs[0] and "trained; evaluate with" in outputs[0]
@@ -52,7 +56,7 @@ def test_two_hosts_of_two_devices_equal_one_device(tmp_path):
     shutil.rmtree(first / "run" / "checkpoints" / "4")
     pair = zip((first, second), hosts(2), strict=True)
     finished(*(started(cwd, data, 2, *flags, "--resume", "--train.parallel", "shard_map") for cwd, flags in pair))
-    assert_same_run(result(first / "run"), expected)
+    assert_same_run(result(first / "run"), expected, rtol=_ROUNDING)
     assert not list(second.iterdir())
 
 
