@@ -28,6 +28,9 @@ Side = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 # Limits also refuse nan.
 Pixels = Annotated[float, Meta(ge=-1e9, le=1e9)]
 Length = Annotated[float, Meta(ge=0, le=1e9)]
+# Neither blank nor with control characters or halves of characters, which tables and files of results cannot hold.
+CLASS_NAME = r"\A(?=.*\S)[^\x00-\x1f\x7f-\x9f\ud800-\udfff]+\Z"
+ClassName = Annotated[str, Meta(pattern=CLASS_NAME)]
 Box = tuple[Pixels, Pixels, Length, Length]
 
 
@@ -70,7 +73,7 @@ class Image(Struct, gc=False):
 
 class Category(Struct, gc=False):
     id: Id
-    name: Annotated[str, Meta(min_length=1)]
+    name: ClassName
 
 
 class Instances(Struct):
@@ -93,7 +96,7 @@ _REMEDIES = {
     "iscrowd": "give 0 or 1",
     "score": "give a finite number",
     "file_name": "give the file's name as text",
-    "name": "give the class name as text",
+    "name": "give the class name as text, without control characters",
     "width": "give the image's width in whole pixels",
     "height": "give the image's height in whole pixels",
 }

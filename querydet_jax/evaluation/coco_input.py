@@ -11,7 +11,7 @@ from typing import Any
 
 from msgspec import Struct
 
-from querydet_jax.data.coco_json import Id, Result, Truth, boxes_of, check_ids, positions_of
+from querydet_jax.data.coco_json import ClassName, Id, Result, Truth, boxes_of, check_ids, positions_of
 from querydet_jax.runtime.errors import DataError, shown
 
 
@@ -21,7 +21,7 @@ class ImageId(Struct, gc=False):
 
 class NamedId(Struct, gc=False):
     id: Id
-    name: str = ""
+    name: ClassName = ""
 
 
 class GroundTruth(Struct):

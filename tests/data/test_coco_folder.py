@@ -103,6 +103,10 @@ def _categories(content):
         (_annotations, {"area": "big"}, r"area 'big'; give a finite number"),
         (_categories, {"id": 9}, r"categories\[1\] has the same id 9"),
         (_categories, {"name": 1}, r"categories\[1\] has name 1; give"),
+        (_categories, {"name": "a\nb"}, r"categories\[1\] has name 'a\\nb'; give .* without control characters"),
+        (_categories, {"name": "\x9b31m"}, r"categories\[1\] has name '\\x9b31m'; give"),
+        (_categories, {"name": "\ud800"}, r"categories\[1\] has name '\\ud800'; give"),
+        (_categories, {"name": " "}, r"categories\[1\] has name ' '; give"),
     ],
 )  # fmt: skip
 def test_bad_entries_are_refused(folder, entry, change, message):

@@ -159,8 +159,14 @@ LAUGHS = "a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)
         ("names: *absent", "line 1 is not readable as YAML"),
         (LAUGHS, r"is not readable as YAML \(more than 10 aliases\); correct the file"),
         ("names: &a [*a]", r"the name of class 0 is \[\[\[\[...\]\]\]\]; write it in quotes"),
-        ("names: [car, ['" + "x" * 100_000 + "']]", r"the name of class 1 is \['xxx.{0,60}xxx'\]; write it in quotes"),
+        (
+            "names: [car, ['" + "x" * 100_000 + "']]",
+            r"the name of class 1 is \['xxx.{0,60}xxx'\]; write it in quotes",
+        ),
         ("names: [car, '']", "the name of class 1 is ''; write it in quotes"),
+        ("names: [car, ' ']", "the name of class 1 is ' '; write it in quotes"),
+        ('names: [car, "a\\nb"]', r"the name of class 1 is 'a\\nb'; write it in quotes"),
+        ('names: [car, "\\e[31m"]', r"the name of class 1 is '\\x1b\[31m'; write it in quotes"),
     ],
     ids=shown,
 )
@@ -178,6 +184,9 @@ def test_names_of_classes_txt(tmp_path):
     assert read_names(tmp_path) == ("car", "small boat")
     path.write_text("car\n\nboat\n")
     with pytest.raises(DataError, match=r"classes.txt: has a blank line"):
+        read_names(tmp_path)
+    path.write_text("car\nbo\x1b[31mat\n")
+    with pytest.raises(DataError, match=r"classes.txt: the name of class 1 is 'bo.x1b\[31mat'; give a name without"):
         read_names(tmp_path)
     path.write_text("\n")
     with pytest.raises(DataError, match=r"classes.txt: has no lines"):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
 
+from querydet_jax.data.coco_json import CLASS_NAME
 from querydet_jax.data.dataset import Annotation, Dataset
 from querydet_jax.data.readers.folders import SUFFIXES, by_stem, near
 from querydet_jax.data.readers.images import DEFAULT, Reading, read_headers, read_image
@@ -134,6 +136,9 @@ def read_names(root: str | Path) -> tuple[str, ...]:
     names = tuple(line.strip() for line in read_text(plain).rstrip().splitlines())
     if not names or not all(names):
         raise DataError(f"{plain}: has {'a blank line' if names else 'no lines'}; give one class name per line")
+    for k, name in enumerate(names):
+        if not re.search(CLASS_NAME, name):
+            raise DataError(f"{plain}: the name of class {k} is {shown(name)}; give a name without control characters")
     return names
 
 
@@ -175,8 +180,10 @@ def _yaml_names(path: Path) -> tuple[str, ...]:
     if not isinstance(names, list) or not names:
         raise DataError(f"{path}: has no list `names`; give the class names (names: [car, boat])")
     for k, name in enumerate(names):
-        if not isinstance(name, str) or not name.strip():  # YAML reads a bare `no` as false
-            raise DataError(f"{path}: the name of class {k} is {shown(name)}; write it in quotes")
+        if not isinstance(name, str) or not re.search(CLASS_NAME, name):  # YAML reads a bare `no` as false
+            raise DataError(
+                f"{path}: the name of class {k} is {shown(name)}; write it in quotes, without control characters"
+            )
     return tuple(names)
 
 
