@@ -28,7 +28,7 @@ from querydet_jax.cli.predict import predict
 from querydet_jax.config import Config, DataConfig, save_config
 from querydet_jax.inference.export import artifact as artifact_module
 from querydet_jax.inference.export.artifact import Artifact, ArtifactError
-from querydet_jax.inference.export.writer import write_artifact
+from querydet_jax.inference.export.writer import any_batch_size, write_artifact
 from querydet_jax.models import RetinaNet
 from querydet_jax.ops.depthwise import depthwise_conv
 from querydet_jax.runtime.errors import ConfigError, DataError, QueryDetError
@@ -262,6 +262,8 @@ def test_a_program_for_something_else_is_not_run(folder, tmp_path, exported):
         ("classes", []),
         ("classes", "ant"),
         ("classes", ["ant", 3]),
+        ("classes", ["ant", "bee"]),
+        ("classes", ["ant", "bee", "cow", "dog"]),
         ("canvases", [[64]]),
         ("canvases", [[64, "96"]]),
         ("canvases", [[64, 96], [-1, 96]]),
@@ -281,6 +283,9 @@ def test_a_program_for_something_else_is_not_run(folder, tmp_path, exported):
         ("inference", {"query": "dense", "threshold": None}),
         ("inference", {"query": "sparse", "threshold": 0.1}),
         ("inference", {"query": "dense", "threshold": float("nan")}),
+        ("inference", {"query": "dense", "threshold": 0.1, "nms_iou": [0.5]}),
+        ("inference", {"query": "dense", "threshold": 0.1, "capacities": ["x"]}),
+        ("preprocessing", {"test_short": 64, "test_max": 96, "exif": "turn"}),
         ("programs", []),
         ("programs", [3]),
         ("programs", [{"part": PART, "canvas": [64, 96]}]),
@@ -404,6 +409,10 @@ def test_what_cannot_be_exported_is_refused(tmp_path):
             write_artifact(
                 tmp_path / "x.zip", detector("csq"), CONFIG, **{"canvases": [CANVAS], "batch_sizes": (1,), **changes}
             )
+    assert any_batch_size(CONFIG.inference, "retinanet") is any_batch_size(CONFIG.inference, "faster_rcnn") is False
+    assert any_batch_size(detector("dense").config, "fcos") and not any_batch_size(
+        detector("dense").config, "faster_rcnn"
+    )
     (tmp_path / "file").touch()
     for path, message in ((tmp_path, "is a folder"), (tmp_path / "file" / "x.zip", "not writable")):
         with pytest.raises(DataError, match=message):

@@ -113,6 +113,11 @@ class Artifact:
         if len(weights) != self._size(WEIGHTS):
             raise ArtifactError(f"{self.path}: {WEIGHTS} is damaged ({len(weights)} bytes); {AGAIN}")
         self._weights = jax.device_put(_arrays(self.path, weights))
+        number = _number_of_classes(self._weights)
+        if number not in (None, len(self.classes)):
+            raise ArtifactError(
+                f"{self.path}: {MANIFEST}, classes: {len(self.classes)} names, but the weights have {number}; {AGAIN}"
+            )
         self._parts = parts
         self._programs: dict[str, Callable[..., Any]] = {}
 
@@ -259,7 +264,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
             manifest = json.loads(archive.read(MANIFEST))
             if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
                 raise ArtifactError(f"{path}: its {MANIFEST} is not an artifact's; give a file written by export.py")
-            if manifest.get("format_version") != VERSION:
+            if manifest.get("format_version") != VERSION or manifest["format_version"] is True:
                 raise ArtifactError(
                     f"{path}: format version {manifest.get('format_version')!r}, but this reader supports {VERSION}; "
                     "export it again, or use the artifact.py of the querydet_jax that wrote it"
@@ -317,12 +322,24 @@ def _arrays(path: Path, data: bytes) -> dict[str, np.ndarray]:
     return arrays
 
 
+def _number_of_classes(weights: dict[str, Array]) -> int | None:
+    """Return K by the last layers' outputs: A * K and A * 4 of a dense head, K + 1 of Faster R-CNN's second stage."""
+    outputs = {name: x.shape[-1] for name, x in weights.items() if x.ndim}
+    if "box_head.cls_score.bias" in outputs:
+        return outputs["box_head.cls_score.bias"] - 1
+    if "head.cls_score.bias" in outputs and "head.bbox_pred.bias" in outputs:
+        return outputs["head.cls_score.bias"] // max(outputs["head.bbox_pred.bias"] // 4, 1)
+    return None
+
+
 def _check_manifest(path: Path, manifest: dict[str, Any]) -> None:
     """Raise ArtifactError if a field of the manifest is missing or is not what `export.py` writes."""
     for field, (wanted, is_right) in _FIELDS.items():
         value: Any = manifest
         for key in field.split("."):
             value = value.get(key, _MISSING) if isinstance(value, dict) else _MISSING
+        if value is _MISSING and field in _OPTIONAL:
+            continue
         if value is _MISSING or not is_right(value):
             seen = "missing" if value is _MISSING else f"{json.dumps(value)[:80]}, not {wanted}"
             raise ArtifactError(f"{path}: {MANIFEST}, {field}: {seen}; {AGAIN}")
@@ -345,6 +362,14 @@ def _is_count(x: Any) -> bool:
 
 def _is_text(x: Any) -> bool:
     return isinstance(x, str)
+
+
+def _is_line(x: Any) -> bool:
+    return isinstance(x, str) and x.isprintable()
+
+
+def _is_number(x: Any) -> bool:
+    return type(x) in (int, float) and math.isfinite(x)
 
 
 def _list_of(is_right: Callable[[Any], bool]) -> Callable[[Any], bool]:
@@ -375,7 +400,7 @@ def _is_parts(x: Any) -> bool:
 
 
 _FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "made_with.jax": ("a version", lambda x: isinstance(x, str) and x.isprintable()),
+    "made_with.jax": ("a version", _is_line),
     "name": ("text", _is_text),
     "classes": ("a list of names", _list_of(_is_text)),
     "platforms": ("a list of platforms", _list_of(lambda x: x in ("cpu", "cuda", "rocm", "tpu"))),
@@ -384,7 +409,21 @@ _FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "preprocessing.test_short": ("a length in px", _is_count),
     "preprocessing.test_max": ("a length in px", _is_count),
     "inference.query": ("dense, csq, cq or ccq", lambda x: x in ("dense", "csq", "cq", "ccq")),
-    "inference.threshold": ("a number", lambda x: type(x) in (int, float) and math.isfinite(x)),
+    "inference.threshold": ("a number", _is_number),
     "programs": ("a list of programs with part, canvas and batch_size", _list_of(_is_program)),
     "parts": ("the parts, with bytes and sha256", _is_parts),
 }
+# Of these, artifacts of older versions may lack some, and nothing here depends on them.
+_OPTIONAL: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    **{f"made_with.{name}": ("a version", _is_line) for name in ("jaxlib", "flatbuffers")},
+    **{f"preprocessing.{name}": ("text", _is_line) for name in ("pixels", "resize", "padding", "bit_depth")},
+    "preprocessing.exif": ("auto, apply or ignore", lambda x: x in ("auto", "apply", "ignore")),
+    **{f"inference.{name}": ("text", _is_line) for name in ("overflow", "kernel", "nms")},
+    **{
+        f"inference.{name}": ("a number", _is_number)
+        for name in ("start_level", "context", "chunk", "tile", "score_threshold", "topk", "nms_iou", "soft_sigma",
+                     "soft_prune", "max_detections")
+    },
+    "inference.capacities": ("a list of numbers", _list_of(_is_number)),
+}  # fmt: skip
+_FIELDS.update(_OPTIONAL)
