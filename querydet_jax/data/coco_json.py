@@ -268,6 +268,11 @@ def positions_of(items: Sequence[Placed], field: str, positions: Mapping[int, in
     return found
 
 
+def box_text(item: Placed) -> str:
+    """Return the box for a message, as files write it."""
+    return shown([int(v) if v.is_integer() else v for v in item.bbox])
+
+
 def _id_label(item: Any) -> str:
     return f" (id {item.id})" if isinstance(item, Annotation) else ""
 
@@ -283,7 +288,7 @@ def boxes_of(items: Sequence[Placed], where: str) -> np.ndarray:
     if large.any():
         n = int(np.argmax(large))
         raise DataError(
-            f"{where}[{n}] has bbox {shown(list(items[n].bbox))} of more than {LARGEST_AREA:g} px^2, which COCO's "
+            f"{where}[{n}] has bbox {box_text(items[n])} of more than {LARGEST_AREA:g} px^2, which COCO's "
             "evaluation leaves out; correct or remove it"
         )
     return boxes

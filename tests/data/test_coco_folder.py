@@ -97,7 +97,7 @@ def _categories(content):
         (_annotations, {"bbox": [1, 2, 3, "4"]}, r"give four finite numbers"),
         (_annotations, {"bbox": [1, 2, float("nan"), 4]}, r"give four finite numbers"),
         (_annotations, {"bbox": [1, 2, -3, 4]}, r"negative width or height"),
-        (_annotations, {"bbox": [60, 2, 3, 4]}, r"outside its image of 60x40"),
+        (_annotations, {"bbox": [60, 2, 3, 4]}, r"bbox \[60, 2, 3, 4\] outside its image of 60x40"),
         (_annotations, {"bbox": [-9, 2, 3, 4]}, r"outside its image of 60x40"),
         (_annotations, {"iscrowd": 2}, r"iscrowd 2; give 0 or 1"),
         (_annotations, {"area": "big"}, r"area 'big'; give a finite number"),

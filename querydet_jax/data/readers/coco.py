@@ -14,7 +14,7 @@ import numpy as np
 
 from querydet_jax.data.classes import plain
 from querydet_jax.data.coco_json import Annotation as Entry
-from querydet_jax.data.coco_json import Instances, boxes_of, check_ids, positions_of, read_file
+from querydet_jax.data.coco_json import Instances, box_text, boxes_of, check_ids, positions_of, read_file
 from querydet_jax.data.dataset import Annotation, Dataset
 from querydet_jax.data.readers.folders import SUFFIXES, list_files
 from querydet_jax.data.readers.images import DEFAULT, Reading, check_header, read_image, try_headers
@@ -131,7 +131,7 @@ class CocoDataset(Dataset):
             n = int(np.argmax(outside))
             height, width = self._sizes[owner[n]]
             raise DataError(
-                f"{where}[{n}] (id {entries[n].id}) has bbox {shown(list(entries[n].bbox))} outside its image of "
+                f"{where}[{n}] (id {entries[n].id}) has bbox {box_text(entries[n])} outside its image of "
                 f"{width}x{height} (width x height); correct or remove it (boxes are x, y, width, height in pixels)"
             )
         if not kept.all():
