@@ -52,6 +52,45 @@ def test_boxes_are_clipped_and_empty_ones_dropped(folder, caplog):
     assert len(messages) == 1 and "left out 2 of 5 boxes" in messages[0]
 
 
+@pytest.mark.parametrize(
+    ("boxes", "said"),
+    [
+        ([[10, 10, 5, 5], [20, 5, 50, 30]], "1 of 4 boxes reach beyond their image"),
+        ([[30, 10, 45, 20], [20, 5, 50, 30], [20, 10, 60, 40]], "all would fit as x1, y1, x2, y2, but the format's"),
+        ([[10, 10, 5, 5]] * 3, "2 of 5 boxes repeat another of the same image, class and place"),
+        ([[10, 10, 51, 5], [10, 10, 5, 5], [10, 10, 5, 5.5]], ""),
+    ],
+)
+def test_boxes_that_are_hardly_meant_are_counted(folder, caplog, boxes, said):
+    for box in boxes:
+        folder.box(7, 4, box)
+    if "x1" in said:
+        del folder.content["annotations"][:2]
+    with caplog.at_level(logging.INFO, logger="querydet_jax"):
+        folder.open()
+    assert said in caplog.text and len(caplog.records) == bool(said)
+    assert not said or (caplog.records[0].levelname == "INFO") == said.startswith("1 of 4")
+
+
+@pytest.mark.parametrize("size", [(40, 60), (50, 30), (9, 9)])
+def test_fractions_are_refused_where_pixels_belong(folder, size):
+    folder.content.update(images=[], annotations=[])
+    folder.image(1, *size)
+    folder.box(1, 4, [0.2, 0.3, 0.5, 0.4])
+    folder.box(1, 4, [0, 0, 1, 1])
+    with pytest.raises(DataError, match="annotations: every bbox lies within 0 and 1, as fractions do; give x, y"):
+        folder.open()
+    folder.box(1, 4, [0, 0, 1.5, 1])
+    folder.open()
+
+
+@pytest.mark.parametrize("again", ["7.png", "./7.png", "x/../7.png"])
+def test_a_file_that_is_listed_more_than_once_is_said(folder, caplog, again):
+    folder.content["images"].append({"id": 1, "file_name": again, "height": 40, "width": 60})
+    folder.open()
+    assert "1 files are listed more than once (first 7.png), each time as another image" in caplog.text
+
+
 def test_ground_truth_loads_into_pycocotools(folder, tmp_path, capsys):
     folder.box(7, 4, [-5, 30, 20, 100])
     truth = folder.open().coco_ground_truth()

@@ -50,6 +50,23 @@ def test_reads_boxes_in_pixels(root, caplog):
     assert [a["category_id"] for a in dataset.coco_ground_truth()["annotations"]] == [1, 0, 0]
 
 
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        ("0 0.3 0.3 0.1 0.1\n" * 3, "2 of 5 boxes repeat another of the same image, class and place"),
+        ("0 0.9 0.3 0.4 0.1\n0 0.3 0.5 0.1 0.1\n", "1 of 4 boxes reach beyond their image and are cut off"),
+        ("1 0.7 0.6 0.9 0.9\n0 0.3 0.5 0.8 0.9\n", "all would fit as x1, y1, x2, y2, but the format's are centre x"),
+        ("0 0.2 0.3 0.1 0.1\n1 0.2 0.3 0.1 0.1\n", "labels/train: 1 of 3 images have no label file, and so no objects"),
+    ],
+)
+def test_labels_that_are_hardly_meant_are_counted(root, caplog, lines, said):
+    (root / "labels/train/a.txt").write_text(lines)
+    (root / "labels/train/c/d.txt").write_text("0 0.3 0.3 0.5 0.5\n0 0.3 0.3 0.6 0.5\n")
+    with caplog.at_level(logging.INFO, logger="querydet_jax"):
+        _open(root)
+    assert said in caplog.text and ("boxes" in caplog.text) != ("no label" in said)
+
+
 def test_labels_refer_to_the_upright_image(root):
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -156,6 +173,10 @@ LAUGHS = "a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)
         ("names: !!bool x", "is not readable as YAML"),
         ("names: !!python/name:os.system", "line 1 is not readable as YAML"),
         ("? [a, {b: c}]\n: 1", "line 1 is not readable as YAML"),
+        ("names:\n  0: car\n  1: boat\n  1: ship", r"line 4 is not readable as YAML \(the key '1' is there twice\)"),
+        ("names: [car, boat]\nnames: [boat, car]", r"line 2 is not readable as YAML \(the key 'names' is there twice"),
+        ("nc: 3\nnames: [car, boat]", "nc is '3', but names has 2 classes; correct one of them"),
+        ("nc: [2]\nnames: [car, boat]", r"nc is \['2'\], but names has 2 classes"),
         ("names: *absent", "line 1 is not readable as YAML"),
         (LAUGHS, r"is not readable as YAML \(more than 10 aliases\); correct the file"),
         ("names: &a [*a]", r"the name of class 0 is \[\[\[\[...\]\]\]\]; write it in quotes"),

@@ -6,9 +6,11 @@ import dataclasses
 import functools
 import logging
 import os
+from collections import Counter
 from collections.abc import Collection
 from pathlib import Path, PurePath
 from typing import Any
+from urllib.parse import unquote
 
 import numpy as np
 
@@ -19,10 +21,14 @@ from querydet_jax.data.dataset import Annotation, Dataset
 from querydet_jax.data.readers.folders import SUFFIXES, list_files
 from querydet_jax.data.readers.images import DEFAULT, Reading, check_header, read_image, try_headers
 from querydet_jax.data.readers.orientation import decide, spread
+from querydet_jax.data.readers.plausible import say_what_is_odd
 from querydet_jax.data.transforms import MIN_SIDE
 from querydet_jax.runtime.errors import DataError, shown
 
 _log = logging.getLogger("querydet_jax")
+
+_SLACK = 2  # px that a box may reach beyond its image before that is said
+_FRACTIONS = 8  # px; boxes of less than a pixel in larger images are fractions of their sides
 
 # Key in info of files that this package writes: whether boxes are drawn on turned pictures ("apply" or "ignore").
 EXIF = "exif"
@@ -75,6 +81,7 @@ class CocoDataset(Dataset):
         position = check_ids(content.images, f"{self._path}: images")
         self._ids = list(position)
         self._names = [image.file_name for image in content.images]
+        self._say_listed_again()
         self._check_names(None if outside_root else {self._folder, Path(root or self._folder)})
         self._sizes = [(image.height, image.width) for image in content.images]
         categories = sorted(content.categories, key=lambda category: category.id)
@@ -83,6 +90,15 @@ class CocoDataset(Dataset):
         self.origin = str(self._path)
         self._index(content.annotations, position, {identifier: k for k, identifier in enumerate(category_ids)})
         self._decide_orientation(reading, content.info)
+
+    def _say_listed_again(self) -> None:
+        counts = Counter(map(os.path.normpath, self._names))
+        again = [name for name, count in counts.items() if count > 1]
+        if again:
+            _log.warning(
+                "%s: %d files are listed more than once (first %s), each time as another image; list each once, with "
+                "all its boxes", self._path, len(again), again[0],
+            )  # fmt: skip
 
     def _check_names(self, folders: Collection[Path] | None) -> None:
         """Raise DataError for a name that no file can have, or that leads out of ``folders``; None allows any place."""
@@ -122,8 +138,11 @@ class CocoDataset(Dataset):
         owner = positions_of(entries, "image_id", position, where)
         classes = positions_of(entries, "category_id", k_of, where).astype(np.int32)
         boxes = boxes_of(entries, where)
+        written = boxes.copy()
         boxes[:, 2:] += boxes[:, :2]
         sides = np.array(self._sizes, np.float64)[owner][:, ::-1]  # width, height
+        if _with_area(boxes).any() and written.min() >= 0 and boxes.max() <= 1 and sides.min() > _FRACTIONS:
+            raise DataError(f"{where}: every bbox lies within 0 and 1, as fractions do; give x, y, width, height in px")
         clipped = np.clip(boxes, 0, np.tile(sides, 2))
         kept = _with_area(boxes) & _with_area(clipped)
         outside = _with_area(boxes) & ((boxes[:, :2] >= sides) | (boxes[:, 2:] <= 0)).any(axis=1)
@@ -134,6 +153,9 @@ class CocoDataset(Dataset):
                 f"{where}[{n}] (id {entries[n].id}) has bbox {box_text(entries[n])} outside its image of "
                 f"{width}x{height} (width x height); correct or remove it (boxes are x, y, width, height in pixels)"
             )
+        say_what_is_odd(
+            str(self._path), written, boxes, sides, np.stack([owner, classes], axis=1), _SLACK, "x, y, width, height"
+        )
         if not kept.all():
             _log.warning(
                 "%s: left out %d of %d boxes that have no width or no height",
@@ -175,7 +197,7 @@ class CocoDataset(Dataset):
         path, name = self._found(i), self._names[i]
         if path is not None:
             return path
-        other = self._in_any_case.get(_key(name).casefold())
+        other = self._in_any_case.get(_key(name).casefold()) or self._by_last_part.get(_last_part(name))
         hint = f" (there is {other})" if other else ""
         if "\\" in name:
             hint = " (its name has backslashes; write / in their place)"
@@ -198,6 +220,11 @@ class CocoDataset(Dataset):
     @functools.cached_property
     def _in_any_case(self) -> dict[str, str]:
         return {key.casefold(): name for key, name in self._on_disk.items()}
+
+    @functools.cached_property
+    def _by_last_part(self) -> dict[str, str]:
+        counts = Counter(map(_last_part, self._on_disk.values()))
+        return {part: name for name in self._on_disk.values() if counts[part := _last_part(name)] == 1}
 
     def load(self, i: int) -> np.ndarray:
         path = self.image_path(i)
@@ -242,6 +269,11 @@ def _key(name: str) -> str:
     """Return a file's name to compare: accents in one form, the suffix in lower case, no parts that change nothing."""
     path = PurePath(plain(name))
     return path.with_suffix(path.suffix.lower()).as_posix() if path.name else name
+
+
+def _last_part(name: str) -> str:
+    """Return the last part of a path or address in one case, for hints."""
+    return plain(unquote(name).partition("?")[0].rpartition("/")[2]).casefold()
 
 
 def _with_area(boxes: np.ndarray) -> np.ndarray:

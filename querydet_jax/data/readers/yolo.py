@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from querydet_jax.data.dataset import Annotation, Dataset
 from querydet_jax.data.readers.folders import SUFFIXES, by_stem, near
 from querydet_jax.data.readers.images import DEFAULT, Reading, read_headers, read_image
 from querydet_jax.data.readers.orientation import decide
+from querydet_jax.data.readers.plausible import say_what_is_odd
 from querydet_jax.data.transforms import clip
 from querydet_jax.runtime.errors import DataError, shown
 from querydet_jax.runtime.files import reason
@@ -25,6 +27,7 @@ _log = logging.getLogger("querydet_jax")
 
 _NAMES = "classes.txt"  # LabelImg writes it, also among the labels
 _SLACK = 1e-3  # how far rounding may push a coordinate outside 0..1
+_BEYOND = 0.01  # fraction of a side that a box may reach beyond its image before that is said
 _ALIASES, _DEPTH = 10, 20  # most in data.yaml
 _TYPED = ("bool", "null", "merge")
 
@@ -74,15 +77,25 @@ class YoloDataset(Dataset):
         rule = decide(str(self._folder), reading.exif, headers, convention=(True, "YOLO tools apply it"))
         self.reading, self.exif_note = dataclasses.replace(reading, decided=rule.upright), rule.note
         self._sizes = [header.size(upright=rule.upright) for header in headers]
+        unlabelled = len(pictures.keys() - texts.keys())
+        if unlabelled:
+            _log.info("%s: %d of %d images have no label file, and so no objects", labels, unlabelled, len(pictures))
         self._annotations, empty, total = [], 0, 0
-        for stem, size in zip(pictures, self._sizes, strict=True):
+        written = []
+        for i, (stem, size) in enumerate(zip(pictures, self._sizes, strict=True)):
             rows = np.zeros((0, 5))
             if stem in texts:
                 path = labels / texts[stem]
                 rows = parse_labels(read_text(path), str(path), classes)
+            written.append(np.concatenate([np.full((len(rows), 1), i), rows], axis=1))
             annotation = _annotation(rows, size)
             self._annotations.append(annotation)
             empty, total = empty + len(rows) - len(annotation.boxes), total + len(rows)
+        rows = np.concatenate(written)
+        half, ones = rows[:, 4:] / 2, np.ones((len(rows), 2))
+        corners = np.concatenate([rows[:, 2:4] - half, rows[:, 2:4] + half], axis=1)
+        form = "centre x, centre y, width, height"
+        say_what_is_odd(str(labels), rows[:, 2:], corners, ones, rows[:, :2], _BEYOND, form)
         if empty:
             _log.warning("%s: left out %d of %d boxes that have no area in their image", labels, empty, total)
 
@@ -143,7 +156,18 @@ def read_names(root: str | Path) -> tuple[str, ...]:
 
 
 class _Loader(yaml.SafeLoader):
-    """Leaves numbers and dates as the text that the file has: as names of classes they are meant so."""
+    """Leaves numbers and dates as the text that the file has: as names of classes they are meant so.
+
+    A key given twice, of which PyYAML takes the last, is an error.
+    """
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        counts = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        for key, _ in reversed(node.value):
+            if isinstance(key, yaml.ScalarNode) and counts[key.value] > 1:
+                problem = f"the key {shown(key.value)} is there twice"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+        return super().construct_mapping(node, deep)
 
     yaml_implicit_resolvers = {
         first: [pair for pair in pairs if pair[0].rpartition(":")[2] in _TYPED]
@@ -184,6 +208,9 @@ def _yaml_names(path: Path) -> tuple[str, ...]:
             raise DataError(
                 f"{path}: the name of class {k} is {shown(name)}; write it in quotes, without control characters"
             )
+    count = content.get("nc")
+    if count is not None and count != str(len(names)):
+        raise DataError(f"{path}: nc is {shown(count)}, but names has {len(names)} classes; correct one of them")
     return tuple(names)
 
 
