@@ -24,12 +24,13 @@ def say_what_is_odd(
       form: what the four numbers are, in words.
     """
     beyond = ((corners[:, :2] < -slack) | (corners[:, 2:] > sides + slack)).any(axis=1)
-    if beyond.any():
+    count = np.count_nonzero(beyond)
+    if count:
         fit = (written[:, 2:] > written[:, :2]) & (written[:, 2:] <= sides + slack) & (written[:, :2] >= -slack)
         hint = f"; all would fit as x1, y1, x2, y2, but the format's are {form}: check the export" if fit.all() else ""
         _log.log(
             logging.WARNING if hint else logging.INFO, "%s: %s of %s boxes reach beyond their image and are cut off%s",
-            where, f"{beyond.sum():,}", f"{len(beyond):,}", hint,
+            where, f"{count:,}", f"{len(corners):,}", hint,
         )  # fmt: skip
     rows = np.concatenate([keys, written], axis=1)
     # Equal rows have equal sums and so become neighbours; sorting by all columns takes ten times as long.
