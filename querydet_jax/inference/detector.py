@@ -93,8 +93,8 @@ class Detector:
     ):
         if channels not in ("rgb", "bgr"):
             raise ConfigError(f"channels {channels!r}: choose rgb or bgr")
-        if max_shapes < 1:
-            raise ConfigError(f"max_shapes {max_shapes}: must be at least 1")
+        if not isinstance(max_shapes, int) or max_shapes < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ConfigError(f"max_shapes {max_shapes}: must be a whole number, at least 1")
         if config.query != "dense":
             if model.query_head is None:
                 raise ConfigError(

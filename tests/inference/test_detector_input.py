@@ -134,8 +134,9 @@ def test_a_camera_may_fill_its_picture_anew():
     ("options", "message"),
     [
         ({"channels": "BGR"}, "channels 'BGR': choose rgb or bgr"),
-        ({"max_shapes": 0}, "max_shapes 0: must be at least 1"),
-        ({"max_shapes": -3}, "max_shapes -3: must be at least 1"),
+        ({"max_shapes": 0}, "max_shapes 0: must be a whole number, at least 1"),
+        ({"max_shapes": -3}, "max_shapes -3: must be"),
+        ({"max_shapes": None}, "max_shapes None: must be"),
     ],
 )
 def test_other_options_are_refused(options, message):

@@ -57,10 +57,8 @@ def assert_narrow(tree: Any) -> None:
 @pytest.mark.parametrize(
     ("changes", "inference"),
     [
-        ({}, {"query": "cq"}),
-        ({}, {"query": "ccq", "nms": "linear"}),
-        ({"detector": "fcos"}, {"kernel": "tiles", "nms": "gaussian"}),
-        ({"detector": "fcos"}, {"overflow": "cap"}),
+        ({}, {"query": "cq", "nms": "linear"}),
+        ({"detector": "fcos"}, {"kernel": "tiles", "nms": "gaussian", "overflow": "cap"}),
         (FASTER_RCNN, {}),
     ],
 )

@@ -12,10 +12,19 @@ import jax
 import numpy as np
 import pytest
 
-from querydet_jax.config import BackboneConfig, FasterRCNNConfig, FPNConfig, HeadConfig, ModelConfig, QueryConfig
+from querydet_jax.config import (
+    BackboneConfig,
+    Config,
+    FasterRCNNConfig,
+    FPNConfig,
+    HeadConfig,
+    ModelConfig,
+    QueryConfig,
+)
+from querydet_jax.inference.runs import open_model
 from querydet_jax.models import build_model
 from querydet_jax.runtime import checkpoint_store
-from querydet_jax.runtime.errors import WeightsError
+from querydet_jax.runtime.errors import ConfigError, WeightsError
 from querydet_jax.weights import load_weights, state_dict
 
 SMALL = ModelConfig(
@@ -97,9 +106,15 @@ def class_outputs(model: Any) -> np.ndarray:
     return np.asarray(cls).reshape(16, -1, number)
 
 
-@pytest.mark.parametrize("detector", DETECTORS)
 @pytest.mark.parametrize(
-    "names", [("cow", "ant", "bee"), ("dog", "bee", "ant", "fly", "cow"), ("bee",), ("cow", "dog", "elk")]
+    ("detector", "names"),
+    [
+        ("retinanet", ("cow", "ant", "bee")),
+        ("retinanet", ("dog", "bee", "ant", "fly", "cow")),
+        ("fcos", ("bee",)),
+        ("fcos", ("cow", "dog", "elk")),
+        ("faster_rcnn", ("dog", "bee", "ant", "fly", "cow")),
+    ],
 )
 def test_classes_of_the_same_name_are_taken(run, detector, names):
     reference = built(detector, 3)
@@ -168,6 +183,17 @@ def test_the_same_classes_are_as_before(run, detector):
         assert not report.fresh and said in report.classes and bool(said) == bool(report.classes)
         held = state_dict(model)
         assert all(held[name].tobytes() == array.tobytes() for name, array in source(detector).items())
+
+
+def test_a_run_evaluated_with_classes_in_another_order(run):
+    """Or without one of them, which would be evaluated untrained."""
+    config = Config(model=SMALL, classes=("cow", "ant", "bee"))
+    reference = built("retinanet", 3)
+    load_weights(reference, source("retinanet"))
+    wanted = class_outputs(reference)[..., [2, 0, 1]]
+    np.testing.assert_allclose(class_outputs(open_model(config, "card", run)), wanted, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ConfigError, match="run: lacks classes of this configuration: .*these start fresh: dog"):
+        open_model(dataclasses.replace(config, classes=("cow", "ant", "dog")), "card", run)
 
 
 @pytest.mark.parametrize(
