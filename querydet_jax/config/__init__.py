@@ -6,6 +6,7 @@ from querydet_jax.config.loading import config_path, load_card, load_config, ove
 from querydet_jax.config.rules import check
 from querydet_jax.config.schema import (
     AnchorConfig,
+    AugmentConfig,
     BackboneConfig,
     Config,
     DataConfig,
@@ -22,6 +23,7 @@ from querydet_jax.config.schema import (
 
 __all__ = [
     "AnchorConfig",
+    "AugmentConfig",
     "BackboneConfig",
     "Card",
     "Config",

@@ -8,7 +8,7 @@ import operator
 from typing import Any
 
 from querydet_jax.config.bit_depth import parse_bit_depth
-from querydet_jax.config.schema import Config, ModelConfig
+from querydet_jax.config.schema import AugmentConfig, Config, ModelConfig
 from querydet_jax.runtime.errors import ConfigError
 
 # Networks with a single width and a single flavour of weights, and that flavour.
@@ -132,6 +132,7 @@ def check(config: Config) -> None:
         canvases = getattr(data, name)
         if not canvases or any(side % 32 or side < 32 for canvas in canvases for side in canvas):
             raise ConfigError(f"data.{name} {canvases}: give (height, width) pairs, each a multiple of 32")
+    _check_augmentation(data.augment)
     if data.patches and data.source != "visdrone":
         raise ConfigError(f"data.patches: needs data.source visdrone, but data.source is {data.source}; leave it out")
     if data.source == "visdrone" and (data.train_annotations or data.val_annotations):
@@ -216,3 +217,17 @@ def _check_faster_rcnn(model: ModelConfig) -> None:
     for name in ("proposal_iou", "rpn_foreground", "roi_foreground", "roi_iou"):
         if not 0 < getattr(stages, name) <= 1:
             raise ConfigError(f"model.faster_rcnn.{name} {getattr(stages, name)}: must be above 0 and at most 1")
+
+
+def _check_augmentation(augment: AugmentConfig) -> None:
+    for name in ("crop_to_objects", "turn", "mosaic", "photometric"):
+        if not 0 <= getattr(augment, name) <= 1:
+            raise ConfigError(f"data.augment.{name} {getattr(augment, name)}: must be 0 (off) to 1")
+    low, high = augment.scale
+    if not 0.05 <= low <= high <= 20:
+        raise ConfigError(f"data.augment.scale {low} {high}: give the smallest and the largest factor, 0.05 to 20")
+    if augment.paste < 0 or augment.paste_below < 2:
+        raise ConfigError(
+            f"data.augment.paste {augment.paste}, paste_below {augment.paste_below}: give a number of copies, 0 or "
+            "more, and a side in px, at least 2"
+        )

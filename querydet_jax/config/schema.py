@@ -157,6 +157,23 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class AugmentConfig:
+    """Random changes to training images, besides resizing and ``DataConfig.flip``; off by default.
+
+    Every choice follows from ``train.seed``, epoch and image. ``querydet report --augmented 12`` draws examples.
+    """
+
+    # Factor on the size that an image is resized to, log-uniform; what exceeds the canvas is cropped: 0.5 2.
+    scale: tuple[float, float] = (1.0, 1.0)
+    crop_to_objects: float = 0.0  # probability that a crop holds a certain object, small ones with higher odds
+    turn: float = 0.0  # probability of a turn by 0 to 270 degrees and a mirroring, for pictures taken from above
+    photometric: float = 0.0  # strength of changes in brightness, contrast, saturation, hue and gamma: 0 to 1
+    mosaic: float = 0.0  # probability of joining parts of four images (Bochkovskiy et al. 2020)
+    paste: int = 0  # copies of small objects of the image, pasted at free places (Kisantal et al. 2019)
+    paste_below: float = 32.0  # px in the network input: largest side of an object to paste
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """Source of images and boxes, and their preparation for the network.
 
@@ -189,6 +206,7 @@ class DataConfig:
     test_canvases: tuple[tuple[int, int], ...] = ((800, 1344), (1344, 800))
     crop: bool = False  # crop images larger than every training canvas at random, instead of refusing them
     flip: float = 0.5  # probability of a horizontal flip
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
     keep_empty: bool = False  # also train on images without boxes (crowd boxes do not count)
     max_boxes: int = 100  # G: ground-truth boxes kept per image; further ones are dropped with a warning
     # EXIF orientation. auto: by the sizes that annotations state where these tell, otherwise as the format's tools do

@@ -17,6 +17,7 @@ import threading
 import traceback
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,10 @@ import numpy as np
 from absl import flags
 
 from querydet_jax.config import DataConfig
+from querydet_jax.data.augment import Sample, train_example
 from querydet_jax.data.dataset import Dataset
 from querydet_jax.data.plan import Item, TrainPlan, eval_item, eval_plan
-from querydet_jax.data.transforms import place, resize, train_example
+from querydet_jax.data.transforms import place, resize
 from querydet_jax.runtime.errors import ConfigError, DataError
 
 _log = logging.getLogger("querydet_jax")
@@ -242,7 +244,7 @@ class _ReadTrain:
         candidates, following = [item], 0
         while True:
             try:
-                return {**self._read(candidates[following]), "failures": failures}
+                return {**self._read(candidates[following], failures), "failures": failures}
             except DataError as error:
                 failures.append((candidates[following].index, str(error)))
             except Exception as error:
@@ -255,19 +257,33 @@ class _ReadTrain:
                     f"none of {len(failures)} training images in a row could be read, the last: {failures[-1][1]}"
                 )
 
-    def _read(self, item: Item) -> dict[str, Any]:
-        truth = self._dataset.annotation(item.index)
+    def _read(self, item: Item, failures: list[tuple[int, str]]) -> dict[str, Any]:
         example = train_example(
-            self._dataset.load(item.index),
-            truth.boxes[~truth.crowd],
-            truth.classes[~truth.crowd],
+            self._sample(item.index),
             shape=item.shape,
             canvas=item.canvas,
             flip_probability=self._data.flip,
             capacity=self._data.max_boxes,
             rng=np.random.default_rng((self._seed, item.epoch, item.index)),
+            augment=self._data.augment,
+            another=partial(self._another, failures),
         )
         return {**example, "image_id": np.int64(self._dataset.image_id(item.index))}
+
+    def _sample(self, index: int) -> Sample:
+        truth = self._dataset.annotation(index)
+        return Sample(self._dataset.load(index), truth.boxes[~truth.crowd], truth.classes[~truth.crowd])
+
+    def _another(self, failures: list[tuple[int, str]], rng: np.random.Generator) -> tuple[Sample, tuple[int, int]]:
+        """Return a random image to join to another, and its size; one that cannot be read is reported and replaced."""
+        while True:
+            index, shape = self._plan.any(rng)
+            try:
+                return self._sample(index), shape
+            except DataError as error:
+                failures.append((index, str(error)))
+                if len(failures) > _TOLERATED:
+                    raise
 
 
 class _ReadEval:

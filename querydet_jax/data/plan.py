@@ -145,6 +145,11 @@ class TrainPlan:
         order = np.concatenate([order[same], order[~same]])
         return [self._item(p, int(draws[p]), item.epoch, canvas) for p in order.tolist()]
 
+    def any(self, rng: np.random.Generator) -> tuple[int, tuple[int, int]]:
+        """Draw a training image, and the (height, width) to resize it to."""
+        position, draw = int(rng.integers(len(self.indices))), int(rng.integers(len(self._shorts)))
+        return int(self.indices[position]), self._shape_of[self._kind[position]][draw]
+
     def _item(self, position: int, draw: int, epoch: int, canvas: int) -> Item:
         shape = self._shape_of[self._kind[position]][draw]
         return Item(int(self.indices[position]), epoch, shape, self._canvases[canvas])

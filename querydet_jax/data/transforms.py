@@ -103,53 +103,6 @@ def pad_boxes(boxes: np.ndarray, classes: np.ndarray, capacity: int) -> tuple[np
     return padded, labels
 
 
-def train_example(
-    image: np.ndarray,
-    boxes: np.ndarray,
-    classes: np.ndarray,
-    *,
-    shape: tuple[int, int],
-    canvas: tuple[int, int],
-    flip_probability: float,
-    capacity: int,
-    rng: np.random.Generator,
-) -> dict[str, np.ndarray]:
-    """Resize to ``shape``, crop at random if that exceeds the canvas, flip at random and pad.
-
-    Args:
-      image: uint8 [H, W, 3].
-      boxes: float32 [n, 4], without crowd boxes.
-      classes: int32 [n].
-      shape: (height, width) to resize to.
-      canvas: (height, width) of the output.
-      flip_probability: probability of a horizontal flip.
-      capacity: G; boxes beyond the first G are dropped.
-      rng: the source of every random choice.
-
-    Returns:
-      image uint8 ``[*canvas, 3]``; size int32 [2], height and width of the valid pixels; boxes float32
-      [G, 4]; classes int32 [G].
-    """
-    flipped = rng.random() < flip_probability
-    boxes, kept = clip(resize_boxes(boxes, image.shape[:2], shape), shape)
-    boxes, classes = boxes[kept], classes[kept]
-    image = resize(image, shape)
-    if shape[0] > canvas[0] or shape[1] > canvas[1]:
-        h, w = min(shape[0], canvas[0]), min(shape[1], canvas[1])
-        y, x = int(rng.integers(shape[0] - h + 1)), int(rng.integers(shape[1] - w + 1))
-        image, boxes, kept = crop(image, boxes, (y, x, h, w))
-        boxes, classes = boxes[kept], classes[kept]
-    if flipped:
-        image, boxes = flip(image, boxes)
-    padded, labels = pad_boxes(boxes, classes, capacity)
-    return {
-        "image": place(image, canvas),
-        "size": np.array(image.shape[:2], np.int32),
-        "boxes": padded,
-        "classes": labels,
-    }
-
-
 def rescale_to_original(
     boxes: ArrayLike,
     scores: ArrayLike,

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from querydet_jax.data import transforms as t
+from querydet_jax.data.augment import Sample, train_example
 from querydet_jax.runtime.errors import DataError
 
 
@@ -82,8 +83,8 @@ def _example(seed: int, *, flip: float = 0.0, shape=(20, 40), canvas=(32, 64)) -
     image = np.zeros((10, 20, 3), np.uint8)
     image[2:5, 4:9] = 255
     boxes = np.array([[4, 2, 9, 5]], np.float32)
-    return t.train_example(
-        image, boxes, np.array([3], np.int32),
+    return train_example(
+        Sample(image, boxes, np.array([3], np.int32)),
         shape=shape, canvas=canvas, flip_probability=flip, capacity=2, rng=np.random.default_rng(seed),
     )  # fmt: skip
 
@@ -118,8 +119,8 @@ def test_image_and_boxes_stay_together_under_crop_and_flip():
 
 
 def test_no_boxes():
-    out = t.train_example(
-        np.zeros((8, 8, 3), np.uint8), np.zeros((0, 4), np.float32), np.zeros(0, np.int32),
+    out = train_example(
+        Sample(np.zeros((8, 8, 3), np.uint8), np.zeros((0, 4), np.float32), np.zeros(0, np.int32)),
         shape=(16, 16), canvas=(8, 8), flip_probability=1.0, capacity=3, rng=np.random.default_rng(0),
     )  # fmt: skip
     assert out["boxes"].shape == (3, 4) and (out["classes"] == -1).all()
