@@ -87,7 +87,7 @@ def _turned_and_resized(
     if augment.turn and rng.random() < augment.turn:
         turns = int(rng.integers(4))
         sample = quarter_turns(sample, turns, bool(rng.integers(2)))
-        shape = shape[::-1] if turns % 2 else shape
+        shape = (shape[1], shape[0]) if turns % 2 else shape
     if augment.scale != (1.0, 1.0):
         low, high = np.log(augment.scale)
         factor = float(np.exp(rng.uniform(low, high)))
