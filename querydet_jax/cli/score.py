@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -10,11 +11,13 @@ import tyro
 
 from querydet_jax.cli.main import SUMMARIES
 from querydet_jax.evaluation.curves import Curves
+from querydet_jax.evaluation.errors import ErrorReport
 from querydet_jax.evaluation.metrics import CocoMetrics
-from querydet_jax.evaluation.output import write_curves
-from querydet_jax.evaluation.standalone import score_coco, score_visdrone
+from querydet_jax.evaluation.output import draw_errors, write_curves
+from querydet_jax.evaluation.standalone import explain_coco, score_coco, score_visdrone
 from querydet_jax.evaluation.visdrone_results import VisDroneMetrics
 from querydet_jax.runtime.files import write_json
+from querydet_jax.viz.plots import save_plot
 
 _Out = Annotated[str, tyro.conf.arg(metavar="FOLDER")]
 
@@ -53,6 +56,7 @@ def _coco(
     results: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RESULTS_JSON")],
     annotations: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="ANNOTATIONS_JSON")],
     max_detections: tuple[int, ...] = (1, 10, 100),
+    errors: bool = False,
     out: _Out = "",
 ) -> None:
     """Score COCO results by COCO's protocol.
@@ -61,15 +65,28 @@ def _coco(
       results: A list of image_id, category_id, bbox [x, y, w, h], score.
       annotations: The annotation file with images, annotations, categories.
       max_detections: Limits of detections per image and class; AP takes the largest.
-      out: Write report.json and the recall-precision curves to this folder.
+      errors: Also attribute what is wrong, by TIDE: kinds of error, best thresholds, calibration, confusion.
+      out: Write report.json and plots to this folder: recall-precision curves, errors.
     """
     metrics = score_coco(results, annotations, max_detections)
-    _publish(metrics, "coco", metrics.curves, out, results)
+    _publish(metrics, "coco", metrics.curves, out, results, explain_coco(results, annotations) if errors else None)
 
 
-def _publish(metrics: CocoMetrics | VisDroneMetrics, protocol: str, curves: Curves, out: str, results: str) -> None:
+def _publish(
+    metrics: CocoMetrics | VisDroneMetrics,
+    protocol: str,
+    curves: Curves,
+    out: str,
+    results: str,
+    errors: ErrorReport | None = None,
+) -> None:
     print(metrics.table())
+    if errors is not None:
+        print(f"\n{errors.table()}")
     if out:
-        write_json(Path(out) / "report.json", metrics.to_dict(), indent=2)
+        explained = {} if errors is None else {"errors": errors.to_dict()}
+        write_json(Path(out) / "report.json", metrics.to_dict() | explained, indent=2)
         written = write_curves(out, {protocol: {Path(results).stem: curves}})
+        if errors is not None and save_plot(partial(draw_errors, report=errors), Path(out) / "errors.png", (14, 4.4)):
+            written.append("errors.png")
         print(f"\nwrote to {out}: {', '.join(['report.json', *written])}")

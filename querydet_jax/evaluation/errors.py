@@ -67,7 +67,7 @@ class ErrorReport:
     def table(self) -> str:
         """Return text tables: errors, thresholds, calibration, confusion."""
         errors = [
-            [kind, f"{self.counts[kind]:,}", f"+{percent(self.gains[kind])}", text] for kind, text in KINDS.items()
+            [kind, text, f"{self.counts[kind]:,}", f"+{percent(self.gains[kind])}"] for kind, text in KINDS.items()
         ]
         best = [
             [name, f"{b.score:.3f}", percent(100 * b.f1), percent(100 * b.precision), percent(100 * b.recall)]
@@ -83,7 +83,7 @@ class ErrorReport:
         return "\n\n".join(
             [
                 f"AP50 {percent(self.ap50)}; what mending one kind of error alone would add\n"
-                + text_table(["error", "number", "AP50", ""], errors),
+                + text_table(["error", "", "number", "AP50"], errors, left=2),
                 "best threshold of each class by F1, percent\n"
                 + text_table(["class", "score", "F1", "precision", "recall"], best),
                 "calibration: share of the detections that are right, percent\n"

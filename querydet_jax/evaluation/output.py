@@ -10,6 +10,7 @@ import numpy as np
 
 from querydet_jax.evaluation.coco import save_results
 from querydet_jax.evaluation.curves import MEAN, RECALL, Curves, Line
+from querydet_jax.evaluation.errors import ErrorReport
 from querydet_jax.evaluation.scoring import Scores
 from querydet_jax.evaluation.visdrone_files import write_result_files
 from querydet_jax.runtime.files import folder_written_aside, write_csv
@@ -109,3 +110,27 @@ def _finish(axes: Any, title: str, legend: str) -> None:
 
 def _rounded_or_none(value: float) -> float | None:
     return None if np.isnan(value) else round(float(value), 4)
+
+
+def draw_errors(figure: Any, report: ErrorReport) -> None:
+    """Draw an error report on a matplotlib figure: gains by kind, calibration, confusion."""
+    gains, calibration, confusion = figure.subplots(1, 3)
+    kinds = list(report.gains)[::-1]
+    bars = gains.barh(kinds, [report.gains[kind] for kind in kinds], color="#4c72b0")
+    gains.bar_label(bars, [f"+{percent(report.gains[k])} ({report.counts[k]:,})" for k in kinds], padding=3, fontsize=8)
+    gains.set(xlabel="AP50 gained if mended (number)", title=f"errors, AP50 {percent(report.ap50)}")
+    gains.margins(x=0.35)
+    known = [(mean, right) for _, _, count, mean, right in report.calibration if count]
+    calibration.plot([0, 1], [0, 1], color="0.7", linestyle="--", linewidth=1)
+    calibration.plot([mean for mean, _ in known], [right for _, right in known], marker="o")
+    calibration.set(xlabel="mean score", ylabel="share that is right", title="calibration", xlim=(0, 1), ylim=(0, 1))
+    share = report.confusion / np.maximum(report.confusion.sum(axis=1, keepdims=True), 1)
+    confusion.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    labels = [shorten(name, 14) for name in (*report.classes, "background")]
+    if len(labels) <= _NAMED:
+        confusion.set_xticks(range(len(labels)), labels, rotation=45, ha="right", fontsize=8)
+        confusion.set_yticks(range(len(labels)), labels, fontsize=8)
+        for (row, column), count in np.ndenumerate(report.confusion):
+            dark = "white" if share[row, column] > 0.5 else "black"
+            confusion.text(column, row, f"{count:,}", ha="center", va="center", fontsize=8, color=dark)
+    confusion.set(xlabel="detected as", ylabel="object", title="confusion at the best thresholds")

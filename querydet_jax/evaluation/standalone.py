@@ -16,6 +16,7 @@ from querydet_jax.data.readers.orientation import Header
 from querydet_jax.data.readers.visdrone import parse_annotations
 from querydet_jax.evaluation.coco import evaluate
 from querydet_jax.evaluation.coco_input import GroundTruth
+from querydet_jax.evaluation.errors import ErrorReport, attribute
 from querydet_jax.evaluation.metrics import CocoMetrics
 from querydet_jax.evaluation.visdrone import VisDroneImage, evaluate_visdrone
 from querydet_jax.evaluation.visdrone_files import read_result_file
@@ -96,6 +97,12 @@ def score_coco(
     """
     truth, found = read_file(annotations, GroundTruth), read_results(results)
     return evaluate(truth, found, max_detections=max_detections, names=(str(annotations), f"{results}: results"))
+
+
+def explain_coco(results: str | Path, annotations: str | Path) -> ErrorReport:
+    """Attribute the errors of COCO results against a COCO annotation file; raise like ``score_coco``."""
+    truth, found = read_file(annotations, GroundTruth), read_results(results)
+    return attribute(truth, found, names=(str(annotations), f"{results}: results"))
 
 
 def _text_files(folder: Path, kind: str) -> dict[str, str]:

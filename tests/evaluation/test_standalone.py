@@ -163,3 +163,20 @@ def test_without_matplotlib_the_numbers_are_written(coco, tmp_path, monkeypatch)
     written = output.write_curves(tmp_path / "out", {"coco": curves})
     assert written[1] == "no .png of the curves, which needs matplotlib (pip install -r requirements-plots.txt)"
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["curves_coco.csv"]
+
+
+@pytest.mark.parametrize("drawn", [False, True])
+def test_errors_are_explained(coco, tmp_path, monkeypatch, capsys, drawn):
+    if drawn:
+        pytest.importorskip("matplotlib")
+    else:
+        monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # as if it were not installed
+    out = tmp_path / "out"
+    score(
+        ["coco", str(coco / "results.json"), str(coco / "truth.json"), "--errors", "--out", str(out)], "querydet score"
+    )
+    printed = capsys.readouterr().out
+    assert "best threshold of each class" in printed and "background" in printed
+    report = json.loads((out / "report.json").read_text())
+    assert report["errors"]["ap50"] == pytest.approx(report["metrics"]["AP50"])
+    assert (out / "errors.png").is_file() == drawn
