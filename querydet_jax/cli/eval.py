@@ -15,6 +15,7 @@ from querydet_jax.cli.arguments import parse
 from querydet_jax.cli.main import SUMMARIES
 from querydet_jax.config import Config
 from querydet_jax.data import open_split
+from querydet_jax.evaluation.missed import MissedObjects, count_missed
 from querydet_jax.evaluation.output import write_scores
 from querydet_jax.evaluation.runner import (
     Evaluation,
@@ -32,6 +33,8 @@ from querydet_jax.runtime.names import result_stems
 from querydet_jax.viz.draw import save_image
 from querydet_jax.viz.stages import cascade_pictures, overview
 
+_MISSED_AT = 0.3  # what predict draws and lists from
+
 
 @dataclass(frozen=True)
 class EvalArguments:
@@ -47,6 +50,8 @@ class EvalArguments:
     """Images to draw."""
     query_recall: bool = True
     """Also count which objects the queries reach, at several thresholds (a second, untimed pass)."""
+    missed: bool = False
+    """Also tell where objects under 32 px are lost, at score 0.3: query, heads or NMS (one host; a further pass)."""
     hosts: Hosts = field(default_factory=Hosts)
 
 
@@ -79,8 +84,16 @@ def evaluate(words: Sequence[str], program: str) -> None:
                 f"\nquery recall on P{level} ({name}): percent of the objects whose centre cell is a key, "
                 f"by query threshold (*: as configured)\n{recall.table()}"
             )
+    lost = {}
+    if arguments.missed:
+        for name, detector in detectors.items():
+            batch_size = config.inference.batch_size
+            lost[name] = count_missed(
+                detector, dataset, config.data, score=_MISSED_AT, batch_size=batch_size, indices=indices
+            )
+            print(f"\nwhere objects are lost ({name}), percent, at score {_MISSED_AT}\n{lost[name].table()}")
     print(f"\n{comparison_table(runs)}\n\n{machine.one_line()}")
-    write_json(out / "report.json", _report(config, runs, indices), indent=2)
+    write_json(out / "report.json", _report(config, runs, lost, indices), indent=2)
     written = write_scores(out, {name: result.scores for name, result in runs.items()})
     names = config.classes or dataset.classes
     drawn = _spread(len(dataset) if indices is None else len(indices), arguments.pictures)
@@ -94,13 +107,16 @@ def evaluate(words: Sequence[str], program: str) -> None:
     print(f"wrote to {out}: {', '.join(['report.json', *written, *pictures_written])}")
 
 
-def _report(config: Config, runs: dict[str, Evaluation], indices: list[int] | None) -> dict[str, Any]:
+def _report(
+    config: Config, runs: dict[str, Evaluation], lost: dict[str, MissedObjects], indices: list[int] | None
+) -> dict[str, Any]:
     first = next(iter(runs.values())).ms_median
     return {
         "config": dataclasses.asdict(config),
         "machine": machine.describe(),
         "images": "all" if indices is None else len(indices),
         "methods": {name: run.to_dict() for name, run in runs.items()},
+        **({"missed": {name: counts.to_dict() for name, counts in lost.items()}} if lost else {}),
         "speed_up": {name: first / run.ms_median for name, run in runs.items() if not np.isnan(run.ms_median)},
         "timing": f"median over batches of {config.inference.batch_size}, detectors in turn, {jax.default_backend()}",
     }

@@ -156,6 +156,11 @@ class Detector:
         pyramid = programs.dense_part(self._state, images, sizes)
         return (programs.trace(self._state, pyramid, jnp.float32(threshold)) for threshold in thresholds)
 
+    def candidates(self, images: Array | np.ndarray, sizes: Array | np.ndarray | None = None) -> Candidates:
+        """Return the best boxes of every level, before the score threshold and NMS. Arguments as in a call."""
+        images, sizes = self._inputs(images, sizes)
+        return self._of_shape(images.shape).candidates(self._state, images, sizes)
+
     def function(self) -> tuple[Callable[[PyTree, Array, Array], Detections], PyTree]:
         """Return what a call runs, on RGB: a pure function of (state, images, sizes), and its state."""
         return partial(_detect, self._graph, self.config), self._state
@@ -185,10 +190,10 @@ class Detector:
 
     def _new_programs(self) -> _Programs:
         # jax frees a program with the function that it was compiled for, so every shape has functions of its own.
-        detect, dense_part, trace = (partial(f, self._graph, self.config) for f in (_detect, _dense_part, _trace))
+        of_images = [partial(f, self._graph, self.config) for f in (_detect, _only_candidates, _dense_part)]
         if self._bgr:
-            detect, dense_part = _reverse_channels(detect), _reverse_channels(dense_part)
-        return _Programs(jax.jit(detect), jax.jit(dense_part), jax.jit(trace))
+            of_images = [_reverse_channels(f) for f in of_images]
+        return _Programs(*map(jax.jit, of_images), jax.jit(partial(_trace, self._graph, self.config)))
 
     def _inputs(self, images: Array | np.ndarray, sizes: Array | np.ndarray | None) -> tuple[Array, Array]:
         if not isinstance(images, (jax.Array, np.ndarray)):
@@ -206,6 +211,7 @@ class _Programs(NamedTuple):
     """Compiled functions for images of one shape."""
 
     detect: jax.stages.Wrapped
+    candidates: jax.stages.Wrapped
     dense_part: jax.stages.Wrapped
     trace: jax.stages.Wrapped
 
@@ -261,7 +267,21 @@ def split_for_inference(model: DenseDetector) -> tuple[nnx.GraphDef, PyTree]:
 
 
 def _detect(graph: nnx.GraphDef, config: InferenceConfig, state: PyTree, images: Array, sizes: Array) -> Detections:
-    model = nnx.merge(graph, state)
+    candidates, sparse = _candidates(nnx.merge(graph, state), config, images, sizes)
+    detections = jax.vmap(partial(_suppress, config))(*candidates)
+    return Detections(*detections, stats={level: result.stats for level, result in sparse.items()})
+
+
+def _only_candidates(
+    graph: nnx.GraphDef, config: InferenceConfig, state: PyTree, images: Array, sizes: Array
+) -> Candidates:
+    return _candidates(nnx.merge(graph, state), config, images, sizes)[0]
+
+
+def _candidates(
+    model: DenseDetector, config: InferenceConfig, images: Array, sizes: Array
+) -> tuple[Candidates, dict[int, LevelResult]]:
+    """Return the best boxes of all levels, before NMS, and the results of the sparse levels."""
     pyramid = _pyramid(model, config, images, sizes)
     sparse: dict[int, LevelResult] = {}
     if config.query != "dense":
@@ -269,9 +289,7 @@ def _detect(graph: nnx.GraphDef, config: InferenceConfig, state: PyTree, images:
     # In the published order of levels: sparse ones coarse to fine, then dense ones fine to coarse.
     selected = [result.selected for result in sparse.values()]
     selected += [_select_densely(model, config, level, x) for level, x in pyramid.dense.items() if level not in sparse]
-    candidates = model.refine(join_candidates(selected), pyramid.dense, sizes)
-    detections = jax.vmap(partial(_suppress, config))(*candidates)
-    return Detections(*detections, stats={level: result.stats for level, result in sparse.items()})
+    return model.refine(join_candidates(selected), pyramid.dense, sizes), sparse
 
 
 def _select_densely(model: DenseDetector, config: InferenceConfig, level: int, x: Array) -> Candidates:
