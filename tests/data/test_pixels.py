@@ -193,6 +193,8 @@ _ROTATED = struct.pack(">HHIHH", TAG, 3, 1, 6, 0)
         (_exif(struct.pack(">HHII", 0x9999, 99, 2**31, 0) + _ROTATED, 2), 6),  # no such type
         (_exif(_ROTATED, 60_000), 6),  # more entries than there are
         (_exif(struct.pack(">HHIHH", TAG, 3, 1, 77, 0), 1), 1),
+        *((_exif(struct.pack(">HHII", TAG, kind, 1, 6), 1), 6) for kind in (4, 9)),  # long numbers
+        *((_exif(struct.pack(">HHII", TAG, kind, 1, 6 << 24), 1), 6) for kind in (1, 6, 7)),  # bytes
         (_exif(struct.pack(">HHII", TAG, 2, 1, 0x36000000), 1), 1),  # text
         (_exif(_ROTATED, 1)[:-9], 1),
         (b"Exif\0\0MM", 1),
@@ -278,6 +280,9 @@ ALPHA = np.full((6, 5, 1), 65535, np.uint16)
         (THERMAL, png16(np.concatenate([THERMAL[..., None], ALPHA], axis=2))),
         (COLOUR, png16(COLOUR)),
         (COLOUR, png16(np.concatenate([COLOUR, ALPHA], axis=2))),
+        (THERMAL, saved(Image.fromarray(65535 - THERMAL), "TIFF", tiffinfo={262: 0})),  # 0 is white
+        (COLOUR, b"P6 5 6 65535\n" + COLOUR.astype(">u2").tobytes()),
+        (COLOUR, b"P6 5 6 30000\n" + COLOUR.astype(">u2").tobytes()),
         (COLOUR, tiff16(COLOUR, "<")),
         (COLOUR, tiff16(COLOUR, ">")),
     ],
@@ -316,6 +321,15 @@ def test_32_bit_pixels_need_the_option(kind):
     encoded = saved(Image.fromarray((THERMAL / 7).astype(kind)), "TIFF")
     with pytest.raises(DataError, match=r"a: pixels are 32-bit numbers from 4000 to 421\d.*; set data.bit_depth"):
         read_image(encoded, "a")
+
+
+@pytest.mark.parametrize("values", [[2**31 - 1, 2**31 + 1], [0, 2**32 - 1], [5, 6]])
+def test_unsigned_32_bit_pixels_keep_their_order(values):
+    encoded = bytearray(saved(Image.fromarray(np.array([values], np.uint32).view(np.int32)), "TIFF"))
+    at = encoded.index(struct.pack("<HHI", 339, 3, 1)) + 8  # the tag that says signed
+    encoded[at : at + 2] = struct.pack("<H", 1)
+    image = read_image(bytes(encoded), "a", reading=Reading(bit_depth="file"))
+    assert image[0, :, 0].tolist() == [0, 255]
 
 
 @pytest.mark.parametrize("filler", [np.nan, np.inf, -np.inf])
@@ -442,6 +456,21 @@ def test_other_formats_are_refused_whatever_their_name(tmp_path, content, monkey
             read(path, str(path))
     with pytest.raises(DataError, match="a.jpg: not readable"):
         Pictures([tmp_path], ("car",))
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "the file is empty"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "HEIC or a video; convert it to JPEG"),
+        (b"\0\0\0\x18ftypmp42\0\0\0\0", "HEIC or a video; convert it to JPEG"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00", "a pointer of Git LFS; git lfs pull fetches"),
+        (b"<!DOCTYPE html><html>404</html>", "none of JPEG, PNG"),
+    ],
+)
+def test_what_a_file_is_instead_is_said(content, reason):
+    with pytest.raises(DataError, match=rf"a.jpg: not readable as an image \({reason}"):
+        read_image(content, "a.jpg")
 
 
 def _fifo(path: Path) -> None:

@@ -9,13 +9,15 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
-from PIL import ImageFile
+from PIL import ImageFile, TiffImagePlugin
 
 from querydet_jax.config.bit_depth import BitDepth, parse_bit_depth
 from querydet_jax.runtime.errors import DataError
 
 _log = logging.getLogger("querydet_jax")
 
+_PHOTOMETRIC = TiffImagePlugin.PHOTOMETRIC_INTERPRETATION
+_UNSIGNED = ("I;32N", "I;32", "I;32B")
 _said = threading.Event()  # once in a process, because a data set has thousands of such pictures
 
 
@@ -46,12 +48,18 @@ def deep_pixels(image: ImageFile.ImageFile, reopen: Callable[[], ImageFile.Image
     args = tile.args if tile is not None else None
     raw = str(args[0] if isinstance(args, tuple) and args else args)
     if image.mode.startswith("I;16"):
-        return Deep(np.asarray(image).astype(np.uint16), 4095 if raw.startswith("I;12") else 65535)
+        values, full = np.asarray(image).astype(np.uint16), 4095 if raw.startswith("I;12") else 65535
+        # Of TIFF's two kinds of grey, 0 is white in one, which Pillow heeds for 8 bits alone.
+        inverted = isinstance(image, TiffImagePlugin.TiffImageFile) and image.tag_v2.get(_PHOTOMETRIC) == 0
+        return Deep(full - values if inverted else values, full)
     if image.mode == "I" and image.format == "PPM":  # Pillow has scaled the numbers up from the file's largest
         full = int(args[-1]) if isinstance(args, tuple) else 65535
         return Deep(np.rint(np.asarray(image) * (full / 65535)).astype(np.uint16), full)
     if image.mode in ("I", "F"):
-        return Deep(np.asarray(image), 0)
+        values = np.asarray(image)
+        return Deep(values.view(np.uint32) if raw in _UNSIGNED else values, 0)  # Pillow takes them for signed
+    if tile is not None and tile.codec_name == "ppm" and image.mode == "RGB" and int(args[-1]) > 255:
+        return _deep_ppm(image, tile.offset, int(args[-1]))
     if not wanted or not raw.startswith(("RGB;16", "RGBA;16", "RGBX;16", "LA;16B")):
         return None
     if raw == "LA;16B":  # a pixel has four bytes: grey, upper and lower, and transparency
@@ -60,6 +68,18 @@ def deep_pixels(image: ImageFile.ImageFile, reopen: Callable[[], ImageFile.Image
     other = {"L": "B", "B": "L", "N": "B" if sys.byteorder == "little" else "L"}
     upper, lower = _decoded(image, raw), _decoded(reopen(), raw[:-1] + other[raw[-1]])
     return Deep((upper.astype(np.uint16) << 8 | lower)[..., :3], 65535)
+
+
+def _deep_ppm(image: ImageFile.ImageFile, offset: int, full: int) -> Deep:
+    """Decode 16-bit colour in PPM, which Pillow scales down to 8 bits."""
+    assert image.fp is not None
+    image.fp.seek(offset)
+    size = image.height * image.width * 6
+    data = image.fp.read(size)
+    if len(data) < size:
+        raise ValueError("image file is truncated")
+    values = np.frombuffer(data, ">u2").reshape(image.height, image.width, 3)
+    return Deep(np.minimum(values, full).astype(np.uint16), full)
 
 
 def _decoded(image: ImageFile.ImageFile, raw: str) -> np.ndarray:

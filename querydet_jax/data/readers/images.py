@@ -192,7 +192,18 @@ def _open(file: IO[bytes], name: str, reading: Reading) -> ImageFile.ImageFile:
             if limit and image.width * image.height > limit:
                 raise _too_large(name, image.width * image.height, limit)
             return image
-    raise ValueError(f"none of {', '.join(FORMATS)}")
+    raise ValueError(_other(start))
+
+
+def _other(start: bytes) -> str:
+    """Return what a file of no known format is, by its first 16 bytes."""
+    if not start:
+        return "the file is empty"
+    if start[4:8] == b"ftyp":
+        return "HEIC or a video; convert it to JPEG"
+    if start == b"version https://":
+        return "a pointer of Git LFS; git lfs pull fetches the file"
+    return f"none of {', '.join(FORMATS)}"
 
 
 def _too_large(name: str, pixels: int, limit: int) -> DataError:

@@ -65,7 +65,9 @@ def parse_orientation(exif: bytes) -> int:
         for entry in range(start + 2, start + 2 + 12 * count, 12):
             tag, kind = struct.unpack_from(f"{order}HH", tiff, entry)
             if tag == TAG:
-                (value,) = struct.unpack_from({1: "B", 4: f"{order}I"}.get(kind, f"{order}H"), tiff, entry + 8)
+                (value,) = struct.unpack_from(
+                    {1: "B", 6: "B", 7: "B", 4: f"{order}I", 9: f"{order}I"}.get(kind, f"{order}H"), tiff, entry + 8
+                )
                 return valid(value)
     except struct.error:  # the block ends too early
         return 1
