@@ -58,7 +58,7 @@ def deep_pixels(image: ImageFile.ImageFile, reopen: Callable[[], ImageFile.Image
     if image.mode in ("I", "F"):
         values = np.asarray(image)
         return Deep(values.view(np.uint32) if raw in _UNSIGNED else values, 0)  # Pillow takes them for signed
-    if tile is not None and tile.codec_name == "ppm" and image.mode == "RGB" and int(args[-1]) > 255:
+    if tile and tile.codec_name == "ppm" and image.mode == "RGB" and isinstance(args, tuple) and int(args[-1]) > 255:
         return _deep_ppm(image, tile.offset, int(args[-1]))
     if not wanted or not raw.startswith(("RGB;16", "RGBA;16", "RGBX;16", "LA;16B")):
         return None
