@@ -27,6 +27,7 @@ from querydet_jax.evaluation.runner import (
 from querydet_jax.inference.results import run_on_images
 from querydet_jax.inference.runs import open_model
 from querydet_jax.runtime import machine
+from querydet_jax.runtime.errors import ConfigError
 from querydet_jax.runtime.files import check_writable, write_json
 from querydet_jax.runtime.hosts import Hosts, is_first, join, on_every
 from querydet_jax.runtime.names import result_stems
@@ -58,6 +59,9 @@ class EvalArguments:
 def evaluate(words: Sequence[str], program: str) -> None:
     """Evaluate a trained detector, densely and with Cascade Sparse Query."""
     arguments, config, source = parse(EvalArguments, SUMMARIES["eval"], words, program)
+    for name in ("images", "pictures"):
+        if getattr(arguments, name) < 0:
+            raise ConfigError(f"--{name} {getattr(arguments, name)}: give 0 or more")
     join(arguments.hosts)
     machine.prepare()
     model = open_model(config, source, arguments.weights or None)

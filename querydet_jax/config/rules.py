@@ -150,6 +150,9 @@ def check(config: Config) -> None:
     parse_bit_depth(data.bit_depth)
     if data.max_pixels < 0:
         raise ConfigError(f"data.max_pixels {data.max_pixels}: must be 0 (any number) or more")
+    twice = next((name for name in config.classes if config.classes.count(name) > 1), None)
+    if twice is not None:
+        raise ConfigError(f"classes has {twice!r} twice: give each class a name of its own")
     if config.classes and len(config.classes) != model.num_classes:
         raise ConfigError(
             f"classes has {len(config.classes)} names, model.num_classes is {model.num_classes}: make them agree"

@@ -83,8 +83,14 @@ def plain(name: str) -> str:
 
 
 def without(dataset: Dataset, names: Sequence[str]) -> Dataset:
-    """Leave out categories, with their boxes; a name that the data set lacks changes nothing."""
+    """Leave out categories, with their boxes; a name that the data set lacks changes nothing, which is logged."""
     left_out = set(map(plain, names))
+    absent = [name for name in names if plain(name) not in set(map(plain, dataset.classes))]
+    if absent:
+        _log.info(
+            "%s: has no %s to leave out (data.ignore_classes); it has %s",
+            dataset.origin, ", ".join(absent), ", ".join(dataset.classes),
+        )  # fmt: skip
     kept = tuple(name for name in dataset.classes if plain(name) not in left_out)
     if len(kept) == len(dataset.classes):
         return dataset

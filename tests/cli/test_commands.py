@@ -135,6 +135,8 @@ def test_predict_on_a_folder_of_either_orientation(
         ("train", ["demo", "--model.max-level", "9"], "model.max_level 9"),
         ("train", ["coco_querydet_r50"], "instances_train2017.json"),
         ("eval", ["demo"], "add --weights"),
+        ("eval", ["{run}", "--images", "-1"], "--images -1: give 0 or more"),
+        ("eval", ["{run}", "--pictures", "-2"], "--pictures -2: give 0 or more"),
         ("eval", ["{here}"], "no config.json"),
         ("predict", ["{run}"], "--images"),
         ("predict", ["{run}", "--images", "nowhere.jpg"], "nowhere.jpg: no such picture"),

@@ -144,6 +144,7 @@ FASTER = {"model.detector": "faster_rcnn"}
         ({"data.train_canvases": ((800, 1340),)}, "data.train_canvases ((800, 1340),)"),
         ({"data.train_canvases": ()}, "data.train_canvases ()"),
         ({"data.test_canvases": ((0, 32),)}, "data.test_canvases ((0, 32),)"),
+        ({"classes": ("car", "van", "car")}, "classes has 'car' twice: give each class a name of its own"),
         ({"classes": ("car", "van")}, "classes has 2 names, model.num_classes is 80"),
         ({"train.batch_size": 0}, "train.batch_size 0: must be at least 1"),
         ({"train.steps": 0}, "train.steps 0"),

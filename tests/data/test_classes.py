@@ -114,6 +114,15 @@ def test_categories_can_be_left_out(tmp_path, caplog, left_out):
     assert open_dataset(DataConfig("coco", str(tmp_path), ignore_classes=left_out), "train").classes == kept
 
 
+@pytest.mark.parametrize("absent", [("Things",), ("0",), ("lorry", "tram")])
+def test_categories_to_leave_out_that_are_not_there_are_said(tmp_path, caplog, absent):
+    write(tmp_path, "val", {"things": 0, **TRAIN}, BOXES)
+    with caplog.at_level(logging.INFO, logger="querydet_jax"):
+        dataset = open_dataset(DataConfig("coco", str(tmp_path), ignore_classes=(*absent, "bus")), "val")
+    assert "bus" not in dataset.classes and "things" in dataset.classes
+    assert f"has no {', '.join(absent)} to leave out (data.ignore_classes); it has things, " in caplog.text
+
+
 def test_a_category_without_boxes_is_reported(tmp_path, caplog):
     write(tmp_path, "train", {"things": 0, **TRAIN}, BOXES)
     with caplog.at_level(logging.WARNING, logger="querydet_jax"):
