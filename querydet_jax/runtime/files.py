@@ -60,8 +60,8 @@ class LineFile:
         self.path, self._warned = path, False
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            if path.is_fifo():  # opening it would wait for a reader
-                raise FileExistsError(errno.EEXIST, "a pipe of this name is there")
+            if path.exists() and not path.is_file() and str(path) != os.devnull:  # a pipe would wait for a reader
+                raise FileExistsError(errno.EEXIST, "what has this name is no file")
             self._file = path.open("ab", buffering=0)
             self._truncate()  # a crash of the machine may have left part of a line
 

@@ -93,7 +93,7 @@ class RunLog:
         """Return whether ``metrics.jsonl`` holds an evaluation of this step, by this run or the one it resumes."""
 
         def found() -> bool:
-            lines = map(json.loads, self.file.path.read_text().splitlines())
+            lines = map(json.loads, self.file.path.read_bytes().splitlines())  # of text, U+2028 ends a line, too
             return any(line["step"] == step and "loss" not in line for line in lines)
 
         return from_first(found)

@@ -95,7 +95,7 @@ def train(
         model = build_model(config.model, settings.seed)
         if validation is not None and prepare is not None:
             prepare(model)
-        if settings.init:
+        if settings.init and not resume:
             _log.info(
                 "%s: %s", settings.init, on_every(lambda: load_weights(model, settings.init, classes=config.classes))
             )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -70,6 +71,9 @@ def fit_classes(
     Raises:
       WeightsError: the source's class layer fits, but it names another number of classes.
     """
+    # Accents are stored in one or two characters, and look the same.
+    names = [unicodedata.normalize("NFC", name) for name in names]
+    source_names = source_names and [unicodedata.normalize("NFC", name) for name in source_names]
     layer = sorted(set(arrays) & set(initial))
     counts = {_count(name, len(arrays[name]), anchors) for name in layer}
     here = {_count(name, len(initial[name]), anchors) for name in layer}
@@ -86,7 +90,7 @@ def fit_classes(
         if given == wanted:
             return (), f"its {given} classes are taken in their order, because they have no names" if names else ""
         shared: dict[int, int] = {}
-    elif tuple(names) == tuple(source_names):
+    elif names == source_names:
         return (), ""
     else:
         shared = {k: source_names.index(name) for k, name in enumerate(names) if name in source_names}

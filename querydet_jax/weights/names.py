@@ -78,6 +78,8 @@ _SHUFFLENET_CONVS = {
     },
 }  # fmt: skip
 _PIXELS = ("pixel_mean", "pixel_std")
+# Prefixes by which DistributedDataParallel, Lightning, torch.compile and Fabric name what they wrap.
+_WRAPPERS = ("module.", "model.", "_orig_mod.", "_forward_module.")
 _RPN = "proposal_generator.rpn_head."
 _RPN_SINGLE = re.compile(r"^proposal_generator\.rpn_head\.conv\.(weight|bias)$")
 _BARE_BACKBONE = re.compile(r"^(?:backbone\.)?(?:bottom_up\.)?((?:stem|res[2-5])\..+)$")
@@ -183,7 +185,7 @@ def official_name(name: str, query: bool, style: Style, normed: bool = False) ->
 
 
 def _bare(name: str) -> str:
-    while name.startswith(("module.", "model.")):
+    while name.startswith(_WRAPPERS):
         name = name.partition(".")[2]
     return name
 
@@ -324,6 +326,8 @@ def likely_field(name: str, given: tuple[int, ...], wanted: tuple[int, ...]) -> 
     if name.startswith("roi_heads."):
         return "model.num_classes" if "predictor" in name and given[0] != wanted[0] else "model.faster_rcnn.channels"
     if name.startswith("query_head."):
+        if given[2:] != wanted[2:]:
+            return "model.detector"
         return "model.fpn.channels" if inputs and name.startswith("query_head.layer_0.") else "model.query.channels"
     if name.startswith("backbone.top_block.p6.") and inputs:
         return "model.fpn.top_source (or model.backbone.name)"

@@ -418,4 +418,6 @@ def load_pickle(file: IO[bytes], size: int) -> Any:
         raise
     # A damaged pickle can make the unpickler and the constructors above raise anything.
     except Exception as error:
-        raise WeightsError(f"damaged, or no weight file at all ({type(error).__name__}: {error})") from None
+        raise WeightsError(
+            f"damaged, or no weight file at all ({type(error).__name__}: {error}); fetch or write it again"
+        ) from None

@@ -53,15 +53,16 @@ def read_tensors(path: str | Path) -> dict[str, np.ndarray]:
         from querydet_jax.runtime.checkpoint_store import read_checkpoint  # imports orbax, which takes a second
 
         return read_checkpoint(path, "model")
-    if path.suffix not in SUFFIXES:
+    suffix = path.suffix.lower()
+    if suffix not in SUFFIXES:
         raise WeightsError(f"{path}: unknown kind of weight file; give one ending in {', '.join(SUFFIXES)}")
     if not path.is_file():
         found = "is no regular file" if path.exists() else "no such weight file"
         raise WeightsError(f"{path}: {found}; check the path")
     try:
-        if path.suffix == ".safetensors":
+        if suffix == ".safetensors":
             tensors = _read_safetensors(path)
-        elif path.suffix == ".npz":
+        elif suffix == ".npz":
             with path.open("rb") as file:
                 tensors = _read_npz(file)
         else:
@@ -119,6 +120,10 @@ def _read_npz(file: BinaryIO) -> dict[str, np.ndarray]:
     file.seek(0)
     with zipfile.ZipFile(file) as archive:
         _check_growth(archive, _size(file))
+        names = [name.removesuffix(".npy") for name in archive.namelist()]
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise WeightsError(f"holds {twice} twice; write it again")
         return {name.removesuffix(".npy"): _read_npy(name, archive.read(name)) for name in archive.namelist()}
 
 

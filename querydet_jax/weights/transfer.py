@@ -105,6 +105,7 @@ def load_weights(
         fresh, said = _fit_classes(model, arrays, variables, classes, source_names, where)
     _check_shapes(arrays, variables, named, where)
     _check_pixels(model, arrays, where)
+    _check_signs(arrays, named, where)
     if naming_style(tensors) == "caffe2":
         _add_statistics(arrays, variables)
 
@@ -273,6 +274,18 @@ def _check_pixels(model: nnx.Module, arrays: dict[str, np.ndarray], where: str) 
             raise WeightsError(
                 f"{where}: pixel_mean is that of the {other} flavour, the model is {flavor}; "
                 f"set model.backbone.flavor to {other}"
+            )
+
+
+def _check_signs(arrays: dict[str, np.ndarray], named: dict[str, str], where: str) -> None:
+    """Raise WeightsError if a variance or the pixels' deviation cannot be one, which would make every output NaN."""
+    for official, array in arrays.items():
+        if (official.endswith(".running_var") and (array < 0).any()) or (
+            official == "pixel_std" and (array <= 0).any()
+        ):
+            raise WeightsError(
+                f"{where}: {named[official]} holds {array.min():g}, which is no variance or deviation; give weights "
+                "that are not damaged"
             )
 
 

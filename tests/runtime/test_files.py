@@ -73,13 +73,15 @@ def current_umask() -> int:
     return mask
 
 
-@pytest.mark.parametrize("kind", ["folder", "pipe", "below a file"])
+@pytest.mark.parametrize("kind", ["folder", "pipe", "device", "below a file"])
 def test_what_cannot_be_a_log_is_one_line(tmp_path, kind):
     path = tmp_path / "metrics.jsonl"
     if kind == "folder":
         path.mkdir()
     elif kind == "pipe":
         os.mkfifo(path)
+    elif kind == "device":  # without an end
+        path.symlink_to("/dev/zero")
     else:
         path.write_text("")
         path = path / "metrics.jsonl"

@@ -96,7 +96,8 @@ def test_what_cannot_be_resumed_is_one_line(config, whole, tmp_path):
 
 def test_a_run_that_is_complete_is_not_called_trained(config, whole, tmp_path, capsys):
     run = shutil.copytree(whole, tmp_path / "run")
-    train(override(config, {"train.steps": 5}), run, resume=True)
+    # The weights that it was begun with are not needed any more.
+    train(override(config, {"train.steps": 5, "train.init": str(tmp_path / "gone.pth")}), run, resume=True)
     assert capsys.readouterr().out.splitlines()[-1] == f"{run}: step 6 is saved and train.steps is 5: nothing to train"
     assert steps(run) == ["4", "5", "6"]
     assert (run / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()

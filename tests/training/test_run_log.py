@@ -41,14 +41,22 @@ def test_damaged_lines_are_set_aside(tmp_path, caplog, kind, place):
 
 
 @pytest.mark.parametrize(
-    "text", [b"", b"\n\n", b"\n".join(GOOD), b"\r\n".join(GOOD) + b"\r\n", b"\n\n".join(GOOD) + b"\n"]
+    "text",
+    [
+        b"",
+        b"\n\n",
+        b"\n".join(GOOD),
+        b"\r\n".join(GOOD) + b"\r\n",
+        b"\n\n".join(GOOD) + b"\n",
+        b"\n".join([*GOOD, '{"step": 3, "loss": 1, "note": "a\u2028b\x85c"}'.encode()]),
+    ],
 )
 def test_a_log_that_another_program_has_saved_loses_nothing(tmp_path, caplog, text):
-    """Other ends of lines, blank lines, no end of the last line."""
+    """Other ends of lines, blank lines, no end of the last line, what ends a line of text but not of JSON."""
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(text)
     log = RunLog(Config(), path, 0)
     assert log.has_evaluation(2) == (GOOD[1] in text)
     log.close(0)
-    assert [line for line in path.read_bytes().splitlines() if line] == ([line for line in GOOD if line in text])
+    assert [line for line in path.read_bytes().splitlines() if line] == [line for line in text.splitlines() if line]
     assert not caplog.text and not (tmp_path / "metrics.damaged.jsonl").exists()

@@ -215,6 +215,14 @@ def test_other_mismatches_stay_errors(run, changes, field):
     jax.tree.map(np.testing.assert_array_equal, state_dict(model), before)
 
 
+@pytest.mark.parametrize("names", [("caf\u00e9", "a\u030a"), ("cafe\u0301", "\u00e5"), ("cafe\u0301", "a\u030a", "x")])
+def test_accents_in_one_or_two_characters_are_the_same_class(run, names):
+    written = ("\u00e5", "b", "caf\u00e9")
+    (run / "config.json").write_text(json.dumps({"classes": written}))
+    report = load_weights(built("retinanet", len(names)), run, classes=names)
+    assert "taken: caf\u00e9, \u00e5" in report.classes and ("start fresh: x" in report.classes) == ("x" in names)
+
+
 @pytest.mark.parametrize("number", [1, 5])
 def test_without_names_another_number_of_classes_is_an_error(number):
     with pytest.raises(WeightsError, match="cls_score.weight has shape .*set model.num_classes"):

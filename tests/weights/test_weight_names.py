@@ -152,6 +152,9 @@ def test_unknown_variable_is_an_error() -> None:
     [
         ("pixel_mean", "pixel_mean"),
         ("module.pixel_std", "pixel_std"),
+        ("_orig_mod.pixel_std", "pixel_std"),
+        ("module._orig_mod.query_head.pred_net.bias", "query_head.pred_net.bias"),
+        ("_forward_module.model.pixel_std", "pixel_std"),
         ("module.model.backbone.fpn_lateral3.bias", "backbone.fpn_lateral3.bias"),
         ("backbone.bottom_up.res4.5.conv2.norm.running_var", "backbone.bottom_up.res4.5.conv2.norm.running_var"),
         # a bare backbone, of detectron2's converted files

@@ -242,9 +242,33 @@ def test_truncated_files(tmp_path: Path, kind: str, keep: float) -> None:
 def test_foreign_files(tmp_path: Path, suffix: str, content: bytes) -> None:
     path = tmp_path / f"w{suffix}"
     path.write_bytes(content)
-    with pytest.raises(WeightsError, match=rf"w\{suffix}: ") as caught:
+    with pytest.raises(
+        WeightsError, match=rf"w\{suffix}: .*; (fetch or write it again|give a .pth of weights)"
+    ) as caught:
         read_tensors(path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("suffix", [".PTH", ".Npz", ".SAFETENSORS"])
+def test_suffixes_in_another_case(tmp_path: Path, suffix: str) -> None:
+    made = tmp_path / f"w{suffix.lower()}"
+    if suffix == ".PTH":
+        torch_zip(made, np.arange(4, dtype=np.float32), (4,), (1,))
+    else:
+        write_tensors(TENSORS, made)
+    wanted = read_tensors(made)
+    assert_equal(read_tensors(made.rename(tmp_path / f"other{suffix}")), wanted)
+
+
+@pytest.mark.parametrize("names", [("a.npy", "b.npy", "a.npy"), ("a.npy", "a"), ("b", "a", "a")])
+def test_an_array_given_twice_is_refused(tmp_path: Path, names: tuple[str, ...], recwarn: object) -> None:
+    buffer = io.BytesIO()
+    np.save(buffer, np.zeros(3))
+    with zipfile.ZipFile(tmp_path / "w.npz", "w") as archive:
+        for name in names:
+            archive.writestr(name, buffer.getvalue())
+    with pytest.raises(WeightsError, match=r"w\.npz: holds a twice"):
+        read_tensors(tmp_path / "w.npz")
 
 
 def test_other_mistakes(tmp_path: Path) -> None:
