@@ -181,6 +181,8 @@ def _warn_of_strays(folder: Path, names: str) -> None:
 
 
 def _steps(folder: Path) -> list[int]:
+    if not folder.is_dir():  # removed while a training runs
+        return []
     return [step for child in folder.iterdir() if (step := _step(child)) is not None]
 
 

@@ -280,9 +280,8 @@ def _check_pixels(model: nnx.Module, arrays: dict[str, np.ndarray], where: str) 
 def _check_signs(arrays: dict[str, np.ndarray], named: dict[str, str], where: str) -> None:
     """Raise WeightsError if a variance or the pixels' deviation cannot be one, which would make every output NaN."""
     for official, array in arrays.items():
-        if (official.endswith(".running_var") and (array < 0).any()) or (
-            official == "pixel_std" and (array <= 0).any()
-        ):
+        variance, deviation = official.endswith(".running_var"), official == "pixel_std"
+        if (variance and (array < 0).any()) or (deviation and (array <= 0).any()):
             raise WeightsError(
                 f"{where}: {named[official]} holds {array.min():g}, which is no variance or deviation; give weights "
                 "that are not damaged"

@@ -119,6 +119,20 @@ def test_a_full_disk(tmp_path):
         assert end == "; train.keep_checkpoints says how many are kept), then add --resume to go on from it"
 
 
+@pytest.mark.parametrize("saved", [[], [1], [1, 2]])
+def test_a_folder_removed_meanwhile_is_made_again(tmp_path, saved):
+    """So that what has been trained is not lost."""
+    with opened(tmp_path / "run") as store:
+        for step in saved:
+            store.save(step, ITEMS)
+        store.wait()
+        shutil.rmtree(tmp_path / "run")
+        store.check()
+        store.save(3, ITEMS)
+        assert store.latest() == 3
+    assert names(tmp_path / "run") == ["3"] and set(read_checkpoint(tmp_path / "run", "model")) == {"a.weight", "b"}
+
+
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory) -> Path:
     """A folder with the complete steps 1 and 2."""
