@@ -15,6 +15,7 @@ from querydet_jax.cli.arguments import parse
 from querydet_jax.cli.main import SUMMARIES
 from querydet_jax.config import Config
 from querydet_jax.data import open_split
+from querydet_jax.data.sources import images_folder
 from querydet_jax.evaluation.missed import MissedObjects, count_missed
 from querydet_jax.evaluation.output import write_scores
 from querydet_jax.evaluation.runner import (
@@ -28,7 +29,7 @@ from querydet_jax.inference.results import run_on_images
 from querydet_jax.inference.runs import open_model
 from querydet_jax.runtime import machine
 from querydet_jax.runtime.errors import ConfigError
-from querydet_jax.runtime.files import check_writable, write_json
+from querydet_jax.runtime.files import beside, check_writable, identity, write_json
 from querydet_jax.runtime.hosts import Hosts, is_first, join, on_every
 from querydet_jax.runtime.names import result_stems
 from querydet_jax.viz.draw import save_image
@@ -102,11 +103,15 @@ def evaluate(words: Sequence[str], program: str) -> None:
     names = config.classes or dataset.classes
     drawn = _spread(len(dataset) if indices is None else len(indices), arguments.pictures)
     if drawn:
+        folder = images_folder(config.data, "val")
+        inputs = {identity(folder / dataset.file_name(i)) for i in range(len(dataset))} - {None} if folder else set()
         stems = dict(zip(drawn, result_stems([dataset.file_name(i) for i in drawn]), strict=True))
         for result in run_on_images(list(detectors.values())[-1], dataset, config.data, drawn):
             truth = dataset.annotation(result.index).boxes
             pictures = cascade_pictures(result, names, config.inference.threshold, truth=truth)
-            save_image(out / "pictures" / f"{stems[result.index]}.jpg", overview(result.image, pictures))
+            save_image(
+                beside(out / "pictures" / f"{stems[result.index]}.jpg", inputs), overview(result.image, pictures)
+            )
     pictures_written = [f"pictures/ ({len(drawn)})"] if drawn else []
     print(f"wrote to {out}: {', '.join(['report.json', *written, *pictures_written])}")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -20,6 +20,7 @@ from querydet_jax.inference.results import run_on_images
 from querydet_jax.inference.runs import open_model
 from querydet_jax.runtime import machine
 from querydet_jax.runtime.errors import ConfigError, DataError, QueryDetError
+from querydet_jax.runtime.files import beside, identity
 from querydet_jax.runtime.names import one_line, result_stems
 from querydet_jax.viz.draw import save_image
 from querydet_jax.viz.stages import cascade_pictures
@@ -121,9 +122,9 @@ def _predict(subject: _Subject, arguments: PredictArguments) -> None:
         )
     pictures = Pictures(arguments.images, subject.classes, Reading.of(subject.resizing))
     files = [pictures.file_name(i) for i in range(len(pictures))]
-    stems, inputs = result_stems(files), {_identity(path) for path in pictures.paths} - {None}
+    stems, inputs = result_stems(files), {identity(path) for path in pictures.paths} - {None}
     out = Path(arguments.out)
-    if _identity(out / "detections.json") in inputs:
+    if identity(out / "detections.json") in inputs:
         raise ConfigError(f"--out {out}: its detections.json is one of the pictures; choose another folder")
     if arguments.draw != "none" and any(path.resolve().parent == out.resolve() for path in pictures.paths):
         _log.warning("--out %s holds the pictures, too: a later prediction over this folder reads what is drawn", out)
@@ -149,9 +150,13 @@ def _predict(subject: _Subject, arguments: PredictArguments) -> None:
             listed.add(found)
             shown = f"{file}: {len(found['detections'])} objects"
             if arguments.draw != "none":
-                drawn = cascade_pictures(result, subject.classes, subject.threshold, min_score=arguments.min_score)
+                try:
+                    drawn = cascade_pictures(result, subject.classes, subject.threshold, min_score=arguments.min_score)
+                except DataError as error:  # the picture was removed since
+                    broken(str(error))
+                    continue
                 for title, picture in drawn.items():
-                    save_image(_beside(out / f"{stem}_{title}.jpg", inputs), picture)
+                    save_image(beside(out / f"{stem}_{title}.jpg", inputs), picture)
                 shown += f"; {', '.join(sorted(drawn))} -> {out}/{stem}_*.jpg"
             print(one_line(shown), flush=True)
     print(f"wrote {out}/detections.json", flush=True)
@@ -160,19 +165,3 @@ def _predict(subject: _Subject, arguments: PredictArguments) -> None:
             f"{len(listed.broken)} of {len(files) + len(pictures.broken)} pictures could not be used, the first: "
             f"{listed.broken[0]} (all are listed in {out}/detections.json, with the results of the others)"
         )
-
-
-def _beside(path: Path, inputs: Collection[tuple[int, int] | None]) -> Path:
-    """Return the path, with ``_`` appended while it is one of the files ``inputs``."""
-    while _identity(path) in inputs:
-        path = path.with_stem(f"{path.stem}_")
-    return path
-
-
-def _identity(path: Path) -> tuple[int, int] | None:
-    """Return what tells a file from others under any name; None if there is none."""
-    try:
-        about = path.stat()
-    except OSError:
-        return None
-    return about.st_dev, about.st_ino

@@ -65,6 +65,15 @@ def open_split(config: Config, split: Literal["train", "val"], named_by: str = "
     return dataset
 
 
+def images_folder(data: DataConfig, split: Literal["train", "val"]) -> Path | None:
+    """Return the folder that the images' names are relative to; None if ``data`` names none."""
+    if data.source not in _IMAGES:
+        return None
+    named = data.train_images if split == "train" else data.val_images
+    folder = Path(data.root) / (named or _IMAGES[data.source].format(split))
+    return folder / "images" if data.source == "visdrone" else folder
+
+
 def check_classes(config: Config, dataset: Dataset) -> None:
     """Raise DataError if the classes of an opened split are not the model's."""
     if config.classes and tuple(map(plain, config.classes)) != tuple(map(plain, dataset.classes)):

@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -154,3 +154,19 @@ def write_csv(path: str | Path, rows: Sequence[dict[str, Any]]) -> None:
         writer = csv.DictWriter(file, fieldnames=names)
         writer.writeheader()
         writer.writerows(rows)
+
+
+def beside(path: Path, inputs: Collection[tuple[int, int] | None]) -> Path:
+    """Return the path, with ``_`` appended while it is one of the files ``inputs``."""
+    while identity(path) in inputs:
+        path = path.with_stem(f"{path.stem}_")
+    return path
+
+
+def identity(path: Path) -> tuple[int, int] | None:
+    """Return what tells a file from others under any name; None if there is none."""
+    try:
+        about = path.stat()
+    except OSError:
+        return None
+    return about.st_dev, about.st_ino

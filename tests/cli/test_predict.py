@@ -14,8 +14,10 @@ from PIL import Image
 from querydet_jax.cli.predict import PredictArguments, _predict, _Subject
 from querydet_jax.cli.process import run
 from querydet_jax.config import DataConfig
+from querydet_jax.data.sources import images_folder
 from querydet_jax.inference.detections_file import DetectionsFile
 from querydet_jax.runtime.errors import ConfigError, DataError, QueryDetError
+from querydet_jax.runtime.files import beside, identity
 
 
 class Found(NamedTuple):
@@ -225,6 +227,41 @@ def test_odd_names_lose_nothing(tmp_path, capsys):
     assert len(files(out)) == 1 + len(content["images"])
     said = capsys.readouterr().out
     assert "\x1b" not in said and len(said.splitlines()) == len(content["images"]) + 1
+
+
+@pytest.mark.parametrize("gone", ["a.png", "b.png", "c.png"])
+def test_a_picture_that_is_removed_before_it_is_drawn_costs_itself_alone(tmp_path, monkeypatch, gone):
+    for name in ("a.png", "b.png", "c.png"):
+        picture(tmp_path / "in" / name)
+
+    def found(images: np.ndarray, sizes: np.ndarray) -> Found:
+        (tmp_path / "in" / gone).unlink(missing_ok=True)
+        return find(images, sizes)
+
+    find = one_box
+    monkeypatch.setitem(globals(), "one_box", found)
+    with pytest.raises(DataError, match=f"1 of 3 pictures could not be used, the first: .*{gone}: no such image file"):
+        predict(tmp_path / "in", out=tmp_path / "out", batch_size=3)
+    assert len(files(tmp_path / "out")) == 1 + 2
+
+
+@pytest.mark.parametrize(
+    ("source", "named", "folder"),
+    [
+        ("coco", "", "val2017"),
+        ("coco", "pictures", "pictures"),
+        ("visdrone", "", "VisDrone2019-DET-val/images"),
+        ("yolo", "", "images/val"),
+    ],
+)
+def test_drawn_pictures_of_an_evaluation_stand_beside_its_images(tmp_path, source, named, folder):
+    image = picture(tmp_path / folder / "a.jpg")
+    found = images_folder(DataConfig(source=source, root=str(tmp_path), val_images=named), "val")
+    assert found == image.parent
+    inputs = {identity(found / "a.jpg")}
+    (tmp_path / "link").symlink_to(found)
+    assert beside(tmp_path / "link" / "a.jpg", inputs).name == "a_.jpg"
+    assert beside(tmp_path / "link" / "b.jpg", inputs).name == "b.jpg"
 
 
 @pytest.mark.parametrize("draw", ["none", "boxes"])
