@@ -257,7 +257,7 @@ def test_a_picture_that_is_removed_before_it_is_drawn_costs_itself_alone(tmp_pat
 def test_drawn_pictures_of_an_evaluation_stand_beside_its_images(tmp_path, source, named, folder):
     image = picture(tmp_path / folder / "a.jpg")
     found = images_folder(DataConfig(source=source, root=str(tmp_path), val_images=named), "val")
-    assert found == image.parent
+    assert found is not None and found == image.parent
     inputs = {identity(found / "a.jpg")}
     (tmp_path / "link").symlink_to(found)
     assert beside(tmp_path / "link" / "a.jpg", inputs).name == "a_.jpg"
