@@ -97,7 +97,10 @@ class Checkpoints:
             checkpoint and ``ema`` has a moving average of the parameters.
         """
         step, tensors, saved = from_first(self._read)
-        load_weights(model, tensors)
+        try:
+            load_weights(model, tensors)
+        except WeightsError as error:
+            raise WeightsError(f"{self.folder}/{step}: {str(error).removeprefix('weights: ')}") from None
         blank = init_state(model, optimizer, ema=ema)
         if ema != ("params" in saved):
             raise WeightsError(

@@ -96,9 +96,9 @@ def train(
         if validation is not None and prepare is not None:
             prepare(model)
         if settings.init and not resume:
-            _log.info(
-                "%s: %s", settings.init, on_every(lambda: load_weights(model, settings.init, classes=config.classes))
-            )
+            report = on_every(lambda: load_weights(model, settings.init, classes=config.classes))
+            for line in str(report).splitlines():
+                _log.info("%s: %s", settings.init, line)
         optimizer, ema = make_optimizer(settings), settings.ema > 0
         state = checkpoints.restore(model, optimizer, ema=ema) if resume else init_state(model, optimizer, ema=ema)
         start = int(state.step)

@@ -358,6 +358,7 @@ def test_bombs_are_refused(folder, tmp_path):
         npz(np.zeros(3, np.float32), {**huge, "shape": (2,)}),
         npz(np.zeros(3, np.float32), {**huge, "shape": (-3,)}),
         npz(np.zeros(3, np.float32), {**huge, "descr": "|O"}),
+        npz(np.zeros(3, ">f4")),  # which jax does not take
         npz(np.zeros(10**6, np.float32), method=zipfile.ZIP_DEFLATED),
         b"PK\x03\x04",
     ):
@@ -391,9 +392,12 @@ def test_other_input_is_refused(folder):
         ((-1, 5),): r"sizes\[0\] is \[-1, 5\]",
         ((64.0, 96.0),): r"sizes are float64 \[1, 2\]",
         (64, 96): r"sizes are int64 \[2\]",
+        ((1,), (1, 2)): "sizes are not an array; give pictures of one shape, a size each",
     }.items():
         with pytest.raises(ArtifactError, match=message):
             detect(np.zeros((1, *CANVAS, 3), np.uint8), sizes)
+    with pytest.raises(ArtifactError, match="images are not an array"):
+        detect([np.zeros((64, 96, 3), np.uint8), np.zeros((32, 96, 3), np.uint8)])
     with pytest.raises(ArtifactError, match="channels 'grb': choose rgb or bgr"):
         Artifact(folder / "csq.zip", channels="grb")
 

@@ -87,6 +87,8 @@ def test_what_cannot_be_resumed_is_one_line(config, whole, tmp_path):
         train(override(config, {"train.ema": 0.0}), whole, resume=True)
     with pytest.raises(WeightsError, match="optimiser state of another configuration"):
         train(override(config, {"train.optimizer": "sgd"}), whole, resume=True)
+    with pytest.raises(WeightsError, match=r"checkpoints/6: .* has shape .*set model\.head\.channels"):
+        train(override(config, {"model.head.channels": 8}), whole, resume=True)
     with pytest.raises(QueryDetError, match="has 3 categories .* model.num_classes is 5: to train, set it to 3"):
         train(override(config, {"model.num_classes": 5}), tmp_path / "classes")
     with run_lock(tmp_path / "locked"), pytest.raises(ConfigError, match="locked: in use by another training"):

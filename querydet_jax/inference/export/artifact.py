@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.core
 import jax.export
 import numpy as np
 from jax import Array
@@ -134,7 +135,7 @@ class Artifact:
           ArtifactError: images are not uint8, the artifact was not exported for their shape, a size is not on its
             canvas, or the program cannot be read by this jax, is damaged, or does what no exported detector does.
         """
-        images = images if isinstance(images, jax.Array) else np.asarray(images)
+        images = self._array(images, "images")
         if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
             raise ArtifactError(
                 f"{self.path}: images must be uint8 [B, H, W, 3], not {images.dtype} {list(images.shape)}; "
@@ -151,13 +152,14 @@ class Artifact:
         batch, height, width, _ = shape
         if sizes is None:
             return np.tile(np.asarray((height, width), np.int32), (batch, 1))
-        sizes = sizes if isinstance(sizes, jax.Array) else np.asarray(sizes)
+        sizes = self._array(sizes, "sizes")
         remedy = "give (height, width) per image, in whole pixels"
         if sizes.dtype.kind not in "iu" or sizes.shape != (batch, 2):
             raise ArtifactError(
                 f"{self.path}: sizes are {sizes.dtype} {list(sizes.shape)} for {batch} images; {remedy}"
             )
-        if isinstance(sizes, np.ndarray) or all(device.platform == "cpu" for device in sizes.devices()):
+        traced = isinstance(sizes, jax.core.Tracer)
+        if isinstance(sizes, np.ndarray) or not traced and all(d.platform == "cpu" for d in sizes.devices()):
             values = np.asarray(sizes)
             wrong = np.any((values < 1) | (values > (height, width)), axis=1)
             if wrong.any():
@@ -166,6 +168,14 @@ class Artifact:
                     f"{self.path}: sizes[{row}] is {values[row].tolist()}, on a canvas of {height}x{width}; {remedy}"
                 )
         return sizes.astype(np.int32)
+
+    def _array(self, values: Any, name: str) -> Array | np.ndarray:
+        try:
+            return values if isinstance(values, jax.Array) else np.asarray(values)
+        except (TypeError, ValueError, RuntimeError):
+            raise ArtifactError(
+                f"{self.path}: {name} are not an array; give pictures of one shape, a size each"
+            ) from None
 
     def _check_platform(self) -> None:
         here, platforms = jax.export.default_export_platform(), self.manifest["platforms"]
@@ -313,7 +323,11 @@ def _arrays(path: Path, data: bytes) -> dict[str, np.ndarray]:
                 if np.lib.format.read_magic(file) != (1, 0):
                     raise ValueError(f"{name} is of another version of the npy format")
                 shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
-                if dtype.kind not in "fiub" or math.prod(shape) * dtype.itemsize != len(raw) - file.tell():
+                if (
+                    dtype.kind not in "fiub"
+                    or not dtype.isnative
+                    or math.prod(shape) * dtype.itemsize != len(raw) - file.tell()
+                ):
                     raise ValueError(f"{name} does not hold what its header says")
                 flat = np.frombuffer(raw, dtype, offset=file.tell())
                 arrays[name.removesuffix(".npy")] = flat.reshape(shape, order="F" if fortran else "C")
