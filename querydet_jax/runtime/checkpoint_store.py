@@ -228,6 +228,7 @@ def _write_checksums(step: Path) -> None:
 def _verify(step: Path, item: str) -> None:
     """Raise WeightsError if a file of an item, or of those that all items share, is not the one that was written."""
     if not os.path.lexists(step / _CHECKSUMS):
+        _log.warning("%s: has no %s, so damage would not be noticed", step, _CHECKSUMS)
         return
     if not (step / _CHECKSUMS).is_file():
         raise WeightsError(f"{_CHECKSUMS} is damaged: no file")

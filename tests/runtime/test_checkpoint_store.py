@@ -201,13 +201,14 @@ def test_other_damage_is_noticed_too(copy, damage):
         read_checkpoint(copy, "model")
 
 
-def test_checkpoints_without_checksums_are_read_as_before(copy):
+def test_checkpoints_without_checksums_are_read_as_before(copy, caplog):
     """Those of version 0.1.0; a file that a file browser adds is no damage."""
     (copy / FOLDER / "2" / "model" / ".DS_Store").write_text("")
-    assert set(read_checkpoint(copy, "model")) == {"a.weight", "b"}
+    assert set(read_checkpoint(copy, "model")) == {"a.weight", "b"} and not caplog.messages
     (copy / FOLDER / "2" / "checksums.sha256").unlink()
     (copy / FOLDER / "2" / "_CHECKPOINT_METADATA").rename(copy / "gone")
     assert set(read_checkpoint(copy, "train")) == {"list"}
+    assert "has no checksums.sha256, so damage would not be noticed" in caplog.text
 
 
 STRAYS = {
