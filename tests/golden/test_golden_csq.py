@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from order import as_recorded
 
 import querydet_jax as qd
 from querydet_jax.sparse import SparseOptions, cascade
@@ -59,21 +60,10 @@ def test_head_outputs_at_the_children(levels, recorded, position):
 
 
 def compare(result, z, prefix):
-    """Compare detections in the recorded order. Where scores differ by less than the tolerance, processors order them
-    by their own rounding."""
-    found = [x[0][result.valid[0]] for x in (result.boxes, result.scores, result.classes)]
-    boxes, scores, classes = (z[f"{prefix}_{name}"] for name in ("boxes", "scores", "classes"))
-    assert len(found[1]) == len(scores)
-    np.testing.assert_allclose(found[1], scores, atol=1e-5, rtol=0)
-    left, order = list(range(len(scores))), []
-    for box, score, label in zip(boxes, scores, classes, strict=True):
-        tied = [i for i in left if abs(found[1][i] - score) <= 1e-5 and found[2][i] == label]
-        order.append(min(tied, key=lambda i: np.abs(found[0][i] - box).max(), default=left[0]))
-        left.remove(order[-1])
-    assert np.abs(np.array(order) - np.arange(len(order))).max(initial=0) < 5  # a few neighbours at most
-    np.testing.assert_array_equal(found[2][order], classes)
-    np.testing.assert_allclose(found[1][order], scores, atol=1e-5, rtol=0)
-    np.testing.assert_allclose(found[0][order], boxes, atol=2e-3, rtol=1e-5)
+    valid = result.valid[0]
+    found = result.boxes[0][valid], result.scores[0][valid], result.classes[0][valid]
+    recorded = z[f"{prefix}_boxes"], z[f"{prefix}_scores"], z[f"{prefix}_classes"]
+    as_recorded(found, recorded, scores=1e-5, boxes=2e-3)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from order import as_recorded
 
 import querydet_jax as qd
 from querydet_jax.data.transforms import rescale_to_original
@@ -61,10 +62,8 @@ def test_dense_detections(model, config, image_a, recorded):
     detect = qd.Detector(model, dataclasses.replace(config.inference, query="dense"))
     result = jax.device_get(detect(image_a[None]))
     valid = result.valid[0]
-    assert valid.sum() == len(z["det0_scores"])
-    np.testing.assert_array_equal(result.classes[0][valid], z["det0_classes"])
-    np.testing.assert_allclose(result.scores[0][valid], z["det0_scores"], atol=1e-5, rtol=0)
-    np.testing.assert_allclose(result.boxes[0][valid], z["det0_boxes"], atol=2e-3, rtol=1e-5)
+    found = result.boxes[0][valid], result.scores[0][valid], result.classes[0][valid]
+    as_recorded(found, (z["det0_boxes"], z["det0_scores"], z["det0_classes"]), scores=1e-5, boxes=2e-3)
 
     boxes, scores, classes = rescale_to_original(
         result.boxes[0], result.scores[0], result.classes[0], valid, (120, 180), (240, 360)

@@ -12,6 +12,7 @@ import cascade_oracle
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import roi_oracle
 from small_detector import BASE, MODEL, assert_matches, assert_same, counts, features, pictures, weights
 
@@ -119,6 +120,7 @@ def test_tiles_find_what_single_cells_find():
     assert_same_detections(tiled(FOUR), detector()(FOUR))
 
 
+@pytest.mark.slow  # a second look at what the definition says above
 def test_with_all_the_context_that_the_trunk_sees_csq_equals_the_dense_rpn_at_the_keys():
     images = pictures(2, 128, 160, seed=1)
     assert_same_detections(detector(context=REACH)(images), detector(query="ccq")(images))

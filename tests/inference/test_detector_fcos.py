@@ -66,6 +66,7 @@ def test_tiles_find_what_single_cells_find():
     assert_same_detections(tiled(FOUR), detector()(FOUR))
 
 
+@pytest.mark.slow  # a second look at what the definition says above
 def test_with_all_the_context_that_heads_see_csq_equals_the_dense_heads_at_the_keys():
     images = pictures(2, 128, 160, seed=1)
     csq = detector(context=REACH)

@@ -88,7 +88,7 @@ FASTER = {
     [
         ("retinanet", {}, {"train.remat": True}),
         pytest.param("fcos", {}, {"train.remat": True}, marks=pytest.mark.slow),
-        ("faster_rcnn", FASTER, {"train.remat": True, "train.accumulate": 2}),
+        pytest.param("faster_rcnn", FASTER, {"train.remat": True, "train.accumulate": 2}, marks=pytest.mark.slow),
     ],
 )
 def test_every_detector_the_same_in_less_memory(detector, own, ways):
