@@ -48,7 +48,7 @@ def call(monkeypatch: pytest.MonkeyPatch, out: Path, *words: str) -> dict:
     [
         pytest.param("table4", "--start-levels 6 4", ["dense", "P6", "P4"], marks=pytest.mark.slow),
         pytest.param("table5", "", ["dense", "CQ", "CCQ", "CSQ"], marks=pytest.mark.slow),
-        ("table6", "--contexts 0 5", ["dense", "1x1", "11x11"]),
+        pytest.param("table6", "--contexts 0 5", ["dense", "1x1", "11x11"], marks=pytest.mark.slow),
     ],
 )
 def test_tables_from_random_weights(monkeypatch, capsys, tmp_path, name, words, methods):

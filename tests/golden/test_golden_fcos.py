@@ -35,7 +35,7 @@ def shapes(finest: int) -> dict[str, list[int]]:
     return found
 
 
-@pytest.fixture(scope="module", params=list(FINEST))
+@pytest.fixture(scope="module", params=["26", pytest.param("37", marks=pytest.mark.slow)])
 def case(request):
     """Which recording, the configuration and the model."""
     config = qd.load_config(
