@@ -10,11 +10,12 @@ from typing import Annotated, Literal
 import tyro
 
 from querydet_jax.cli.main import SUMMARIES
+from querydet_jax.evaluation.coco import evaluate
 from querydet_jax.evaluation.curves import Curves
-from querydet_jax.evaluation.errors import ErrorReport
+from querydet_jax.evaluation.errors import ErrorReport, attribute
 from querydet_jax.evaluation.metrics import CocoMetrics
 from querydet_jax.evaluation.output import draw_errors, write_curves
-from querydet_jax.evaluation.standalone import explain_coco, score_coco, score_visdrone
+from querydet_jax.evaluation.standalone import read_coco, score_visdrone
 from querydet_jax.evaluation.visdrone_results import VisDroneMetrics
 from querydet_jax.runtime.files import write_json
 from querydet_jax.viz.plots import save_plot
@@ -68,8 +69,10 @@ def _coco(
       errors: Also attribute what is wrong, by TIDE: kinds of error, best thresholds, calibration, confusion.
       out: Write report.json and plots to this folder: recall-precision curves, errors.
     """
-    metrics = score_coco(results, annotations, max_detections)
-    _publish(metrics, "coco", metrics.curves, out, results, explain_coco(results, annotations) if errors else None)
+    truth, found, names = read_coco(results, annotations)
+    metrics = evaluate(truth, found, max_detections=max_detections, names=names)
+    explained = attribute(truth, found, names=names) if errors else None
+    _publish(metrics, "coco", metrics.curves, out, results, explained)
 
 
 def _publish(

@@ -11,7 +11,7 @@ import numpy as np
 from querydet_jax.config import DataConfig
 from querydet_jax.data import Dataset, eval_batches
 from querydet_jax.data.transforms import resize_boxes
-from querydet_jax.evaluation.query import query_recall
+from querydet_jax.evaluation.query import centre_is_key
 from querydet_jax.inference.detector import Detector
 from querydet_jax.viz.text import percent, text_table
 
@@ -59,7 +59,7 @@ class MissedObjects:
             return
         keyed = np.full(len(boxes), not keys)
         for level, cells in keys.items():
-            keyed |= np.array([query_recall(box[None], cells, 2**level, [(0, np.inf)])[0][0] > 0 for box in boxes])
+            keyed |= centre_is_key(boxes, cells, 2**level)
         found = self._best(boxes, classes, detections) >= self.score
         best = self._best(boxes, classes, candidates)
         lost = np.where(best >= self.score, "NMS", np.where(best > -np.inf, "low score", "no box"))

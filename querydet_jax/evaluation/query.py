@@ -52,18 +52,24 @@ def query_recall(
         raise DataError(f"keys: {keys.dtype} {list(keys.shape)}, expected bool [...,h,w] of one image and level")
     if not stride > 0:
         raise DataError(f"stride: {stride}, expected px per cell, above 0")
-    h, w = keys.shape[-2:]
-    x = np.floor((boxes[:, 0] + boxes[:, 2]) / 2 / stride).astype(np.int64)
-    y = np.floor((boxes[:, 1] + boxes[:, 3]) / 2 / stride).astype(np.int64)
-    inside = (x >= 0) & (x < w) & (y >= 0) & (y < h)
-    hit = np.zeros((*keys.shape[:-2], len(boxes)), bool)
-    hit[..., inside] = keys[..., y[inside], x[inside]]
+    hit = centre_is_key(boxes, keys, stride)
     sides = np.maximum(boxes[:, 2:] - boxes[:, :2], 0)
     size = np.sqrt(sides[:, 0] * sides[:, 1])
     member = (
         np.stack([(size >= low) & (size < high) for low, high in bins]) if bins else np.zeros((0, len(boxes)), bool)
     )
     return (member & hit[..., None, :]).sum(axis=-1), member.sum(axis=1)
+
+
+def centre_is_key(boxes: np.ndarray, keys: np.ndarray, stride: float) -> np.ndarray:
+    """Return whether the centre of each box lies in a key cell, bool [...,n]; arguments as in ``query_recall``."""
+    h, w = keys.shape[-2:]
+    x = np.floor((boxes[:, 0] + boxes[:, 2]) / 2 / stride).astype(np.int64)
+    y = np.floor((boxes[:, 1] + boxes[:, 3]) / 2 / stride).astype(np.int64)
+    inside = (x >= 0) & (x < w) & (y >= 0) & (y < h)
+    hit = np.zeros((*keys.shape[:-2], len(boxes)), bool)
+    hit[..., inside] = keys[..., y[inside], x[inside]]
+    return hit
 
 
 class QueryRecall:

@@ -9,14 +9,13 @@ from typing import Literal
 
 import numpy as np
 
-from querydet_jax.data.coco_json import read_file, read_results
+from querydet_jax.data.coco_json import Result, read_file, read_results
 from querydet_jax.data.readers.folders import SUFFIXES, by_stem, near
 from querydet_jax.data.readers.images import read_headers
 from querydet_jax.data.readers.orientation import Header
 from querydet_jax.data.readers.visdrone import parse_annotations
 from querydet_jax.evaluation.coco import evaluate
 from querydet_jax.evaluation.coco_input import GroundTruth
-from querydet_jax.evaluation.errors import ErrorReport, attribute
 from querydet_jax.evaluation.metrics import CocoMetrics
 from querydet_jax.evaluation.visdrone import VisDroneImage, evaluate_visdrone
 from querydet_jax.evaluation.visdrone_files import read_result_file
@@ -95,14 +94,14 @@ def score_coco(
     Raises:
       DataError: a file is not readable, or an entry is malformed.
     """
-    truth, found = read_file(annotations, GroundTruth), read_results(results)
-    return evaluate(truth, found, max_detections=max_detections, names=(str(annotations), f"{results}: results"))
+    truth, found, names = read_coco(results, annotations)
+    return evaluate(truth, found, max_detections=max_detections, names=names)
 
 
-def explain_coco(results: str | Path, annotations: str | Path) -> ErrorReport:
-    """Attribute the errors of COCO results against a COCO annotation file; raise like ``score_coco``."""
+def read_coco(results: str | Path, annotations: str | Path) -> tuple[GroundTruth, list[Result], tuple[str, str]]:
+    """Read the two files for ``evaluate`` and ``attribute``, and return what messages call them; raise as above."""
     truth, found = read_file(annotations, GroundTruth), read_results(results)
-    return attribute(truth, found, names=(str(annotations), f"{results}: results"))
+    return truth, found, (str(annotations), f"{results}: results")
 
 
 def _text_files(folder: Path, kind: str) -> dict[str, str]:
