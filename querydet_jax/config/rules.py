@@ -27,7 +27,7 @@ _RANGES = (
     (0, math.inf, "model.loss.query_weights model.loss.query_gammas model.loss.query_radius_factor"),
     (0, 1, "model.loss.focal_alpha model.loss.query_alpha model.loss.normalizer_momentum"),
     (0, 1, "model.loss.iou_background model.loss.iou_foreground"),
-    (0, 1, "inference.threshold inference.score_threshold inference.nms_iou inference.soft_prune"),
+    (0, 1, "data.repeat_below inference.threshold inference.score_threshold inference.nms_iou inference.soft_prune"),
     (1e-6, math.inf, "model.anchors.scale model.anchors.ratios model.loss.normalizer_init"),
 )
 

@@ -208,6 +208,9 @@ class DataConfig:
     flip: float = 0.5  # probability of a horizontal flip
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     keep_empty: bool = False  # also train on images without boxes (crowd boxes do not count)
+    # > 0: show images of rare classes more often. A class on a share f < repeat_below of the training images is drawn
+    # sqrt(repeat_below / f) times per epoch (Gupta et al. 2019), and crops choose its objects as much more often.
+    repeat_below: float = 0.0
     max_boxes: int = 100  # G: ground-truth boxes kept per image; further ones are dropped with a warning
     # EXIF orientation. auto: by the sizes that annotations state where these tell, otherwise as the format's tools do
     # (applied; ignored for visdrone and tfds).

@@ -41,6 +41,7 @@ def train_example(
     rng: np.random.Generator,
     augment: AugmentConfig = OFF,
     another: Another | None = None,
+    class_odds: np.ndarray | None = None,
 ) -> dict[str, np.ndarray]:
     """Resize to ``shape``, crop at random if that exceeds the canvas, flip at random and pad; augment as configured.
 
@@ -53,6 +54,7 @@ def train_example(
       rng: the source of every random choice.
       augment: further random changes.
       another: draws the other images of a mosaic; None makes none.
+      class_odds: [K], factors on the odds of an object to be the one that a crop holds; None: all equal.
 
     Returns:
       image uint8 ``[*canvas, 3]``; size int32 [2], height and width of the valid pixels; boxes float32
@@ -62,9 +64,9 @@ def train_example(
     whole = _turned_and_resized(sample, shape, augment, rng)
     if another is not None and augment.mosaic and rng.random() < augment.mosaic:
         others = [_turned_and_resized(*another(rng), augment, rng) for _ in range(3)]
-        sample = mosaic([whole, *others], canvas, rng, augment.crop_to_objects)
+        sample = mosaic([whole, *others], canvas, rng, augment.crop_to_objects, class_odds)
     else:
-        sample = cropped(whole, canvas, rng, augment.crop_to_objects)
+        sample = cropped(whole, canvas, rng, augment.crop_to_objects, class_odds)
     if augment.paste:
         sample = paste_small(sample, whole, augment.paste, augment.paste_below, rng)
     image, boxes, classes = sample
@@ -101,12 +103,19 @@ def resized(sample: Sample, shape: tuple[int, int]) -> Sample:
     return Sample(resize(sample.image, shape), boxes[kept], sample.classes[kept])
 
 
-def cropped(sample: Sample, limit: tuple[int, int], rng: np.random.Generator, focus: float = 0.0) -> Sample:
+def cropped(
+    sample: Sample,
+    limit: tuple[int, int],
+    rng: np.random.Generator,
+    focus: float = 0.0,
+    class_odds: np.ndarray | None = None,
+) -> Sample:
     """Cut out a random window of at most ``limit`` (height, width).
 
     Args:
       focus: probability that the window holds a certain object, drawn with odds of 1 / its side: a window drawn
         anywhere shows small objects as rarely as they are small.
+      class_odds: [K], factors on these odds by class; None: all equal.
     """
     height, width = sample.image.shape[:2]
     h, w = min(height, limit[0]), min(width, limit[1])
@@ -115,7 +124,8 @@ def cropped(sample: Sample, limit: tuple[int, int], rng: np.random.Generator, fo
     y, x = int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1))
     if focus and len(sample.boxes) and rng.random() < focus:
         sides = np.sqrt(np.maximum(np.prod(sample.boxes[:, 2:] - sample.boxes[:, :2], axis=1), 1.0))
-        chosen = sample.boxes[rng.choice(len(sides), p=(1 / sides) / (1 / sides).sum())]
+        odds = 1 / sides if class_odds is None else class_odds[sample.classes] / sides
+        chosen = sample.boxes[rng.choice(len(sides), p=odds / odds.sum())]
         x = _around(float(chosen[0]), float(chosen[2]), w, width, rng)
         y = _around(float(chosen[1]), float(chosen[3]), h, height, rng)
     image, boxes, kept = crop(sample.image, sample.boxes, (y, x, h, w))
@@ -128,7 +138,13 @@ def _around(low: float, high: float, length: int, total: int, rng: np.random.Gen
     return int(np.clip(rng.integers(first, last + 1), 0, total - length))
 
 
-def mosaic(samples: Sequence[Sample], canvas: tuple[int, int], rng: np.random.Generator, focus: float = 0.0) -> Sample:
+def mosaic(
+    samples: Sequence[Sample],
+    canvas: tuple[int, int],
+    rng: np.random.Generator,
+    focus: float = 0.0,
+    class_odds: np.ndarray | None = None,
+) -> Sample:
     """Join parts of four samples around a random point of a canvas (height, width); gaps stay black.
 
     The point is drawn from the canvas's inner half. Each part lies against the point.
@@ -140,7 +156,7 @@ def mosaic(samples: Sequence[Sample], canvas: tuple[int, int], rng: np.random.Ge
     for quarter, sample in enumerate(samples):
         low, right = divmod(quarter, 2)
         room = (height - y if low else y, width - x if right else x)
-        part = cropped(sample, room, rng, focus)
+        part = cropped(sample, room, rng, focus, class_odds)
         h, w = part.image.shape[:2]
         top, left = (y if low else y - h), (x if right else x - w)
         image[top : top + h, left : left + w] = part.image

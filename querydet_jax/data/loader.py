@@ -144,6 +144,12 @@ class TrainBatches:
                 len(dataset) - len(plan.indices),
                 len(dataset),
             )
+        if len(plan.repeats) < plan.repeats.sum():
+            repeated = [f"{name} {r:.1f}" for name, r in zip(dataset.classes, plan.class_repeats, strict=True) if r > 1]
+            _log.info(
+                "data.repeat_below %g: an epoch has %.0f images in place of %d; copies of images by class: %s",
+                data.repeat_below, plan.repeats.sum(), len(plan.indices), ", ".join(repeated),
+            )  # fmt: skip
         self.step = start_step
         self._dataset, self._num_images = dataset, len(plan.indices)
         self._tried, self._failed = 0, set()
@@ -264,8 +270,9 @@ class _ReadTrain:
             canvas=item.canvas,
             flip_probability=self._data.flip,
             capacity=self._data.max_boxes,
-            rng=np.random.default_rng((self._seed, item.epoch, item.index)),
+            rng=np.random.default_rng((self._seed, item.epoch, item.index, *([item.copy] if item.copy else ()))),
             augment=self._data.augment,
+            class_odds=self._plan.class_repeats,
             another=partial(self._another, failures),
         )
         return {**example, "image_id": np.int64(self._dataset.image_id(item.index))}

@@ -29,15 +29,17 @@ class Item:
 
     Attributes:
       index: position in the data set.
-      epoch: its pass over the data. Epoch and index seed its augmentation.
+      epoch: its pass over the data. Epoch, index and copy seed its augmentation.
       shape: (height, width) to resize it to.
       canvas: (height, width) to pad it to.
+      copy: how often the epoch had the image before, with ``data.repeat_below``.
     """
 
     index: int
     epoch: int
     shape: tuple[int, int]
     canvas: tuple[int, int]
+    copy: int = 0
 
 
 def choose_canvas(shape: tuple[int, int], canvases: tuple[tuple[int, int], ...]) -> int:
@@ -59,12 +61,12 @@ def _choose_cropped(shape: tuple[int, int], canvases: tuple[tuple[int, int], ...
 @dataclass(frozen=True)
 class _Epoch:
     """One pass over the data. Arrays are int32; a row holds the image's position in the training
-    list, the index of its short side and the epoch that drew it."""
+    list, the index of its short side, the epoch that drew it and its copy."""
 
     first: int  # step of the first batch
     canvases: np.ndarray  # [batches]
-    batches: np.ndarray  # [batches, B, 3]
-    left: tuple[np.ndarray, ...]  # per canvas, [fewer than B, 3]
+    batches: np.ndarray  # [batches, B, 4]
+    left: tuple[np.ndarray, ...]  # per canvas, [fewer than B, 4]
 
 
 class TrainPlan:
@@ -78,6 +80,12 @@ class TrainPlan:
     epoch uses every image once, at most one batch late.
 
     Training images have at least one box that is not crowd; ``data.keep_empty`` uses all images.
+    With ``data.repeat_below``, an epoch has several copies of images of rare classes.
+
+    Attributes:
+      indices: positions of the training images in the data set, int64 [n].
+      repeats: mean number of copies of each in an epoch, float64 [n].
+      class_repeats: the same per class, float64 [K].
 
     Raises:
       DataError: no training images, or one that fits no canvas while ``data.crop`` is off.
@@ -91,6 +99,9 @@ class TrainPlan:
         )
         if not len(self.indices):
             raise DataError("no image has a box to train on; check the annotations, or set data.keep_empty")
+        self.class_repeats, self.repeats = _repeat_factors(dataset, self.indices, data.repeat_below)
+        self._repeated = bool((self.repeats != 1).any())
+        self._odds = np.cumsum(self.repeats / self.repeats.sum())
         # Images share few sizes, so tabulate canvases by size and short side instead of per image.
         sizes = [dataset.size(int(i)) for i in self.indices]
         kinds = {size: kind for kind, size in enumerate(dict.fromkeys(sizes))}
@@ -113,7 +124,7 @@ class TrainPlan:
         self._restart()
 
     def _restart(self) -> None:
-        none = np.zeros((0, 3), np.int32)
+        none = np.zeros((0, 4), np.int32)
         self._epochs: dict[int, _Epoch] = {0: self._walk(0, 0, (none,) * len(self._canvases))}
 
     def __getstate__(self) -> dict[str, Any]:  # a lock cannot be pickled
@@ -128,8 +139,8 @@ class TrainPlan:
         A jump ahead walks through the epochs in between, about 5 ms per 100,000 images.
         """
         epoch = self._epoch_of(step)
-        position, draw, drawn_in = epoch.batches[step - epoch.first, row].tolist()
-        return self._item(position, draw, drawn_in, int(epoch.canvases[step - epoch.first]))
+        position, draw, drawn_in, copy = epoch.batches[step - epoch.first, row].tolist()
+        return self._item(position, draw, drawn_in, int(epoch.canvases[step - epoch.first]), copy)
 
     def substitutes(self, item: Item) -> list[Item]:
         """Return the replacements for an image that cannot be read, in order of preference.
@@ -146,19 +157,33 @@ class TrainPlan:
         return [self._item(p, int(draws[p]), item.epoch, canvas) for p in order.tolist()]
 
     def any(self, rng: np.random.Generator) -> tuple[int, tuple[int, int]]:
-        """Draw a training image, and the (height, width) to resize it to."""
-        position, draw = int(rng.integers(len(self.indices))), int(rng.integers(len(self._shorts)))
+        """Draw a training image, with the odds of ``repeats``, and the (height, width) to resize it to."""
+        if self._repeated:
+            position = min(int(np.searchsorted(self._odds, rng.random(), side="right")), len(self.indices) - 1)
+        else:
+            position = int(rng.integers(len(self.indices)))
+        draw = int(rng.integers(len(self._shorts)))
         return int(self.indices[position]), self._shape_of[self._kind[position]][draw]
 
-    def _item(self, position: int, draw: int, epoch: int, canvas: int) -> Item:
+    def _item(self, position: int, draw: int, epoch: int, canvas: int, copy: int = 0) -> Item:
         shape = self._shape_of[self._kind[position]][draw]
-        return Item(int(self.indices[position]), epoch, shape, self._canvases[canvas])
+        return Item(int(self.indices[position]), epoch, shape, self._canvases[canvas], copy)
 
     def _draw(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Draw the epoch's permutation of training positions and the short-side index of each position."""
         rng = np.random.default_rng((self._seed, epoch, _PLAN))
         order = rng.permutation(len(self.indices)).astype(np.int32)
         return order, rng.integers(len(self._shorts), size=len(order), dtype=np.int32)
+
+    def _copies(self, epoch: int, order: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the epoch's positions, with repetitions in a random order, and the number of the copy of each."""
+        if not self._repeated:
+            return order, np.zeros_like(order)
+        rng = np.random.default_rng((self._seed, epoch, _PLAN, 1))
+        counts = np.floor(self.repeats + rng.random(len(self.repeats))).astype(np.int32)[order]
+        copies = np.arange(counts.sum(), dtype=np.int32) - np.repeat(np.cumsum(counts) - counts, counts)
+        shuffled = rng.permutation(len(copies))
+        return np.repeat(order, counts)[shuffled], copies[shuffled].astype(np.int32)
 
     def _epoch_of(self, step: int) -> _Epoch:
         with self._lock:
@@ -178,21 +203,36 @@ class TrainPlan:
 
     def _walk(self, number: int, first: int, left: tuple[np.ndarray, ...]) -> _Epoch:
         order, draws = self._draw(number)
+        order, copies = self._copies(number, order)
         canvas = self._canvas_of[self._kind[order], draws[order]]
-        rows = np.stack([order, draws[order], np.full_like(order, number)], axis=1)
+        rows = np.stack([order, draws[order], np.full_like(order, number), copies], axis=1)
         b = self._batch_size
         batches, completed, canvases, rest = [], [], [], []
         for c, carried in enumerate(left):
             here = np.flatnonzero(canvas == c)
             queue = np.concatenate([carried, rows[here]])
             full = len(queue) // b
-            batches.append(queue[: full * b].reshape(full, b, 3))
+            batches.append(queue[: full * b].reshape(full, b, 4))
             # Fewer than B images are carried over, so the image that completes a batch is of this epoch.
             completed.append(here[np.arange(1, full + 1) * b - 1 - len(carried)])
             canvases.append(np.full(full, c, np.int32))
             rest.append(queue[full * b :])
         by_time = np.argsort(np.concatenate(completed), kind="stable")
         return _Epoch(first, np.concatenate(canvases)[by_time], np.concatenate(batches)[by_time], tuple(rest))
+
+
+def _repeat_factors(dataset: Dataset, indices: np.ndarray, below: float) -> tuple[np.ndarray, np.ndarray]:
+    """Return how often an epoch shows each class and each image (Gupta et al. 2019).
+
+    A class on a share f of the images counts max(1, sqrt(below / f)), an image as much as its rarest class.
+    """
+    shown = np.zeros((len(indices), len(dataset.classes)), bool)
+    for row, i in zip(shown, indices, strict=True):
+        truth = dataset.annotation(int(i))
+        row[truth.classes[~truth.crowd]] = True
+    share = np.maximum(shown.mean(axis=0), 1 / len(indices))
+    of_class = np.maximum(1.0, np.sqrt(below / share))
+    return of_class, np.where(shown, of_class, 1.0).max(axis=1, initial=1.0)
 
 
 def eval_item(dataset: Dataset, data: DataConfig, i: int) -> Item:
