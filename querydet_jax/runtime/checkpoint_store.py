@@ -159,6 +159,11 @@ def read_checkpoint(path: str | Path, item: str) -> Any:
             return _read(checkpointer, folder, max(_steps(folder)), item)  # a training has replaced it meanwhile
 
 
+def newest_step(path: str | Path) -> int | None:
+    """Return the step that ``read_checkpoint`` reads of a run folder, None if there is none; raise WeightsError."""
+    return _newest(Path(path).resolve() / FOLDER) if (Path(path) / FOLDER).is_dir() else None
+
+
 def _newest(folder: Path) -> int | None:
     """Return the newest complete step in a folder of checkpoints, None if there is none; warn of what is none.
 

@@ -37,6 +37,7 @@ from querydet_jax.viz.primitives import (
     text_size,
     title_strip,
 )
+from querydet_jax.viz.text import score_text
 
 _KEY: Colour = (255, 176, 0)
 _ACTIVE: Colour = (64, 156, 255)
@@ -49,7 +50,7 @@ def draw_detections(
     scores: ArrayLike | None = None,
     names: Sequence[str] = (),
     *,
-    min_score: float = 0.3,
+    min_score: ArrayLike = 0.3,
     truth: ArrayLike | None = None,
 ) -> np.ndarray:
     """Draw frames around detections, labels where there is room, and a legend with the count of each class.
@@ -63,7 +64,7 @@ def draw_detections(
       classes: [n], 0..K-1; determines the colour, the same in every picture.
       scores: [n]; None draws all detections, with labels that hold only the name.
       names: class names [K]; a class without one is labelled ``class 3``.
-      min_score: detections with lower scores are not drawn.
+      min_score: detections with lower scores are not drawn; one score, or one per class [K].
       truth: ground-truth boxes [m,4], drawn as white dashes.
 
     Returns:
@@ -78,8 +79,9 @@ def draw_detections(
     values = None if scores is None else _vector(scores, "scores", len(boxes)).astype(np.float64)
     if values is not None:
         # Lowest first, so that the frame of the highest score is on top.
+        least = np.asarray(min_score, np.float32)
         order = np.argsort(values, kind="stable")
-        order = order[values[order] >= min_score]
+        order = order[values[order] >= (least[classes[order]] if least.ndim else least)]
         boxes, classes, values = boxes[order], classes[order], values[order]
     line = line_width(canvas)
     height, width = canvas.shape[:2]
@@ -104,7 +106,7 @@ def draw_detections(
             frame(canvas, box, 2 + line, max(1.0, 0.7 * line), WHITE, dashed=True)
         legend.append(("dashed", WHITE, f"ground truth: {len(truth):,}"))
     if values is not None:
-        legend.append(("text", FAINT, f"score >= {min_score:.2f}"))
+        legend.append(("text", FAINT, f"score >= {score_text(min_score)}"))
 
     texts = [_name(label, names) + ("" if values is None else f" {values[i]:.2f}") for i, label in enumerate(classes)]
     picture = Image.fromarray(canvas)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import ArrayLike
 from PIL import Image
 
 from querydet_jax.viz.draw import contact_sheet, draw_detections, draw_heatmap, draw_sites
@@ -42,14 +43,19 @@ class Result(Protocol):
 
 
 def cascade_pictures(
-    result: Result, names: Sequence[str], threshold: float, *, min_score: float = 0.3, truth: np.ndarray | None = None
+    result: Result,
+    names: Sequence[str],
+    threshold: float,
+    *,
+    min_score: ArrayLike = 0.3,
+    truth: np.ndarray | None = None,
 ) -> dict[str, np.ndarray]:
     """Draw a result, title to picture: ``detections`` and, if it has a trace, ``query_P4``.., ``sites_P3``.. by level
     (the latter shrunk to 2,400 px).
 
     Args:
       threshold: the query threshold, marked in the heat maps.
-      min_score: draw detections with at least this score.
+      min_score: draw detections with at least this score, or that of their class ``[K]``.
       truth: ground-truth boxes ``[n, 4]`` xyxy px to draw as well.
     """
     out = {

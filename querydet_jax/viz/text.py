@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
+from numpy.typing import ArrayLike
+
 from querydet_jax.runtime.names import printable
 
 
@@ -26,6 +29,12 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int =
 def percent(value: float, decimals: int = 2) -> str:
     """Format a number with the given decimals, nan as ``-``."""
     return "-" if math.isnan(value) else f"{value:.{decimals}f}"
+
+
+def score_text(scores: ArrayLike) -> str:
+    """Return a score, or scores by class ``[K]``, in a few characters: ``0.30``; ``0.21..0.43 by class``."""
+    low, high = (f"{float(end(scores)):.2f}" for end in (np.min, np.max))
+    return low if low == high else f"{low}..{high} by class"
 
 
 def shorten(text: str, width: int) -> str:

@@ -29,6 +29,7 @@ from querydet_jax.config import Config, DataConfig, save_config
 from querydet_jax.inference.export import artifact as artifact_module
 from querydet_jax.inference.export.artifact import Artifact, ArtifactError
 from querydet_jax.inference.export.writer import any_batch_size, write_artifact
+from querydet_jax.inference.min_scores import min_scores
 from querydet_jax.models import RetinaNet
 from querydet_jax.ops.depthwise import depthwise_conv
 from querydet_jax.runtime.errors import ConfigError, DataError, QueryDetError
@@ -286,6 +287,13 @@ def test_a_program_for_something_else_is_not_run(folder, tmp_path, exported):
         ("inference", {"query": "dense", "threshold": 0.1, "nms_iou": [0.5]}),
         ("inference", {"query": "dense", "threshold": 0.1, "capacities": ["x"]}),
         ("preprocessing", {"test_short": 64, "test_max": 96, "exif": "turn"}),
+        ("min_scores", []),
+        ("min_scores", None),
+        ("min_scores", [0.5, 0.5]),
+        ("min_scores", [0.5, 0.5, float("nan")]),
+        ("min_scores", [0.5, 0.5, 1.1]),
+        ("min_scores", [0.5, -0.1, 1]),
+        ("min_scores", [0.5, "0.5", True]),
         ("programs", []),
         ("programs", [3]),
         ("programs", [{"part": PART, "canvas": [64, 96]}]),
@@ -367,15 +375,27 @@ def test_bombs_are_refused(folder, tmp_path):
 
 
 def test_another_platform_is_refused(tmp_path):
-    for name in ("gpu.zip", "again.zip"):
-        write_artifact(tmp_path / name, detector("dense"), CONFIG, canvases=[(32, 32)], platforms=["cuda"])
+    scores = np.array([0.5, 0.25, 1], np.float32)
+    given = {"canvases": [(32, 32)], "platforms": ["cuda"]}
+    manifests = [
+        write_artifact(tmp_path / name, detector("dense"), CONFIG, **given, min_scores=least)
+        for name, least in (("gpu.zip", None), ("again.zip", None), ("scored.zip", scores))
+    ]
     assert (tmp_path / "gpu.zip").read_bytes() == (tmp_path / "again.zip").read_bytes()
+    before, after = contents(tmp_path / "gpu.zip"), contents(tmp_path / "scored.zip")
+    assert manifests[2]["min_scores"] == [0.5, 0.25, 1] and before.pop("manifest.json") != after.pop("manifest.json")
+    assert before == after  # programs and weights know no scores
     with pytest.raises(ArtifactError, match="gpu.zip: exported for cuda, but jax runs on cpu here.*--platforms cpu"):
         Artifact(tmp_path / "gpu.zip")
 
 
 def test_other_input_is_refused(folder):
     detect = Artifact(folder / "csq.zip")
+    assert detect.min_scores is None and min_scores("", detect.classes, detect).tolist() == [np.float32(0.3)] * 3
+    with pytest.raises(
+        ConfigError, match=r"--min-score best: .*csq.zip holds none; export it again with .*--min-score"
+    ):
+        min_scores("best", detect.classes, detect)
     assert detect.canvases == (CANVAS,) and detect.batch_sizes == (1, 2) and detect.classes == CONFIG.classes
     for batch, height, width in ((3, *CANVAS), (1, 96, 64), (0, *CANVAS)):
         with pytest.raises(ArtifactError, match=f"csq.zip: {batch} images of {height}x{width} .*1, 2 images of 64x96"):
@@ -461,8 +481,14 @@ def test_predict_from_an_artifact_is_predict_from_the_run(tmp_path, monkeypatch,
     for i, shape in enumerate([(120, 180), (110, 220)]):
         Image.fromarray(small.pictures(2, *shape, seed=i)[1]).save(tmp_path / "pictures" / f"{i}.png")
     source = (tmp_path / "config.json", "--weights", tmp_path / "model.npz")
-    run_command(export, *source, "--out", tmp_path / "x.zip", "--platforms", "cpu")
+    scores = ("--min-score", "0.5,bee=0.25")
+    run_command(export, *source, "--out", tmp_path / "x.zip", "--platforms", "cpu", *scores)
     assert "2 programs" in (said := capsys.readouterr().out) and "canvases 64x96, 96x64, batch size any" in said
+    assert "for cpu, scores from 0.25..0.50 by class" in said
+    stored = Artifact(tmp_path / "x.zip")
+    for value in ("", "best"):
+        assert min_scores(value, stored.classes, stored).tolist() == stored.min_scores.tolist() == [0.5, 0.25, 0.5]
+    assert min_scores("0.1", stored.classes, stored).tolist() == [np.float32(0.1)] * 3
 
     seen = ("--images", tmp_path / "pictures", "--min-score", "0.2")
     run_command(predict, *source, *seen, "--out", tmp_path / "run")

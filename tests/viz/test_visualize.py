@@ -82,8 +82,12 @@ def test_low_scores_and_boxes_outside_are_not_drawn():
     boxes = [[100, 100, 120, 120], [1200, 50, 1300, 90], [-50, 10, -5, 30]]
     out = draw_detections(image, boxes, [0, 0, 0], [0.29, 0.9, 0.9])
     np.testing.assert_array_equal(out[:1000], image)
-    out = draw_detections(image, boxes, [0, 0, 0], [0.29, 0.9, 0.9], min_score=0.2)
-    assert (out[:1000] != image).any()
+    for least in (0.2, [0.2, 0.9]):
+        out = draw_detections(image, boxes, [0, 0, 0], [0.29, 0.9, 0.9], min_score=least)
+        assert (out[:1000] != image).any()
+    for classes, least in (([0, 0, 0], [0.3, 0.2]), ([1, 1, 1], [0.2, 0.3])):
+        out = draw_detections(image, boxes, classes, [0.29, 0.9, 0.9], min_score=least)
+        np.testing.assert_array_equal(out[:1000], image)
 
 
 def test_box_at_the_edge_shows_all_four_sides():

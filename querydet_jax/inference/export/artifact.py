@@ -89,6 +89,8 @@ class Artifact:
     Attributes:
       manifest: content of ``manifest.json``.
       classes: class names, ``[K]``.
+      min_scores: the score from which a detection of each class counts, ``[K]``; None if none were exported. Calls
+        return all detections.
       canvases: supported (height, width) of the inputs.
       batch_sizes: supported batch sizes; None is any.
 
@@ -107,6 +109,8 @@ class Artifact:
         self.manifest, parts = _read(self.path)
         self._check_platform()
         self.classes = tuple(self.manifest["classes"])
+        scores = self.manifest.get("min_scores")
+        self.min_scores = None if scores is None else np.array(scores, np.float32)
         self.canvases = tuple((height, width) for height, width in self.manifest["canvases"])
         sizes = self.manifest["batch_sizes"]
         self.batch_sizes = None if sizes is None else tuple(sizes)
@@ -362,6 +366,9 @@ def _check_manifest(path: Path, manifest: dict[str, Any]) -> None:
     for i, program in enumerate(manifest["programs"]):
         if program["part"] not in manifest["parts"] or program["part"] == WEIGHTS:
             raise ArtifactError(f"{path}: {MANIFEST}, programs[{i}].part: is not among the parts; {AGAIN}")
+    scores, classes = manifest.get("min_scores"), manifest["classes"]
+    if scores is not None and len(scores) != len(classes):
+        raise ArtifactError(f"{path}: {MANIFEST}, min_scores: {len(scores)} scores for {len(classes)} classes; {AGAIN}")
     listed = sorted((*program["canvas"], program["batch_size"] or 0) for program in manifest["programs"])
     if listed != sorted((*c, batch) for c in manifest["canvases"] for batch in manifest["batch_sizes"] or [0]):
         raise ArtifactError(f"{path}: {MANIFEST}, programs: not one per canvas and batch size; {AGAIN}")
@@ -439,5 +446,6 @@ _OPTIONAL: dict[str, tuple[str, Callable[[Any], bool]]] = {
                      "soft_prune", "max_detections")
     },
     "inference.capacities": ("a list of numbers", _list_of(_is_number)),
+    "min_scores": ("a list of scores from 0 to 1", _list_of(lambda x: _is_number(x) and 0 <= x <= 1)),
 }  # fmt: skip
 _FIELDS.update(_OPTIONAL)

@@ -43,6 +43,7 @@ def write_artifact(
     canvases: Sequence[Canvas],
     batch_sizes: Sequence[int] = (),
     platforms: Sequence[str] = PLATFORMS,
+    min_scores: np.ndarray | None = None,
 ) -> dict[str, Any]:
     """Lower a detector for every canvas and batch size, and write it with its weights.
 
@@ -53,6 +54,8 @@ def write_artifact(
       canvases: (height, width) of the inputs.
       batch_sizes: images per call; empty is any number, where ``any_batch_size``.
       platforms: any of cpu, cuda, tpu; each program runs on all of them.
+      min_scores: for the manifest, the score from which a detection of each class counts, ``[K]``; the programs do not
+        use it.
 
     Returns:
       The manifest.
@@ -89,6 +92,7 @@ def write_artifact(
             "padding": "below and to the right, to the smallest canvas that holds the image; sizes tells what is image",
         },
         "inference": _settings(detector.config),
+        **({} if min_scores is None else {"min_scores": [float(score) for score in min_scores]}),
         "programs": programs,
         "parts": {
             part: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for part, data in parts.items()
