@@ -27,7 +27,8 @@ def conv2d(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
     this function computes it in blocks of rows, as matrix products of output gradients ``[cells, O]`` and input patches
     ``[cells, k * k * C]``. Measured for the 3x3 layers of the heads at 800x1344 (jaxlib 0.10.2, 2 cores of an AMD EPYC,
     150 to 165 GFLOP/s for a 4096^3 matrix product), GFLOP/s of XLA and of this function: P2, 256 to 256 channels, 22
-    and 152; P2, 256 to 720, 19 and 177; P3, 55 and 139.
+    and 152; P2, 256 to 720, 19 and 177; P3, 55 and 139. Maps of 64x64 gain less: a step of QueryDet with
+    EfficientNet-Lite0 on 8 crops of 256x256 takes 2.35 s with blocks from 1,000 cells on, 2.63 s from 4,097 on.
     """
     return _conv(stride, tuple(tuple(side) for side in padding), x, kernel)
 

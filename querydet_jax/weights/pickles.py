@@ -327,12 +327,16 @@ class SafeUnpickler(pickle._Unpickler):  # pyright: ignore[reportPrivateUsage, r
     Args:
       file: at the pickle's start.
       size: bytes that it may have.
+
+    Attributes:
+      storages: those that the pickle refers to, by key.
     """
 
     def __init__(self, file: IO[bytes], size: int) -> None:
         super().__init__(_Bounded(file, size), encoding="latin1")
         self._inert: dict[tuple[str, str], type[Inert]] = {}
         self._encoded = size
+        self.storages: dict[str, Storage] = {}
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("collections", "OrderedDict"):
@@ -361,10 +365,15 @@ class SafeUnpickler(pickle._Unpickler):  # pyright: ignore[reportPrivateUsage, r
 
     def persistent_load(self, pid: Any) -> Any:
         match pid:
-            case ("storage", _TorchType(name=dtype), str(key), _, int(count)):
-                return Storage(key, dtype, count)
-            case ("storage", _TorchType(name=dtype), str(key), _, int(count), None):
-                return Storage(key, dtype, count)
+            case ("storage", _TorchType(name=dtype), str(key), _, int(count)) | (
+                "storage",
+                _TorchType(name=dtype),
+                str(key),
+                _,
+                int(count),
+                None,
+            ):
+                return self.storages.setdefault(key, Storage(key, dtype, count))
             case ("module", *_):
                 return Inert()
             case _:
@@ -406,14 +415,15 @@ class SafeUnpickler(pickle._Unpickler):  # pyright: ignore[reportPrivateUsage, r
     dispatch[pickle.BYTEARRAY8[0]] = _byte_array
 
 
-def load_pickle(file: IO[bytes], size: int) -> Any:
-    """Read the pickle at the file's position, of at most ``size`` bytes.
+def load_pickle(file: IO[bytes], size: int) -> tuple[Any, dict[str, Storage]]:
+    """Read the pickle at the file's position, of at most ``size`` bytes, and the storages that it refers to, by key.
 
     Raises:
       WeightsError: it asks for a name that weights do not need, is damaged, or is no pickle at all.
     """
+    unpickler = SafeUnpickler(file, size)
     try:
-        return SafeUnpickler(file, size).load()
+        return unpickler.load(), unpickler.storages
     except WeightsError:
         raise
     # A damaged pickle can make the unpickler and the constructors above raise anything.

@@ -36,7 +36,7 @@ def read_tensors(path: str | Path) -> dict[str, np.ndarray]:
     """Read every tensor of a weight file, under the file's own names and in its own types.
 
     Args:
-      path: ``.pth``, ``.pt``, ``.bin``, ``.ckpt`` (torch.save of PyTorch 1.6 or newer), ``.pkl`` (detectron2's or
+      path: ``.pth``, ``.pt``, ``.bin``, ``.ckpt`` (torch.save, zip or legacy), ``.pkl`` (detectron2's or
         Caffe2's dictionaries of arrays), ``.npz``, ``.safetensors``, or a run folder (``read_checkpoint``).
         Checkpoints that keep the weights under ``model``, ``state_dict``, ``model_state_dict`` or ``blobs`` are
         unwrapped; optimiser state and counters are left out.
@@ -160,7 +160,7 @@ def _read_torch_zip(file: BinaryIO) -> dict[str, np.ndarray]:
             raise WeightsError(f"its byteorder is {order[:20]!r}, not little or big; save the state dict again")
         size = archive.getinfo(entries[0]).file_size
         with archive.open(entries[0]) as pickled:
-            checkpoint = load_pickle(pickled, size)
+            checkpoint, _ = load_pickle(pickled, size)
         storages: dict[str, np.ndarray] = {}
 
         def load(storage: Storage) -> np.ndarray:
@@ -172,13 +172,42 @@ def _read_torch_zip(file: BinaryIO) -> dict[str, np.ndarray]:
 
 
 def _read_pickle(file: BinaryIO) -> dict[str, np.ndarray]:
-    checkpoint = load_pickle(file, _size(file))
-    if checkpoint == _LEGACY_MAGIC:
-        raise WeightsError(
-            "written by torch.save before PyTorch 1.6; convert it with PyTorch: "
-            "torch.save(torch.load(OLD, map_location='cpu'), NEW)"
-        )
-    return _tensors(checkpoint, _no_storage, swap=False, room=_room(_size(file)))
+    first, _ = load_pickle(file, _size(file))
+    if first == _LEGACY_MAGIC:
+        return _read_torch_legacy(file)
+    return _tensors(first, _no_storage, swap=False, room=_room(_size(file)))
+
+
+def _read_torch_legacy(file: BinaryIO) -> dict[str, np.ndarray]:
+    """Read what follows the magic number: pickles, then the storages in a row, each behind its number of elements.
+
+    EfficientNet-Lite0's packaged weights are such a file.
+    """
+    end = _size(file)
+
+    def pickled() -> tuple[Any, dict[str, Storage]]:
+        return load_pickle(file, end - file.tell())
+
+    pickled()  # version of the format, 1001 ever since
+    machine, _ = pickled()
+    checkpoint, storages = pickled()
+    keys, _ = pickled()
+    if not isinstance(keys, list) or not all(isinstance(key, str) and key in storages for key in keys):
+        raise WeightsError("lists storages that its tensors do not have; fetch or write it again")
+    places: dict[str, int] = {}
+    for key in keys:
+        count, size = file.read(8), storages[key].count * itemsize(storages[key].dtype)
+        places[key] = file.tell()
+        if int.from_bytes(count, "little") != storages[key].count or places[key] + size > end:
+            raise WeightsError("its storages do not have the sizes that it states; fetch or write it again")
+        file.seek(size, os.SEEK_CUR)
+
+    def load(storage: Storage) -> np.ndarray:
+        file.seek(places[storage.key])
+        return np.frombuffer(file.read(storage.count * itemsize(storage.dtype)), np.uint8)
+
+    little = not isinstance(machine, dict) or machine.get("little_endian", True)
+    return _tensors(checkpoint, load, swap=little != (sys.byteorder == "little"), room=_room(end))
 
 
 def _no_storage(storage: Storage) -> np.ndarray:

@@ -8,7 +8,7 @@ import logging
 import numpy as np
 import pytest
 
-from querydet_jax.config import DataConfig
+from querydet_jax.config import AugmentConfig, DataConfig
 from querydet_jax.data import eval_batches, train_batches
 from querydet_jax.data.plan import TrainPlan, choose_canvas
 from querydet_jax.data.readers.coco import CocoDataset
@@ -156,6 +156,43 @@ def test_images_left_out_of_training_are_counted_in_one_line(many, caplog, empty
     else:
         (line,) = lines
         assert line.startswith(f"{empty + crowd} of {3 + empty + crowd} training images are left out")
+
+
+def rare(many, n=20, first=2):
+    """Class 2 on the first images alone, class 1 on all."""
+    made = many(n)
+    made.content["categories"].append({"id": 2, "name": "bus"})
+    for i in range(first):
+        made.box(100 + i, 2, [0, 0, 6, 6])
+    return made.open()
+
+
+def test_images_of_rare_classes_come_more_often(many):
+    """A class on a tenth of the images, below 0.4: twice per epoch, each time augmented anew; the others once."""
+    dataset = rare(many)
+    data = dataclasses.replace(DATA, repeat_below=0.4, augment=AugmentConfig(photometric=1.0))
+    plan = TrainPlan(dataset, data, 2, 1)
+    assert plan.class_repeats.tolist() == [1, 2] and plan.repeats.sum() == 22
+    items = [plan.item(step, row) for step in range(11) for row in range(2)]
+    assert sorted((item.index, item.copy) for item in items) == sorted(
+        [(i, 0) for i in range(20)] + [(0, 1), (1, 1)]
+    )  # fmt: skip
+    batches = take(dataset, 11, data, batch_size=2)
+    seen = [image for b in batches for image, i in zip(b["images"], b["image_ids"], strict=True) if i == 100]
+    assert len(seen) == 2 and not np.array_equal(*seen)
+    assert_same(take(dataset, 1, data, batch_size=2, start_step=7)[0], batches[7])
+
+
+def test_fractions_of_copies_average_out(many):
+    """sqrt(0.225 / 0.1) = 1.5 copies: one or two, by chance."""
+    plan = TrainPlan(rare(many), dataclasses.replace(DATA, repeat_below=0.225), 1, 3)
+    copies = np.zeros((200, 2), int)
+    for item in map(lambda step: plan.item(step, 0), range(200 * 20)):
+        if item.index < 2 and item.epoch < 180:
+            copies[item.epoch, item.index] += 1
+    assert set(copies[:180].ravel()) == {1, 2} and 1.4 < copies[:180].mean() < 1.6
+    drawn = [plan.any(np.random.default_rng(k))[0] for k in range(2000)]
+    assert 0.12 < np.mean(np.array(drawn) < 2) < 0.17  # 3 of 21
 
 
 def test_choose_canvas():

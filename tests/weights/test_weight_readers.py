@@ -33,9 +33,10 @@ def assert_equal(got: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -> N
         assert got[name].tobytes() == array.tobytes(), name
 
 
-def test_files_of_torch_save() -> None:
-    """Written by torch 2.13: ``{"model": tensors, "optimizer", "scheduler", "args": Namespace, "iteration"}``.
-    ``whole``, ``permuted`` and ``part`` share one storage."""
+@pytest.mark.parametrize("name", ["torch_zip.pth", "torch_legacy.pth"])
+def test_files_of_torch_save(name: str) -> None:
+    """Written by torch 2.13: ``{"model": tensors, "optimizer", "scheduler", "args": Namespace, "iteration"}``, the
+    second with ``_use_new_zipfile_serialization=False``. ``whole``, ``permuted`` and ``part`` share one storage."""
     whole = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
     wanted = {
         "whole": whole,
@@ -49,15 +50,7 @@ def test_files_of_torch_save() -> None:
         "expanded": np.full((2, 2), 3, np.float32),
         "empty": np.zeros((0, 3), np.float32),
     }
-    assert_equal(read_tensors(FIXTURES / "torch_zip.pth"), wanted)
-
-
-def test_legacy_files_of_torch_save_name_the_conversion() -> None:
-    """Written with ``_use_new_zipfile_serialization=False``, as before PyTorch 1.6."""
-    with pytest.raises(
-        WeightsError, match=r"torch_legacy\.pth: written by torch\.save before .* torch\.save\(torch\.load"
-    ):
-        read_tensors(FIXTURES / "torch_legacy.pth")
+    assert_equal(read_tensors(FIXTURES / name), wanted)
 
 
 @pytest.mark.parametrize("suffix", [".pkl", ".npz", ".safetensors"])
@@ -226,7 +219,7 @@ def damage(path: Path, tmp_path: Path, keep: float) -> Path:
 
 
 @pytest.mark.parametrize("keep", [0.0, 0.1, 0.5, 0.9, 0.99])
-@pytest.mark.parametrize("kind", ["torch_zip.pth", "w.pkl", "w.npz", "w.safetensors"])
+@pytest.mark.parametrize("kind", ["torch_zip.pth", "torch_legacy.pth", "w.pkl", "w.npz", "w.safetensors"])
 def test_truncated_files(tmp_path: Path, kind: str, keep: float) -> None:
     path = FIXTURES / kind
     if not path.exists():

