@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+
 from querydet_jax.cli.arguments import parse
 from querydet_jax.cli.main import SUMMARIES
 from querydet_jax.cli.process import interrupts_end_the_process
+from querydet_jax.config import Config
 from querydet_jax.data import Dataset
+from querydet_jax.evaluation.coco import ImageDetections
 from querydet_jax.evaluation.runner import comparison_table, detectors_to_compare, evaluate_detectors, first_images
+from querydet_jax.evaluation.scoring import score
 from querydet_jax.inference.detector import Detector
 from querydet_jax.models import DenseDetector
 from querydet_jax.runtime import machine
+from querydet_jax.runtime.errors import ConfigError
 from querydet_jax.runtime.hosts import Hosts, is_first, join
 from querydet_jax.training import train as run_training
 
@@ -32,14 +39,16 @@ class TrainArguments:
 def train(words: Sequence[str], program: str) -> None:
     """Train a detector."""
     arguments, config, source = parse(TrainArguments, SUMMARIES["train"], words, program)
+    config = length_as_given(config, words)
     join(arguments.hosts, preemptible=True)
     machine.prepare()
     run = Path(arguments.run or (source if source.is_dir() else f"runs/{config.name}"))
 
     detectors: dict[str, Detector] = {}
 
-    def prepare(model: DenseDetector) -> None:
+    def prepare(model: DenseDetector, dataset: Dataset) -> list[str]:
         detectors.update(detectors_to_compare(model, config))
+        return [f"{name}/{key}" for name, detector in detectors.items() for key in metrics_of(dataset, detector)]
 
     def evaluate(model: DenseDetector, dataset: Dataset, between: Callable[[], None]) -> dict[str, float]:
         for detector in detectors.values():
@@ -66,3 +75,24 @@ def train(words: Sequence[str], program: str) -> None:
             profile=arguments.profile,
             evaluate_with="python eval.py" if program == "train.py" else "querydet eval",
         )
+
+
+def length_as_given(config: Config, words: Sequence[str]) -> Config:
+    """Return the configuration without ``train.epochs`` where the command line gives ``train.steps``.
+
+    Raises:
+      ConfigError: it gives both.
+    """
+    given = {word.split("=")[0].replace("_", "-") for word in words}
+    if "--train.steps" not in given or not config.train.epochs:
+        return config
+    if "--train.epochs" in given:
+        raise ConfigError("--train.steps, --train.epochs: both say how long to train; give one of them")
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, epochs=0))
+
+
+def metrics_of(dataset: Dataset, detector: Detector) -> list[str]:
+    """Return the names of the metrics of a detector's evaluation, as one of an image without detections gives them."""
+    nothing = ImageDetections(dataset.image_id(0), np.zeros((0, 4)), np.zeros(0), np.zeros(0, np.int32))
+    most = detector.config.max_detections
+    return list(score(dataset, [nothing], indices=[0], size_bins=(), max_detections=most).named())

@@ -161,9 +161,13 @@ def check(config: Config) -> None:
         if getattr(train, name) < 1:
             raise ConfigError(f"train.{name} {getattr(train, name)}: must be at least 1")
     rates = ("learning_rate", "momentum", "weight_decay", "warmup_factor", "decay_factor", "clip_value", "clip_norm")
-    for name in ("eval_every", "eval_images", "warmup_steps", "seed", *rates):
+    for name in ("epochs", "eval_every", "eval_images", "patience", "warmup_steps", "seed", *rates):
         if getattr(train, name) < 0:
             raise ConfigError(f"train.{name} {getattr(train, name)}: must not be negative")
+    if train.best_metric and not train.eval_every:
+        raise ConfigError(f"train.best_metric {train.best_metric}: needs evaluations; set train.eval_every above 0")
+    if train.patience and not train.best_metric:
+        raise ConfigError(f"train.patience {train.patience}: needs train.best_metric, such as csq/AP")
     if not 0 <= train.ema < 1:
         raise ConfigError(f"train.ema {train.ema}: must be 0 (no moving average) or below 1, such as 0.999")
     if model.backbone.norm == "group" and model.backbone.width % 32:

@@ -236,7 +236,10 @@ class TrainConfig:
     # Run the heads of P2 and P3 image by image and recompute them in the backward pass: less memory, more time.
     remat: bool = False
     parallel: Literal["pmap", "shard_map"] = "pmap"  # how the step runs on several devices; results are the same
-    steps: int = 90_000
+    steps: int = 90_000  # of training, unless epochs says how long
+    # > 0: train for this many passes over the training images, in place of steps. Warm-up, decay_steps and all
+    # "every" stay in steps. The run's config.json has the steps that come of it.
+    epochs: int = 0
     optimizer: Literal["sgd", "adamw"] = "sgd"
     learning_rate: float = 0.01
     momentum: float = 0.9
@@ -256,10 +259,17 @@ class TrainConfig:
     # weights that requirements-efficientnet.txt installs.
     init: str = ""
     log_every: int = 20
-    eval_every: int = 0  # steps between evaluations; 0: only at the end
+    eval_every: int = 0  # steps between evaluations, with one after the last step; 0: none during training
     eval_images: int = 0  # number of images in an evaluation during training; 0: all
+    # Metric of these evaluations, such as csq/AP or dense/AP50; the weights with the largest value are kept in
+    # RUN/best.safetensors. Empty: none kept.
+    best_metric: str = ""
+    patience: int = 0  # > 0: stop after this many evaluations without a better best_metric
     checkpoint_every: int = 5000
     keep_checkpoints: int = 3
+    # Where metrics go besides metrics.jsonl. auto: tensorboard where tensorboardX is installed, otherwise nothing. The
+    # others need their package (requirements-NAME.txt).
+    loggers: tuple[Literal["auto", "tensorboard", "wandb", "mlflow"], ...] = ("auto",)
 
 
 @dataclass(frozen=True)

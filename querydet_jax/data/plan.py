@@ -221,6 +221,15 @@ class TrainPlan:
         return _Epoch(first, np.concatenate(canvases)[by_time], np.concatenate(batches)[by_time], tuple(rest))
 
 
+def images_per_epoch(dataset: Dataset, data: DataConfig) -> int:
+    """Return how many images a pass over the training images has on average: without those left out, with copies.
+
+    Raises:
+      DataError: see ``TrainPlan``.
+    """
+    return round(float(TrainPlan(dataset, data, batch_size=1, seed=0).repeats.sum()))
+
+
 def _repeat_factors(dataset: Dataset, indices: np.ndarray, below: float) -> tuple[np.ndarray, np.ndarray]:
     """Return how often an epoch shows each class and each image (Gupta et al. 2019).
 

@@ -1,4 +1,4 @@
-"""What a run reports while it trains: the progress line, metrics.jsonl, TensorBoard files."""
+"""What a run reports while it trains: the progress line, metrics.jsonl and its curves, other loggers."""
 
 from __future__ import annotations
 
@@ -15,27 +15,29 @@ from pathlib import Path
 import numpy as np
 
 from querydet_jax.config import Config
-from querydet_jax.runtime.files import LineFile, writing, written_aside
+from querydet_jax.runtime.files import LineFile, reason, writing, written_aside
 from querydet_jax.runtime.hosts import from_first, is_first
+from querydet_jax.training.loggers import Loggers
 from querydet_jax.training.schedule import learning_rate
-from querydet_jax.training.tensorboard import TensorBoardFile
+from querydet_jax.viz.plots import NEEDS
+from querydet_jax.viz.training_curves import LOSS_TERMS, save_curves
 
 _log = logging.getLogger("querydet_jax")
-
-# Terms of the loss in the order of the progress line, which shows those that the detector has.
-_TERMS = ("rpn_cls", "rpn_box", "cls", "box", "centerness", "query")
 
 
 class RunLog:
     """Prints a line every few steps: losses, images/s, time left, share of the time spent waiting for data.
 
-    The same numbers go to ``metrics.jsonl``, and to TensorBoard files where tensorboardX is installed. Only the first
-    host prints and writes.
+    The same numbers go to ``metrics.jsonl`` and to ``train.loggers``. Only the first host prints and writes.
 
     Lines of an existing file that cannot be read go to ``metrics.damaged.jsonl``, with a warning of how many.
 
+    Attributes:
+      evaluated: the steps whose evaluation is in ``metrics.jsonl``, by this run or the one it resumes; on the first
+        host.
+
     Raises:
-      QueryDetError: the file cannot be read or written.
+      QueryDetError: the file cannot be read or written, or a logger not be started.
     """
 
     def __init__(self, config: Config, path: Path, start: int):
@@ -44,7 +46,10 @@ class RunLog:
         if is_first():
             _set_damaged_lines_aside(path)
         self.file = LineFile(path if is_first() else Path(os.devnull))
-        self.board = TensorBoardFile(path.parent / "tensorboard") if is_first() else None
+        self.evaluated = _evaluated(path) if is_first() else set[int]()
+        self.loggers: Loggers | None = None
+        from_first(lambda: self._open_loggers(path.parent))
+        self._curves, self._undrawn = True, False
         self.begun = time.perf_counter()
         self.total_waited = 0.0
         self._begin_interval(start)
@@ -69,7 +74,7 @@ class RunLog:
             "seconds": time.perf_counter() - self.begun,
         }
         self.write(step, values)
-        terms = " ".join(f"{name} {values[name]:.3f}" for name in _TERMS if name in values)
+        terms = " ".join(f"{name} {values[name]:.3f}" for name in LOSS_TERMS if name in values)
         self.say(
             f"step {step}/{self.config.train.steps}  loss {values['loss']:.3f} ({terms})  "
             f"fg {values['foreground']:.0f}  lr {values['lr']:.2g}  {speed:.1f} images/s  data wait {share:.1%}  "
@@ -86,17 +91,32 @@ class RunLog:
         """Write values of a step to the files; a value that is not finite becomes null."""
         finite = {k: (v if math.isfinite(v) else None) for k, v in values.items()}
         self.file.write(json.dumps({"step": step, **finite}))
-        if self.board is not None:
-            self.board.add(step, values)
+        self._undrawn = True
+        if self.loggers is not None:
+            self.loggers.add(step, values)
+
+    def write_evaluation(self, step: int, scores: dict[str, float]) -> None:
+        """Write the scores of the evaluation after a step."""
+        self.write(step, scores)
+        self.evaluated.add(step)
 
     def has_evaluation(self, step: int) -> bool:
-        """Return whether ``metrics.jsonl`` holds an evaluation of this step, by this run or the one it resumes."""
+        """Return, on every host, whether the evaluation after this step is written."""
+        return from_first(lambda: step in self.evaluated)
 
-        def found() -> bool:
-            lines = map(json.loads, self.file.path.read_bytes().splitlines())  # of text, U+2028 ends a line, too
-            return any(line["step"] == step and "loss" not in line for line in lines)
-
-        return from_first(found)
+    def draw_curves(self) -> None:
+        """Draw ``curves.png`` beside ``metrics.jsonl`` as it is now. What goes wrong is said once and ends nothing."""
+        if not is_first() or not self._curves or not self._undrawn:
+            return
+        self._undrawn = False
+        path = self.file.path.with_name("curves.png")
+        try:
+            self._curves = save_curves(self.file.path, path, self.config.train.best_metric)
+            if not self._curves:
+                _log.info("no %s, which %s", path, NEEDS)
+        except Exception as error:  # of matplotlib or the disk
+            _log.warning("%s: cannot be drawn (%s); the training goes on without", path, reason(error))
+            self._curves = False
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -119,8 +139,11 @@ class RunLog:
         if skipped:
             print(f"{skipped} images could not be read and were skipped", file=sys.stderr)
         self.file.close()
-        if self.board is not None:
-            self.board.close()
+        if self.loggers is not None:
+            self.loggers.close()
+
+    def _open_loggers(self, run: Path) -> None:
+        self.loggers = Loggers(self.config, run, go_on=self.first > 0)
 
     def _begin_interval(self, step: int) -> None:
         self.interval_start, self.interval_begun, self.interval_waited = step, time.perf_counter(), 0.0
@@ -142,6 +165,11 @@ def _set_damaged_lines_aside(path: Path) -> None:
     if b"".join(good) != before:
         with writing(path), written_aside(path) as new:
             new.write_bytes(b"".join(good))
+
+
+def _evaluated(path: Path) -> set[int]:
+    lines = map(json.loads, path.read_bytes().splitlines())  # of text, U+2028 ends a line, too
+    return {line["step"] for line in lines if "loss" not in line}
 
 
 def _is_whole(line: bytes) -> bool:

@@ -9,27 +9,28 @@ import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
 
-from querydet_jax.config import Config, load_config, save_config
+from querydet_jax.config import Config, TrainConfig, load_config, save_config
 from querydet_jax.config.fields import differences
 from querydet_jax.data import open_split, train_batches
 from querydet_jax.data.dataset import Dataset
-from querydet_jax.data.plan import eval_plan
+from querydet_jax.data.plan import eval_plan, images_per_epoch
 from querydet_jax.models import DenseDetector, build_model
 from querydet_jax.runtime.errors import ConfigError, DataError, Preempted, QueryDetError
 from querydet_jax.runtime.hosts import from_first, is_first, on_every
+from querydet_jax.training.best import Best
 from querydet_jax.training.checkpoint import Checkpoints
 from querydet_jax.training.compiled import CompileWatch, Programs
 from querydet_jax.training.guards import FailedEvaluations, FiniteLoss, preemption
 from querydet_jax.training.log import RunLog
 from querydet_jax.training.parallel import AXIS, check_batch_size, replication
 from querydet_jax.training.profiler import StepTrace
-from querydet_jax.training.schedule import make_optimizer
+from querydet_jax.training.schedule import make_optimizer, steps_of_epochs
 from querydet_jax.training.step import TrainState, init_state, make_step, merge_into
 from querydet_jax.weights import load_weights
 
@@ -44,21 +45,23 @@ def train(
     *,
     resume: bool = False,
     evaluate: Evaluate | None = None,
-    prepare: Callable[[DenseDetector], object] | None = None,
+    prepare: Callable[[DenseDetector, Dataset], Collection[str]] | None = None,
     profile: bool = False,
     evaluate_with: str = "",
 ) -> DenseDetector:
-    """Train a detector and leave its checkpoints, ``config.json`` and ``metrics.jsonl`` in ``run``.
+    """Train a detector and leave its checkpoints, ``config.json``, ``metrics.jsonl`` and ``curves.png`` in ``run``.
 
     Args:
       config: everything about the run.
       run: folder of the run; must not hold checkpoints unless ``resume``.
       resume: go on from the newest checkpoint.
-      evaluate: called on every host with the model and the validation set every ``train.eval_every`` steps; what it
-        returns is logged. It must call its third argument after every batch, equally often on all hosts: that call
+      evaluate: called on every host with the model and the validation set every ``train.eval_every`` steps and after
+        the last one; what it returns is logged, and ``train.best_metric`` is one of its names, whose values are better
+        if larger. It must call its third argument after every batch, equally often on all hosts: that call
         raises an exception to stop the run. An evaluation stopped so is rerun on resume. Where there is one host,
         any other exception ends the evaluation, not the run.
-      prepare: called before the first step with the model if there will be evaluations; may raise QueryDetError.
+      prepare: called before the first step with the model and the validation set if there will be evaluations; returns
+        the names that ``train.best_metric`` may have, and may raise QueryDetError.
       profile: also write ``run/profile``, a trace of a few steps (``StepTrace``).
       evaluate_with: the command that evaluates a run, to be named at the end.
 
@@ -87,14 +90,20 @@ def train(
         named_by = str(run / "config.json") if resume else "the configuration"
         dataset = on_every(lambda: open_split(config, "train", named_by))
         config = dataclasses.replace(config, classes=dataset.classes)  # the model can then be used without the data
+        if settings.epochs:
+            config = _settle_steps(config, dataset, run, resume)
+            settings = config.train
         validation = None
         if evaluate is not None and settings.eval_every:
             validation = on_every(lambda: _open_validation(config, dataset.origin))
 
         # Model, optimiser and state, from scratch or from the newest checkpoint.
         model = build_model(config.model, settings.seed)
+        best = Best(run, settings, resume=resume)
         if validation is not None and prepare is not None:
-            prepare(model)
+            best.check(prepare(model, validation))
+        elif validation is None and settings.best_metric:
+            _log.warning("train.best_metric %s: no evaluations, so none is kept", settings.best_metric)
         if settings.init and not resume:
             report = on_every(lambda: load_weights(model, settings.init, classes=config.classes))
             for line in str(report).splitlines():
@@ -149,19 +158,29 @@ def train(
             with watch.during("saving"):
                 checkpoints.save(model, devices.unreplicate(state), wait=wait)
 
+        def to_evaluate(done: int) -> bool:
+            due = done == settings.steps or (done < settings.steps and done % settings.eval_every == 0)
+            # On resume only if the evaluation of this step was given up.
+            return due and done > 0 and (done > start or not log.has_evaluation(done))
+
         stop_if_told = signals.enter_context(preemption())
-        done, failures = start, FailedEvaluations()
+        done, failures, stopped = start, FailedEvaluations(), best.exhausted(start, log.evaluated)
         try:
-            while done < settings.steps:
-                if done > start:
+            while not stopped:
+                if start < done < settings.steps:
                     stop_if_told()
-                if evaluate is not None and validation is not None and done > 0 and done % settings.eval_every == 0:
-                    # On resume only if the evaluation of this step was given up.
-                    if done > start or not log.has_evaluation(done):
-                        save(state, wait=True)
-                        with log.paused(), failures.caught(done), watch.during("evaluation"):
+                if evaluate is not None and validation is not None and to_evaluate(done):
+                    save(state, wait=True)
+                    with log.paused():
+                        with failures.caught(done), watch.during("evaluation"):
                             merge_into(model, devices.unreplicate(state))
-                            log.write(done, evaluate(model, validation, stop_if_told))
+                            scores = evaluate(model, validation, stop_if_told)
+                            best.offer(done, scores, model)  # killed between these two, the evaluation is rerun
+                            log.write_evaluation(done, scores)
+                        log.draw_curves()
+                    stopped = best.exhausted(done, log.evaluated)
+                if stopped or done >= settings.steps:
+                    break
 
                 with trace.begin(done):
                     waiting = time.perf_counter()
@@ -183,6 +202,7 @@ def train(
                 if done % settings.checkpoint_every == 0 or last:
                     save(state, wait=last)
             if done > start:
+                log.draw_curves()
                 log.say(f"{log.summary(done)}; {watch.summary()}")
         except Preempted as told:
             save(state, wait=True)
@@ -197,11 +217,45 @@ def train(
                 f"{run}: trained and saved, but {failures}; mend that, then evaluate with: "
                 f"{evaluate_with or 'querydet eval'} {run}"
             )
-        if done == start:
+        if stopped and done < settings.steps:
+            ended = "stopped after" if done > start else "does not go on after"
+            log.say(
+                f"{run}: {ended} step {done} of {settings.steps}, which is saved: {stopped}; raise it (0: no limit) "
+                "and add --resume to go on"
+            )
+        elif done == start:
             log.say(f"{run}: step {start} is saved and train.steps is {settings.steps}: nothing to train")
-        elif evaluate_with:
-            log.say(f"trained; evaluate with: {evaluate_with} {run}")
+        if done > start and evaluate_with:
+            log.say(f"trained; evaluate with: {evaluate_with} {run}{best.advice()}")
         return model
+
+
+def _settle_steps(config: Config, dataset: Dataset, run: Path, resume: bool) -> Config:
+    """Return the configuration with ``train.steps`` for its ``train.epochs``.
+
+    A run that is resumed with the epochs that it had keeps its steps, and so its schedule.
+    """
+    train, so_far = config.train, from_first(lambda: _train_config_of(run)) if resume else None
+    if so_far is not None and so_far.epochs == train.epochs:
+        return dataclasses.replace(config, train=dataclasses.replace(train, steps=so_far.steps))
+    images = from_first(lambda: images_per_epoch(dataset, config.data))
+    steps = steps_of_epochs(train.epochs, images, train.batch_size)
+    if is_first():
+        _log.info("%d epochs of %d images: %d steps", train.epochs, images, steps)
+        late = [step for step in train.decay_steps if step >= steps]
+        if train.schedule == "steps" and late:
+            _log.warning(
+                "train.decay_steps %s: not before the last step, so the learning rate does not fall there", late
+            )
+    return dataclasses.replace(config, train=dataclasses.replace(train, steps=steps))
+
+
+def _train_config_of(run: Path) -> TrainConfig | None:
+    """Return the training settings of a run so far, None if they cannot be read."""
+    try:
+        return load_config(run).train
+    except ConfigError:
+        return None
 
 
 def _open_validation(config: Config, named_by: str) -> Dataset:

@@ -37,6 +37,11 @@ def learning_rate(config: TrainConfig) -> optax.Schedule:
     return schedule
 
 
+def steps_of_epochs(epochs: int, images: int, batch_size: int) -> int:
+    """Return the number of steps, at least 1, whose batches have ``epochs`` times ``images`` images, rounded."""
+    return max(1, round(epochs * images / batch_size))
+
+
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
     """Return SGD as in torch (g += wd * p; v = momentum * v + g; p -= lr * v) or AdamW.
 

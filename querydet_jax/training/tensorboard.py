@@ -1,4 +1,4 @@
-"""TensorBoard files, where tensorboardX is installed."""
+"""TensorBoard files."""
 
 from __future__ import annotations
 
@@ -14,21 +14,23 @@ _log = logging.getLogger("querydet_jax")
 
 
 class TensorBoardFile:
-    """Scalars by step, appended to a file in ``folder``; does nothing without tensorboardX.
+    """Scalars by step, appended to a file in ``folder``.
 
     Once the file cannot be written, a warning says so and nothing more is written. This uses tensorboardX's file
     rather than its SummaryWriter, whose thread dies on a full disk and then blocks the caller for ever.
+
+    Raises:
+      ImportError: tensorboardX is not installed.
     """
 
     def __init__(self, folder: Path):
-        self.folder, self._file = folder, None
-        try:
-            from tensorboardX.event_file_writer import EventsWriter  # pyright: ignore[reportMissingImports]
-        except ImportError:
-            return
+        from tensorboardX.event_file_writer import EventsWriter  # pyright: ignore[reportMissingImports]
+
+        self.folder = folder
+        self._file: Any = None
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._file: Any = EventsWriter(str(folder / "events"))
+            self._file = EventsWriter(str(folder / "events"))
         except OSError as error:
             self._give_up(error)
 

@@ -23,6 +23,7 @@ from small_detector import model as small_model
 
 from querydet_jax.cli.main import SUMMARIES, load, main, run_command
 from querydet_jax.cli.process import run as run_process
+from querydet_jax.cli.train import length_as_given
 from querydet_jax.config import Config, override
 from querydet_jax.evaluation.runner import detectors_to_compare
 from querydet_jax.models import build_model
@@ -33,7 +34,8 @@ SHORT = (
     "--train.steps 4 --train.batch-size 2 --train.log-every 1 --data.scenes-train 4 --data.scenes-val 3 "
     "--data.scenes-size 96 96 --data.scenes-val-size 128 128 --data.train-short 96 --data.train-max 96 "
     "--data.train-canvases 96 96 --data.test-short 128 --data.test-max 128 --data.test-canvases 128 128 "
-    "--model.backbone.name resnet10 --train.eval-every 2 --train.eval-images 2"
+    "--model.backbone.name resnet10 --train.eval-every 2 --train.eval-images 2 "
+    "--train.best-metric dense/AR100"
 )
 
 
@@ -48,9 +50,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert "step 4/4  loss" in trained.stdout and "data wait" in trained.stdout
     assert re.search(r"4 steps in \d+:\d\d, .* of the time waiting for data", trained.stdout)
     assert "trained; evaluate with: python eval.py run" in trained.stdout
-    # One evaluation on the way, of two images, logged with the losses.
+    assert re.search(r"eval.py run --weights run/best.safetensors \(dense/AR100 .* the best\)", trained.stdout)
+    # One evaluation on the way and one at the end, of two images, logged with the losses.
     lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines if "csq/AP50" in line and "dense/ms_per_image" in line] == [2]
+    assert [line["step"] for line in lines if "csq/AP50" in line and "dense/ms_per_image" in line] == [2, 4]
     return folder
 
 
@@ -113,7 +116,8 @@ def test_predict_on_a_folder_of_either_orientation(
     for name, shape in (("wide.jpg", (60, 100, 3)), ("tall.png", (1000, 600, 3))):
         Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)).save(tmp_path / "pictures" / name)
     monkeypatch.chdir(tmp_path)
-    call("predict", run / "run", "--images", "pictures", "--out", "seen", "--draw", "queries")
+    best = run / "run" / "best.safetensors"
+    call("predict", run / "run", "--weights", best, "--images", "pictures", "--out", "seen", "--draw", "queries")
     printed = capsys.readouterr().out
     assert "wide.jpg" in printed and "tall.png" in printed
     written = {path.name for path in (tmp_path / "seen").iterdir()}
@@ -134,6 +138,16 @@ def test_predict_on_a_folder_of_either_orientation(
         ("train", ["hituav_querydte"], "did you mean hituav_querydet?"),
         ("train", ["demo", "--model.max-level", "9"], "model.max_level 9"),
         ("train", ["coco_querydet_r50"], "instances_train2017.json"),
+        ("train", ["demo", "--train.best-metric", "csq/AP"], "set train.eval_every above 0"),
+        (
+            "train",
+            ["{run}", "--train.best-metric", "", "--train.patience", "2"],
+            "train.patience 2: needs train.best_m",
+        ),
+        ("train", ["{run}", "--run", "new", "--train.best-metric", "csq/AP500"], "did you mean csq/AP50? Evaluations"),
+        ("train", ["demo", "--train.steps", "9", "--train.epochs=2"], "both say how long to train; give one"),
+        ("report", ["demo", "--curves"], "demo.py is no run; give the folder that `querydet train` wrote"),
+        ("report", ["{here}", "--curves"], "no config.json"),
         ("eval", ["demo"], "add --weights"),
         ("eval", ["{run}", "--images", "-1"], "--images -1: give 0 or more"),
         ("eval", ["{run}", "--pictures", "-2"], "--pictures -2: give 0 or more"),
@@ -155,6 +169,13 @@ def test_bad_input_is_one_line(
     with pytest.raises(QueryDetError) as error:
         call(name, *(word.format(here=tmp_path, run=run / "run") for word in words))
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_steps_on_the_command_line_replace_a_cards_epochs() -> None:
+    config = override(Config(), {"train.epochs": 3})
+    assert length_as_given(config, ["--train.steps", "7"]).train.epochs == 0
+    assert length_as_given(config, ["--train.seed", "7"]) == config
+    assert length_as_given(config, ["--train.epochs", "3"]) == config
 
 
 def test_an_unknown_field_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:

@@ -114,7 +114,7 @@ def test_a_run_that_is_complete_is_not_called_trained(config, whole, tmp_path, c
     ],
 )
 def test_what_an_evaluation_needs_is_checked_before_the_first_step(config, tmp_path, changes, message):
-    def prepare(model) -> None:
+    def prepare(model, dataset) -> list[str]:
         raise ConfigError("cannot be built")
 
     seldom = override(config, {"train.eval_every": 3, **changes})
@@ -155,7 +155,7 @@ def test_images_of_an_evaluation_are_looked_at_before_the_first_step(config, tmp
         **{f"data.{key}": value for key, value in folder.items()},
     }
 
-    def prepare(model) -> None:
+    def prepare(model, dataset) -> list[str]:
         raise ConfigError("only the first two")
 
     for images, expected in ((0, rf"2.png: .*{message}"), (2, "only the first two")):
@@ -245,7 +245,7 @@ def test_sigterm_saves_the_step_under_way(config, whole, tmp_path):
     train(seldom, run, resume=True, evaluate=evaluation(3.0, stop=False))
     assert_equal_runs(run, whole)
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [(line["step"], line["AP"]) for line in lines if "AP" in line] == [(2, 2.0), (4, 3.0)]
+    assert [(line["step"], line["AP"]) for line in lines if "AP" in line] == [(2, 2.0), (4, 3.0), (6, 3.0)]
 
 
 def test_a_damaged_newest_checkpoint_costs_its_steps_only(config, whole, tmp_path):
@@ -268,7 +268,7 @@ def test_evaluations_that_fail_cost_nothing(config, whole, tmp_path, caplog):
     that differ are named."""
     run, found = tmp_path / "run", []
     shutil.copytree(whole, run, ignore=lambda folder, names: {"5", "6"} & set(names))
-    errors = [DataError("a.jpg: gone"), DataError("a.jpg: gone"), KeyError("x"), MemoryError()]
+    errors = [DataError("a.jpg: gone"), DataError("a.jpg: gone"), KeyError("x"), MemoryError(), DataError("last")]
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "AP"\n\x00\n[4]\n{"step": "4"}\n{"step": 3}')
 
@@ -279,10 +279,10 @@ def test_evaluations_that_fail_cost_nothing(config, whole, tmp_path, caplog):
     changes = {"train.steps": 8, "train.checkpoint_every": 100, "train.eval_every": 1, "train.keep_checkpoints": 2}
     with pytest.raises(QueryDetError) as error:
         train(override(config, changes), run, resume=True, evaluate=evaluate, evaluate_with="score")
-    assert found == ["4", "5", "6", "7"] and steps(run) == ["7", "8"]
+    assert found == ["4", "5", "6", "7", "8"] and steps(run) == ["7", "8"]
     assert re.match(
         rf"{run}: trained and saved, but evaluation failed at steps 4, 5 \(a.jpg: gone\), at step 6 \(KeyError: 'x'; "
-        rf"test_inter.*\), at step 7 \(MemoryErr.*\); mend that, then evaluate with: score {run}$",
+        rf"test_inter.*\), at step 7 \(MemoryErr.*\), at step 8 \(last\); mend that, then evaluate with: score {run}$",
         str(error.value),
     )
     assert "step 4: the evaluation failed (a.jpg: gone); the training goes on" in caplog.text
@@ -351,3 +351,58 @@ def test_a_loader_process_that_dies(config, whole, tmp_path):
     assert not signals and time.monotonic() - killed < 30
     found, expected = ([line["loss"] for line in logged(path)[:4]] for path in (run, whole))
     assert found == expected and len(found) == 4
+
+
+def test_a_run_that_gets_no_better_stops_and_keeps_its_best_weights(config, whole, tmp_path, capsys, caplog):
+    """Killed between the best weights and the line of its evaluation, the run evaluates again. Resumed, it says why it
+    does not go on, and goes on with more patience: to the run that never stopped."""
+    run, scores = tmp_path / "run", {1: 5.0, 2: 7.0, 3: 7.0, 4: float("nan"), 5: 6.0, 6: 8.0}
+    evaluated: list[int] = []
+
+    def evaluate(model, dataset, stop_if_told) -> dict[str, float]:
+        evaluated.append(int(max(steps(run), key=int)))
+        return {"AP": scores[evaluated[-1]]}
+
+    changed = override(config, {"train.eval_every": 1, "train.best_metric": "AP", "train.patience": 2})
+    train(changed, run, evaluate=evaluate, prepare=lambda model, dataset: ["AP"], evaluate_with="score")
+    *_, why, how = capsys.readouterr().out.splitlines()
+    assert f"{run}: stopped after step 4 of 6, which is saved: AP has not exceeded 7.00 (step 2) in 2 eval" in why
+    assert "train.patience 2; raise it (0: no limit) and add --resume to go on" in why
+    assert how.startswith(f"trained; evaluate with: score {run} --weights {run}/best.safetensors (AP 7.00 at step 2,")
+    assert "step 4: AP is undefined" in caplog.text and steps(run) == ["2", "3", "4"]
+    best, checkpoint = read_tensors(run / "best.safetensors"), run_of(run, "2", tmp_path / "second")
+    assert best and all(np.array_equal(value, checkpoint[name]) for name, value in best.items())
+
+    metrics = (run / "metrics.jsonl").read_text().splitlines()
+    (run / "metrics.jsonl").write_text("\n".join(metrics[:-1]) + "\n")  # without the evaluation of step 4
+    train(changed, run, evaluate=evaluate, resume=True)
+    assert f"{run}: does not go on after step 4 of 6" in capsys.readouterr().out.splitlines()[-1]
+    train(changed, run, evaluate=evaluate, resume=True)
+    assert f"{run}: does not go on after step 4 of 6" in capsys.readouterr().out.splitlines()[-1]
+    train(override(changed, {"train.patience": 4}), run, evaluate=evaluate, resume=True)
+    assert evaluated == [1, 2, 3, 4, 4, 5, 6] and json.loads((run / "best.json").read_text())["step"] == 6
+    assert_equal_runs(run, whole)
+
+
+def run_of(run: Path, step: str, copy: Path) -> dict[str, np.ndarray]:
+    """Return the model of a step that is not the newest."""
+    shutil.copytree(run, copy, ignore=lambda folder, names: [n for n in names if n.isdigit() and n != step])
+    return read_tensors(copy)
+
+
+def test_epochs_become_steps_once(config, tmp_path, caplog):
+    """Of the images that are trained on. A resumed run keeps its steps unless it is given other epochs."""
+    run = tmp_path / "run"
+    longer = {"train.epochs": 2, "train.steps": 1000, "train.decay_steps": (2, 10), "train.batch_size": 2}
+    caplog.set_level("INFO", "querydet_jax")
+    train(override(config, longer), run)
+    (images,) = re.findall(r"2 epochs of (\d+) images: \d+ steps", caplog.text)
+    number = load_config(run).train.steps
+    left_out = re.search(r"(\d+) of 8 training images are left out", caplog.text)
+    assert int(images) == number == 8 - (int(left_out[1]) if left_out else 0)
+    assert last_line(run)["step"] == number and "train.decay_steps [10]: not before the last step" in caplog.text
+    caplog.clear()
+    train(override(config, {**longer, "train.batch_size": 4}), run, resume=True)
+    assert load_config(run).train.steps == number and "epochs of" not in caplog.text
+    with pytest.raises(ConfigError, match="train.epochs -1: must not be negative"):
+        override(config, {"train.epochs": -1})
