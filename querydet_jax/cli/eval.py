@@ -28,6 +28,7 @@ from querydet_jax.evaluation.runner import (
 from querydet_jax.inference.results import run_on_images
 from querydet_jax.inference.runs import open_model
 from querydet_jax.runtime import machine
+from querydet_jax.runtime.checkpoint_store import newest_step
 from querydet_jax.runtime.errors import ConfigError
 from querydet_jax.runtime.files import beside, check_writable, identity, write_json
 from querydet_jax.runtime.hosts import Hosts, is_first, join, on_every
@@ -66,6 +67,8 @@ def evaluate(words: Sequence[str], program: str) -> None:
     join(arguments.hosts)
     machine.prepare()
     model = open_model(config, source, arguments.weights or None)
+    weights = Path(arguments.weights or source)
+    step = newest_step(weights)  # a training may write further ones meanwhile
     dataset = on_every(lambda: open_split(config, "val", str(source)))
     out = Path(arguments.out or (source if source.is_dir() else f"runs/{config.name}"))
     if is_first():
@@ -98,7 +101,7 @@ def evaluate(words: Sequence[str], program: str) -> None:
             )
             print(f"\nwhere objects are lost ({name}), percent, at score {_MISSED_AT}\n{lost[name].table()}")
     print(f"\n{comparison_table(runs)}\n\n{machine.one_line()}")
-    write_json(out / "report.json", _report(config, runs, lost, indices), indent=2)
+    write_json(out / "report.json", _report(config, weights, step, runs, lost, indices), indent=2)
     written = write_scores(out, {name: result.scores for name, result in runs.items()})
     names = config.classes or dataset.classes
     drawn = _spread(len(dataset) if indices is None else len(indices), arguments.pictures)
@@ -117,11 +120,18 @@ def evaluate(words: Sequence[str], program: str) -> None:
 
 
 def _report(
-    config: Config, runs: dict[str, Evaluation], lost: dict[str, MissedObjects], indices: list[int] | None
+    config: Config,
+    weights: Path,
+    step: int | None,
+    runs: dict[str, Evaluation],
+    lost: dict[str, MissedObjects],
+    indices: list[int] | None,
 ) -> dict[str, Any]:
     first = next(iter(runs.values())).ms_median
     return {
         "config": dataclasses.asdict(config),
+        "weights": str(weights),
+        "step": step,
         "machine": machine.describe(),
         "images": "all" if indices is None else len(indices),
         "methods": {name: run.to_dict() for name, run in runs.items()},

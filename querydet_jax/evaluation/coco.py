@@ -24,6 +24,7 @@ from querydet_jax.data.coco_json import Result, check_content, check_entries
 from querydet_jax.evaluation.coco_input import GroundTruth, annotations_of, detections_of, select_ids
 from querydet_jax.evaluation.curves import IOUS, Curves, Line, mean_lines
 from querydet_jax.evaluation.metrics import DEFAULT_BINS, CocoMetrics, SizeBin, as_bins, as_numbers
+from querydet_jax.evaluation.thresholds import best_threshold
 from querydet_jax.runtime.errors import DataError, QueryDetError, shown
 from querydet_jax.runtime.files import write_json
 
@@ -169,7 +170,7 @@ def evaluate(
     for entry in bins:
         # pycocotools includes both ends; half-open bins count an object of exactly 16x16 once.
         areas[entry.key] = (entry.low**2, float(np.nextafter(entry.high**2, 0)) if entry.high < np.inf else np.inf)
-    precision, recall = _run(images, list(categories), truth, found, areas, limits)
+    precision, recall, matched = _run(images, list(categories), truth, found, areas, limits)
     all_recall = recall[:, :, 0]
     precision, recall = precision[..., at], recall[..., at]
 
@@ -185,6 +186,7 @@ def evaluate(
     elif not found:
         notes.append("no detections in the images evaluated; check the score threshold")
     per_class = _by_class(categories, objects, precision, recall, list(areas))
+    best = [best_threshold(*_counted(entries, headline[-1])) for entries in matched]
     return CocoMetrics(
         metrics=_summary(precision, recall, {limit: all_recall[..., i] for i, limit in enumerate(limits)}, areas, bins),
         per_class=per_class,
@@ -192,6 +194,7 @@ def evaluate(
         num_images=len(images),
         num_detections=len(found),
         curves=_curves(precision[..., 0], per_class),
+        best=dict(zip(per_class, best, strict=True)),
         size_bins=bins,
         notes=tuple(notes),
     )
@@ -221,10 +224,11 @@ def _run(
     found: list[dict[str, Any]],
     areas: dict[str, tuple[float, float]],
     limits: list[int],
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return pycocotools' precision [IoU, recall, category, area, limit] and recall [IoU, category, area, limit].
+) -> tuple[np.ndarray, np.ndarray, list[list[dict[str, Any]]]]:
+    """Return pycocotools' precision [IoU, recall, category, area, limit], recall [IoU, category, area, limit], and its
+    matches by category and image, for objects of any area.
 
-    Entries are -1 where there are no objects.
+    Entries of the arrays are -1 where there are no objects.
     """
     # pycocotools prints its progress.
     with contextlib.redirect_stdout(io.StringIO()):
@@ -247,7 +251,19 @@ def _run(
         run.params.imgIds, run.params.catIds = images, categories
         run.evaluate()
         run.accumulate()
-    return run.eval["precision"], run.eval["recall"]
+    # Its list goes by category, area and image; the first area holds all objects.
+    starts = [k * len(areas) * len(images) for k in range(len(categories))]
+    matched = [[e for e in run.evalImgs[i : i + len(images)] if e is not None] for i in starts]
+    return run.eval["precision"], run.eval["recall"], matched
+
+
+def _counted(matched: list[dict[str, Any]], limit: int) -> tuple[np.ndarray, np.ndarray, int]:
+    """Return scores [D] of one category's detections that count, whether each is right at IoU 0.5, and the number of
+    objects; ``limit`` is that on detections per image."""
+    scores = np.concatenate([np.zeros(0), *(e["dtScores"][:limit] for e in matched)])
+    right = np.concatenate([np.zeros(0), *(e["dtMatches"][0][:limit] for e in matched)]) > 0
+    ignored = np.concatenate([np.zeros(0), *(e["dtIgnore"][0][:limit] for e in matched)]) > 0
+    return scores[~ignored], right[~ignored], sum(int((np.asarray(e["gtIgnore"]) == 0).sum()) for e in matched)
 
 
 def _summary(

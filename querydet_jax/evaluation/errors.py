@@ -15,6 +15,7 @@ from pycocotools import mask
 from querydet_jax.data.coco_json import Result, check_content, check_entries
 from querydet_jax.evaluation.coco_input import GroundTruth, annotations_of, detections_of, select_ids
 from querydet_jax.evaluation.metrics import nan_to_none
+from querydet_jax.evaluation.thresholds import BestThreshold, best_threshold
 from querydet_jax.viz.text import percent, text_table
 
 FOREGROUND, BACKGROUND = 0.5, 0.1  # IoU from which a box is right, and under which it is on background
@@ -29,16 +30,6 @@ KINDS = {
 }
 BINS = 10  # of scores, for calibration
 _RECALLS = np.linspace(0.0, 1.0, 101)  # pycocotools', to the last bit
-
-
-@dataclass(frozen=True)
-class BestThreshold:
-    """The score of one class from which detections have the largest F1, with precision and recall there (0..1)."""
-
-    score: float
-    f1: float
-    precision: float
-    recall: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -284,18 +275,8 @@ def _average_precision(scores: np.ndarray, right: np.ndarray, objects: int) -> f
 
 
 def _best_threshold(flat: _Flat, k: int) -> BestThreshold | None:
-    objects = int((flat.owners == k).sum())
-    mine = np.flatnonzero((flat.classes == k) & (flat.kind != "ignored"))
-    if not objects or not len(mine):
-        return None
-    order = mine[np.argsort(-flat.scores[mine], kind="stable")]
-    hits, seen = np.cumsum(flat.kind[order] == "right"), np.arange(1, len(order) + 1)
-    f1 = 2 * hits / (seen + objects)
-    last = np.append(flat.scores[order][1:] < flat.scores[order][:-1], True)  # a threshold keeps all of one score
-    i = int(np.argmax(np.where(last, f1, -1.0)))
-    if not hits[i]:
-        return None
-    return BestThreshold(float(flat.scores[order][i]), float(f1[i]), float(hits[i] / seen[i]), float(hits[i] / objects))
+    mine = (flat.classes == k) & (flat.kind != "ignored")
+    return best_threshold(flat.scores[mine], flat.kind[mine] == "right", int((flat.owners == k).sum()))
 
 
 def _calibration(flat: _Flat) -> list[tuple[float, float, int, float, float]]:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from querydet_jax.evaluation.curves import Curves
+from querydet_jax.evaluation.thresholds import BestThreshold
 from querydet_jax.runtime.errors import DataError, shown
 from querydet_jax.viz.text import percent, shorten, text_table
 
@@ -72,6 +73,8 @@ class CocoMetrics:
       num_images: images evaluated.
       num_detections: detections in these images.
       curves: recall and precision at the largest limit.
+      best: {class: the score from which F1 is largest, at IoU 0.5 and the largest limit}, None for a class without
+        objects or without right detections; the classes as in ``per_class``.
       size_bins: the bins behind the ``_low_high`` names.
       notes: warnings about the numbers, e.g. that there was no ground truth.
     """
@@ -82,6 +85,7 @@ class CocoMetrics:
     num_images: int
     num_detections: int
     curves: Curves
+    best: dict[str, BestThreshold | None]
     size_bins: tuple[SizeBin, ...] = DEFAULT_BINS
     notes: tuple[str, ...] = ()
 
@@ -90,6 +94,7 @@ class CocoMetrics:
         return {
             "metrics": without_nan(self.metrics),
             "per_class": {name: without_nan(row) for name, row in self.per_class.items()},
+            "best_thresholds": {name: None if best is None else vars(best) for name, best in self.best.items()},
             "objects": dict(self.objects),
             "num_images": self.num_images,
             "num_detections": self.num_detections,
@@ -129,11 +134,13 @@ class CocoMetrics:
         # With many classes, print two columns side by side, without AP50 to fit 100 columns.
         many = len(self.per_class) > 30
         columns = ["AP", "APs", "AR"] if many else ["AP", "AP50", "APs", "AR"]
-        header = ["class", "objects", *columns]
-        rows = [
-            [shorten(name, 14 if many else 24), f"{int(row['objects']):,}", *(percent(row[key]) for key in columns)]
-            for name, row in self.per_class.items()
-        ]
+        header = ["class", "objects", *columns, *([] if many else ["best F1", "at score"])]
+        rows = []
+        for name, row in self.per_class.items():
+            best = self.best[name]
+            at = ["-", "-"] if best is None else [percent(100 * best.f1), f"{best.score:.3f}"]
+            cells = [f"{int(row['objects']):,}", *(percent(row[key]) for key in columns), *([] if many else at)]
+            rows.append([shorten(name, 14 if many else 24), *cells])
         if not many:
             return text_table(header, rows)
         half = (len(rows) + 1) // 2

@@ -71,6 +71,8 @@ def test_train_then_eval(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     for method in report["methods"].values():
         assert method["num_images"] == 3 and method["ms_per_image"] > 0
         assert {"AP", "AP50", "APs", "AP_0_16", "AR100", "AR150"} <= set(method["metrics"])
+        assert set(method["best_thresholds"]) == {"car", "boat", "tank"}
+    assert (report["step"], report["weights"], report["images"]) == (4, "run", "all")
     assert report["speed_up"]["dense"] == 1.0 and report["machine"]["jax"]
     assert report["config"]["train"]["steps"] == 4
     pictures = sorted((run / "run" / "pictures").iterdir())

@@ -77,8 +77,10 @@ def test_ap50_equals_pycocotools(seed):
         for _ in range(rng.integers(0, 130 if i == 1 else 5)):
             box = [*rng.uniform(0, 60, 2), *rng.uniform(5, 30, 2)]
             results.append({"image_id": i, "category_id": 4, "bbox": box, "score": float(rng.random() * 0.5)})
-    report = attribute(content, results)
-    assert report.ap50 == pytest.approx(evaluate(content, results).metrics["AP50"], abs=1e-9)
+    report, metrics = attribute(content, results), evaluate(content, results)
+    assert report.ap50 == pytest.approx(metrics.metrics["AP50"], abs=1e-9)
+    # Two ways to the same thresholds: pycocotools' matches, and those of the attribution.
+    assert report.best == metrics.best and len(report.best) == 2
     assert sum(report.counts[k] for k in KINDS if k != "missed") > 10 and report.counts["missed"] > 0
     assert all(gain >= -1e-9 for gain in report.gains.values())
     objects = sum(not e["iscrowd"] for e in content["annotations"])
@@ -92,6 +94,7 @@ def test_best_thresholds_and_calibration():
     car = report.best["car"]
     assert (car.score, car.f1, car.precision, car.recall) == (0.6, 1.0, 1.0, 1.0)
     assert "boat" not in report.best
+    assert evaluate(truth((4, BOX), (4, FAR), (9, [0, 0, 5, 5])), found(*detections)).best == {"car": car, "boat": None}
     rows = {round(low, 1): (n, right) for low, _, n, _, right in report.calibration if n}
     assert rows == {0.8: (1, 1.0), 0.6: (2, 0.5), 0.3: (1, 0.0)}
     assert report.confusion.tolist() == [[2, 0, 0], [0, 0, 1], [0, 0, 0]]
