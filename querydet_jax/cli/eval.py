@@ -16,6 +16,7 @@ from querydet_jax.cli.main import SUMMARIES
 from querydet_jax.config import Config
 from querydet_jax.data import open_split
 from querydet_jax.data.sources import images_folder
+from querydet_jax.evaluation.judges import Judge, check_judge
 from querydet_jax.evaluation.missed import MissedObjects, count_missed
 from querydet_jax.evaluation.output import write_scores
 from querydet_jax.evaluation.runner import (
@@ -55,6 +56,8 @@ class EvalArguments:
     """Also count which objects the queries reach, at several thresholds (a second, untimed pass)."""
     missed: bool = False
     """Also tell where objects under 32 px are lost, at score 0.3: query, heads or NMS (one host; a further pass)."""
+    judge: Judge = "pycocotools"
+    """Who computes COCO's metrics; hotcoco (pip install -r requirements-hotcoco.txt) gives the same ones sooner."""
     hosts: Hosts = field(default_factory=Hosts)
 
 
@@ -64,6 +67,7 @@ def evaluate(words: Sequence[str], program: str) -> None:
     for name in ("images", "pictures"):
         if getattr(arguments, name) < 0:
             raise ConfigError(f"--{name} {getattr(arguments, name)}: give 0 or more")
+    check_judge(arguments.judge)
     join(arguments.hosts)
     machine.prepare()
     model = open_model(config, source, arguments.weights or None)
@@ -82,6 +86,7 @@ def evaluate(words: Sequence[str], program: str) -> None:
         batch_size=config.inference.batch_size,
         indices=indices,
         query_recall=arguments.query_recall,
+        judge=arguments.judge,
     )
     if not is_first():
         return

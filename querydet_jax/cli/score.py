@@ -13,6 +13,7 @@ from querydet_jax.cli.main import SUMMARIES
 from querydet_jax.evaluation.coco import evaluate
 from querydet_jax.evaluation.curves import Curves
 from querydet_jax.evaluation.errors import ErrorReport, attribute
+from querydet_jax.evaluation.judges import Judge
 from querydet_jax.evaluation.metrics import CocoMetrics
 from querydet_jax.evaluation.output import draw_errors, write_curves
 from querydet_jax.evaluation.standalone import read_coco, score_visdrone
@@ -58,6 +59,7 @@ def _coco(
     annotations: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="ANNOTATIONS_JSON")],
     max_detections: tuple[int, ...] = (1, 10, 100),
     errors: bool = False,
+    judge: Judge = "pycocotools",
     out: _Out = "",
 ) -> None:
     """Score COCO results by COCO's protocol.
@@ -67,10 +69,11 @@ def _coco(
       annotations: The annotation file with images, annotations, categories.
       max_detections: Limits of detections per image and class; AP takes the largest.
       errors: Also attribute what is wrong, by TIDE: kinds of error, best thresholds, calibration, confusion.
+      judge: Who computes the metrics; hotcoco (pip install -r requirements-hotcoco.txt) gives the same ones sooner.
       out: Write report.json and plots to this folder: recall-precision curves, errors.
     """
     truth, found, names = read_coco(results, annotations)
-    metrics = evaluate(truth, found, max_detections=max_detections, names=names)
+    metrics = evaluate(truth, found, max_detections=max_detections, names=names, judge=judge)
     explained = attribute(truth, found, names=names) if errors else None
     _publish(metrics, "coco", metrics.curves, out, results, explained)
 

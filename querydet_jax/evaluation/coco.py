@@ -1,15 +1,13 @@
 """COCO evaluation of boxes: convert detections to COCO results, and results to metrics.
 
-pycocotools does the matching. Its summary is not used, because it looks up the headline AP at 100
-detections per image even if other limits are set. The metrics are computed from its precision and
-recall arrays; with the default limits they equal its summary.
+pycocotools does the matching (``judges``). Its summary is not used, because it looks up the headline
+AP at 100 detections per image even if other limits are set. The metrics are computed from its precision
+and recall arrays; with the default limits they equal its summary.
 """
 
 from __future__ import annotations
 
 import collections
-import contextlib
-import io
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,12 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 
 from querydet_jax.data.coco_json import Result, check_content, check_entries
 from querydet_jax.evaluation.coco_input import GroundTruth, annotations_of, detections_of, select_ids
 from querydet_jax.evaluation.curves import IOUS, Curves, Line, mean_lines
+from querydet_jax.evaluation.judges import Judge, run_judge
 from querydet_jax.evaluation.metrics import DEFAULT_BINS, CocoMetrics, SizeBin, as_bins, as_numbers
 from querydet_jax.evaluation.thresholds import best_threshold
 from querydet_jax.runtime.errors import DataError, QueryDetError, shown
@@ -131,6 +128,7 @@ def evaluate(
     category_ids: Sequence[int] | None = None,
     image_ids: Sequence[int] | None = None,
     names: tuple[str, str] = ("ground truth", "results"),
+    judge: Judge = "pycocotools",
 ) -> CocoMetrics:
     """Compute average precision and recall of boxes over IoU 0.50, 0.55 .. 0.95, averaged over categories.
 
@@ -148,8 +146,10 @@ def evaluate(
       category_ids: evaluate these categories only.
       image_ids: evaluate these images only.
       names: what messages call ground truth and results, such as their files.
+      judge: pycocotools, which published figures come from; or hotcoco, which is faster and gives the same.
 
     Raises:
+      ConfigError: see ``check_judge``.
       DataError: ground truth or results are malformed, or an image or category id is not in the ground truth.
     """
     content = check_content(ground_truth, GroundTruth, names[0])
@@ -170,9 +170,9 @@ def evaluate(
     for entry in bins:
         # pycocotools includes both ends; half-open bins count an object of exactly 16x16 once.
         areas[entry.key] = (entry.low**2, float(np.nextafter(entry.high**2, 0)) if entry.high < np.inf else np.inf)
-    precision, recall, matched = _run(images, list(categories), truth, found, areas, limits)
-    all_recall = recall[:, :, 0]
-    precision, recall = precision[..., at], recall[..., at]
+    judged = run_judge(judge, images, list(categories), truth, found, areas, limits)
+    all_recall = judged.recall[:, :, 0]
+    precision, recall = judged.precision[..., at], judged.recall[..., at]
 
     objects = [item for item in truth if not item["iscrowd"]]
     notes = []
@@ -186,7 +186,7 @@ def evaluate(
     elif not found:
         notes.append("no detections in the images evaluated; check the score threshold")
     per_class = _by_class(categories, objects, precision, recall, list(areas))
-    best = [best_threshold(*_counted(entries, headline[-1])) for entries in matched]
+    best = [best_threshold(*judged.counted(k, headline[-1])) for k in range(len(categories))]
     return CocoMetrics(
         metrics=_summary(precision, recall, {limit: all_recall[..., i] for i, limit in enumerate(limits)}, areas, bins),
         per_class=per_class,
@@ -215,55 +215,6 @@ def _restricted(
 ) -> list[dict[str, Any]]:
     kept = set(images)
     return [item for item in items if item["image_id"] in kept and item["category_id"] in categories]
-
-
-def _run(
-    images: list[int],
-    categories: list[int],
-    truth: list[dict[str, Any]],
-    found: list[dict[str, Any]],
-    areas: dict[str, tuple[float, float]],
-    limits: list[int],
-) -> tuple[np.ndarray, np.ndarray, list[list[dict[str, Any]]]]:
-    """Return pycocotools' precision [IoU, recall, category, area, limit], recall [IoU, category, area, limit], and its
-    matches by category and image, for objects of any area.
-
-    Entries of the arrays are -1 where there are no objects.
-    """
-    # pycocotools prints its progress.
-    with contextlib.redirect_stdout(io.StringIO()):
-        sets = []
-        for annotations in (truth, found):
-            coco = COCO()
-            dataset: Any = {
-                "images": [{"id": i} for i in images],
-                "categories": [{"id": i} for i in categories],
-                "annotations": annotations,
-            }
-            coco.dataset = dataset
-            coco.createIndex()
-            sets.append(coco)
-        run = COCOeval(*sets, iouType="bbox")
-        run.params.maxDets = limits
-        run.params.areaRng = [list(pair) for pair in areas.values()]
-        run.params.areaRngLbl = list(areas)
-        # Ascending, as pycocotools sorts them, so that axis 2 follows the order of `categories`.
-        run.params.imgIds, run.params.catIds = images, categories
-        run.evaluate()
-        run.accumulate()
-    # Its list goes by category, area and image; the first area holds all objects.
-    starts = [k * len(areas) * len(images) for k in range(len(categories))]
-    matched = [[e for e in run.evalImgs[i : i + len(images)] if e is not None] for i in starts]
-    return run.eval["precision"], run.eval["recall"], matched
-
-
-def _counted(matched: list[dict[str, Any]], limit: int) -> tuple[np.ndarray, np.ndarray, int]:
-    """Return scores [D] of one category's detections that count, whether each is right at IoU 0.5, and the number of
-    objects; ``limit`` is that on detections per image."""
-    scores = np.concatenate([np.zeros(0), *(e["dtScores"][:limit] for e in matched)])
-    right = np.concatenate([np.zeros(0), *(e["dtMatches"][0][:limit] for e in matched)]) > 0
-    ignored = np.concatenate([np.zeros(0), *(e["dtIgnore"][0][:limit] for e in matched)]) > 0
-    return scores[~ignored], right[~ignored], sum(int((np.asarray(e["gtIgnore"]) == 0).sum()) for e in matched)
 
 
 def _summary(

@@ -15,6 +15,7 @@ from querydet_jax.config import Config, DataConfig
 from querydet_jax.data import Dataset, eval_batches
 from querydet_jax.data.transforms import rescale_to_original, resize_boxes
 from querydet_jax.evaluation.coco import ImageDetections
+from querydet_jax.evaluation.judges import Judge, check_judge
 from querydet_jax.evaluation.metrics import DEFAULT_BINS, nan_to_none
 from querydet_jax.evaluation.query import QueryRecall
 from querydet_jax.evaluation.scoring import Scores, score
@@ -93,6 +94,7 @@ def evaluate_detectors(
     show_progress: bool = True,
     size_bins: Sequence[tuple[float, float]] = DEFAULT_BINS,
     between: Callable[[], None] = lambda: None,
+    judge: Judge = "pycocotools",
 ) -> dict[str, Evaluation]:
     """Evaluate detectors side by side.
 
@@ -108,10 +110,13 @@ def evaluate_detectors(
       query_recall: also measure query recall at ``THRESHOLDS`` and at the detector's own threshold, in a
         second, untimed pass.
       between: called after every batch, equally often on all hosts; may raise to stop the evaluation.
+      judge: see ``evaluate``.
 
     Raises:
+      ConfigError: see ``check_judge``.
       DataError: an image cannot be read.
     """
+    check_judge(judge)
     batches = eval_batches(
         dataset,
         data,
@@ -154,7 +159,7 @@ def evaluate_detectors(
             found[name] += found_there[name]
     for name, run in runs.items():
         most = detectors[name].config.max_detections
-        run.scores = score(dataset, found[name], indices=indices, size_bins=size_bins, max_detections=most)
+        run.scores = score(dataset, found[name], indices=indices, size_bins=size_bins, max_detections=most, judge=judge)
     return runs
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from querydet_jax.data.dataset import Dataset
 from querydet_jax.evaluation.coco import ImageDetections, evaluate, to_coco_results
 from querydet_jax.evaluation.curves import Curves
+from querydet_jax.evaluation.judges import Judge
 from querydet_jax.evaluation.metrics import DEFAULT_BINS, CocoMetrics
 from querydet_jax.evaluation.visdrone import VisDroneImage, evaluate_visdrone
 from querydet_jax.evaluation.visdrone_files import as_written
@@ -74,6 +75,7 @@ def score(
     indices: Sequence[int] | None = None,
     size_bins: Sequence[tuple[float, float]] = DEFAULT_BINS,
     max_detections: int = 100,
+    judge: Judge = "pycocotools",
 ) -> Scores:
     """Score detections against a data set's ground truth.
 
@@ -84,6 +86,7 @@ def score(
       size_bins: see ``evaluate``.
       max_detections: the most that the detector gives per image. Above 100, COCO's AR is also computed at this
         limit; everything else stays at COCO's 100.
+      judge: see ``evaluate``; VisDrone's protocol has its own.
 
     Raises:
       DataError: see ``to_coco_results``, ``evaluate`` and ``evaluate_visdrone``.
@@ -93,7 +96,7 @@ def score(
     chosen = [dataset.image_id(i) for i in positions]
     recall_at = (max_detections,) if max_detections > 100 else ()
     truth = dataset.coco_ground_truth()
-    coco = evaluate(truth, results, image_ids=chosen, size_bins=size_bins, recall_at=recall_at)
+    coco = evaluate(truth, results, image_ids=chosen, size_bins=size_bins, recall_at=recall_at, judge=judge)
     left_out = sum(len(image.scores) for image in detections) - len(results)
     if left_out:
         absent = [name for name, i in zip(dataset.classes, dataset.category_ids, strict=True) if i is None]
