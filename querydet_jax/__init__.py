@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from querydet_jax.config import Config, InferenceConfig, ModelConfig, load_config
     from querydet_jax.inference.detector import Detections, Detector
+    from querydet_jax.inference.prediction import Prediction
+    from querydet_jax.inference.predictor import Predictor, load
     from querydet_jax.models import Losses, Outputs, build_model
     from querydet_jax.weights import LoadReport, export_weights, load_weights
 
@@ -25,8 +27,11 @@ __all__ = [
     "Losses",
     "ModelConfig",
     "Outputs",
+    "Prediction",
+    "Predictor",
     "build_model",
     "export_weights",
+    "load",
     "load_config",
     "load_weights",
 ]
@@ -38,6 +43,10 @@ def __getattr__(name: str) -> Any:
         from querydet_jax import config as module
     elif name in {"Detections", "Detector"}:
         from querydet_jax.inference import detector as module
+    elif name == "Prediction":
+        from querydet_jax.inference import prediction as module
+    elif name in {"Predictor", "load"}:
+        from querydet_jax.inference import predictor as module
     elif name in {"Losses", "Outputs", "build_model"}:
         from querydet_jax import models as module
     elif name in {"LoadReport", "export_weights", "load_weights"}:

@@ -10,6 +10,7 @@ from typing import Annotated, Any, TypeVar
 import tyro
 
 from querydet_jax.config import Config, check, config_path, load_config
+from querydet_jax.config.zoo import zoo_folder
 from querydet_jax.runtime.errors import ConfigError, QueryDetError
 
 Arguments = TypeVar("Arguments")
@@ -21,8 +22,9 @@ def parse(
 ) -> tuple[Arguments, Config, Path]:
     """Return the command's own arguments, the configuration with its overrides, and the file or folder it came from.
 
-    The first word names a card (see `querydet cards`), a configuration file or a run folder. Every field of the
-    configuration is a flag by its dotted name (``--train.steps 100``), whose default is the configuration's value.
+    The first word names a card (see `querydet cards`), a configuration file, a run folder or packaged weights. Every
+    field of the configuration is a flag by its dotted name (``--train.steps 100``), whose default is the
+    configuration's value.
 
     Args:
       kind: dataclass of the command's own arguments; all fields have defaults.
@@ -49,7 +51,8 @@ def parse(
         description=description,
     )
     check(parsed.config)
-    given = Path(name) if name is not None and Path(name).is_dir() else path
+    packaged = None if name is None else zoo_folder(name)
+    given = packaged or (Path(name) if name is not None and Path(name).is_dir() else path)
     return parsed.command, parsed.config, given
 
 

@@ -3,60 +3,50 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
+
+from tqdm import tqdm
 
 from querydet_jax.cli.arguments import parse, parse_alone, source_of
-from querydet_jax.config import DataConfig, override
-from querydet_jax.data.plan import both_orientations
-from querydet_jax.data.readers.images import Reading
-from querydet_jax.data.readers.pictures import Pictures
-from querydet_jax.inference.detections_file import DetectionsFile, entry
-from querydet_jax.inference.detector import Detector
-from querydet_jax.inference.export.artifact import Artifact, ArtifactError
-from querydet_jax.inference.results import run_on_images
+from querydet_jax.inference.detections_file import DetectionsFile, coco_ids, entry
+from querydet_jax.inference.predictor import Predictor, of_artifact, of_model
 from querydet_jax.inference.runs import open_model
 from querydet_jax.runtime import machine
-from querydet_jax.runtime.errors import ConfigError, DataError, QueryDetError
-from querydet_jax.runtime.files import beside, identity
+from querydet_jax.runtime.errors import ConfigError, DataError
+from querydet_jax.runtime.files import beside, identity, write_json
 from querydet_jax.runtime.names import one_line, result_stems
+from querydet_jax.runtime.progress import progress
 from querydet_jax.viz.draw import save_image
-from querydet_jax.viz.stages import cascade_pictures
+from querydet_jax.weights.packaged import packaged_path
 
 _log = logging.getLogger("querydet_jax")
 
 _DESCRIPTION = (
     "Detect objects in pictures and draw what was found and, for a run or a card, what was computed. "
-    "An artifact is a file that `querydet export` wrote; its settings are fixed."
+    "Packaged weights go by their name (hituav). An artifact is a file that `querydet export` wrote; its settings are "
+    "fixed."
 )
 
 
 @dataclass(frozen=True)
 class PredictArguments:
     images: tuple[str, ...] = ()
-    """Pictures, or folders of pictures."""
+    """Pictures, folders of pictures, or patterns in quotes ('cam*/*.jpg')."""
     out: str = "predictions"
     """Folder for detections.json and the pictures drawn; inputs in it stay as they are."""
     weights: str = ""
     """Weight file or run folder, if the source is a card."""
-    min_score: float = 0.3
-    """Draw and list detections with at least this score."""
+    min_score: str = ""
+    """Draw and list detections from this score on: a number; best, each class's score with the largest F1 in the last
+    evaluation; or best,CLASS=0.4,CLASS=0.2 (default: best for packaged weights and artifacts with scores, else 0.3)."""
     draw: Literal["none", "boxes", "queries"] = "boxes"
     """Pictures to draw: none; the boxes; queries: also, by level, where the cascade looked (a second pass)."""
-
-
-class _Subject(NamedTuple):
-    """A detector and what is known about it."""
-
-    detector: Detector | Artifact
-    name: str
-    classes: tuple[str, ...]
-    resizing: DataConfig
-    query: str
-    threshold: float
-    batch_size: int
+    save_json: str = ""
+    """Also write a list of COCO results (image_id, category_id, bbox, score) with the file names to this file."""
 
 
 def predict(words: Sequence[str], program: str) -> None:
@@ -75,91 +65,67 @@ def predict(words: Sequence[str], program: str) -> None:
         machine.prepare()
         if arguments.weights:
             raise ConfigError(f"--weights {arguments.weights}: an artifact holds its own; export again with these")
-        try:
-            _predict(_of_artifact(Artifact(source)), arguments)
-        except ArtifactError as error:
-            raise QueryDetError(str(error)) from error
+        predictor = of_artifact(source)
     else:
         arguments, config, path = parse(
             PredictArguments, _DESCRIPTION, words, program, source="CARD_OR_RUN_OR_ARTIFACT"
         )
         machine.prepare()
         model = open_model(config, path, arguments.weights or None)
-        data = override(config.data, {"test_canvases": both_orientations(config.data.test_canvases)})
-        classes = config.classes or tuple(f"class {k}" for k in range(config.model.num_classes))
-        inference = config.inference
-        detector = Detector(model, inference, max_shapes=len(data.test_canvases))
-        subject = _Subject(detector, config.name, classes, data, inference.query, inference.threshold, 1)
-        _predict(subject, arguments)
+        weights = packaged_path(arguments.weights) or Path(arguments.weights or path)
+        predictor = of_model(model, config, weights if weights.is_dir() else None)
+    _predict(predictor, arguments)
 
 
-def _of_artifact(artifact: Artifact) -> _Subject:
-    manifest = artifact.manifest
-    resize, inference = manifest["preprocessing"], manifest["inference"]
-    data = DataConfig(
-        test_short=resize["test_short"],
-        test_max=resize["test_max"],
-        test_canvases=artifact.canvases,
-        exif=resize.get("exif", "auto"),  # artifacts of 0.1.0 lack it and the next one
-        bit_depth=resize.get("bit_depth", ""),
-    )
-    batch_size = min(artifact.batch_sizes or (1,))
-    name, query, threshold = manifest["name"], inference["query"], inference["threshold"]
-    return _Subject(artifact, name, artifact.classes, data, query, threshold, batch_size)
-
-
-def _predict(subject: _Subject, arguments: PredictArguments) -> None:
+def _predict(predictor: Predictor, arguments: PredictArguments) -> None:
     if not arguments.images:
         raise DataError("--images: name at least one picture or folder")
     if "" in arguments.images:
         raise DataError("--images: one of the names is empty; give a picture or folder, . for this folder")
-    if not 0 <= arguments.min_score <= 1:
-        raise ConfigError(f"--min-score {arguments.min_score:g}: give a score from 0 to 1")
-    if arguments.draw == "queries" and (isinstance(subject.detector, Artifact) or subject.query == "dense"):
-        raise ConfigError(
-            f"--draw queries: {subject.name} shows none, because "
-            + ("inference.query is dense" if subject.query == "dense" else "an artifact returns no maps; name the run")
-        )
-    pictures = Pictures(arguments.images, subject.classes, Reading.of(subject.resizing))
+    scores = predictor.min_scores(arguments.min_score, "--min-score")
+    if arguments.draw == "queries" and predictor.no_maps:
+        raise ConfigError(f"--draw queries: {predictor.name} shows none, because {predictor.no_maps}")
+    pictures = predictor.open_files(arguments.images)
     files = [pictures.file_name(i) for i in range(len(pictures))]
     stems, inputs = result_stems(files), {identity(path) for path in pictures.paths} - {None}
-    out = Path(arguments.out)
+    out, results = Path(arguments.out), Path(arguments.save_json)
     if identity(out / "detections.json") in inputs:
         raise ConfigError(f"--out {out}: its detections.json is one of the pictures; choose another folder")
+    if arguments.save_json and (identity(results) in inputs or results == out / "detections.json"):
+        raise ConfigError(f"--save-json {results}: is one of the pictures, or the list itself; choose another file")
     if arguments.draw != "none" and any(path.resolve().parent == out.resolve() for path in pictures.paths):
         _log.warning("--out %s holds the pictures, too: a later prediction over this folder reads what is drawn", out)
-    facts = {"model": subject.name, "query": subject.query}
+    facts = {"model": predictor.name, "query": predictor.query}
+    ids, coco = coco_ids(files), []
     with DetectionsFile(out / "detections.json", facts) as listed:
 
         def broken(message: str) -> None:
             _log.warning("left out %s", message)
             listed.broken.append(message)
 
-        for message in pictures.broken:
-            broken(message)
-        for result in run_on_images(
-            subject.detector,
-            pictures,
-            subject.resizing,
-            batch_size=subject.batch_size,
-            maps=arguments.draw == "queries",
-            on_broken=broken,
-        ):
+        found = predictor.run(pictures, scores, maps=arguments.draw == "queries", on_broken=broken)
+        # A line per picture is progress enough for a file or pipe.
+        for result in progress(found, "predicting", "picture", total=len(files), show=sys.stderr.isatty()):
             file, stem = files[result.index], stems[result.index]
-            found = entry(file, result, subject.classes, arguments.min_score)
-            listed.add(found)
-            shown = f"{file}: {len(found['detections'])} objects"
+            listed.add(entry(file, result))
+            coco += [{**row, "file_name": file} for row in result.to_coco(ids[result.index])]
+            shown = f"{file}: {len(result)} objects"
             if arguments.draw != "none":
                 try:
-                    drawn = cascade_pictures(result, subject.classes, subject.threshold, min_score=arguments.min_score)
+                    drawn = result.pictures()
                 except DataError as error:  # the picture was removed since
                     broken(str(error))
                     continue
                 for title, picture in drawn.items():
                     save_image(beside(out / f"{stem}_{title}.jpg", inputs), picture)
                 shown += f"; {', '.join(sorted(drawn))} -> {out}/{stem}_*.jpg"
-            print(one_line(shown), flush=True)
-    print(f"wrote {out}/detections.json", flush=True)
+            tqdm.write(one_line(shown), file=sys.stdout)  # above the bar
+            sys.stdout.flush()
+    written = [f"{out}/detections.json"]
+    if arguments.save_json:
+        write_json(results, coco)
+        written.append(arguments.save_json)
+    print(f"wrote {', '.join(written)}", flush=True)
     if listed.broken:
         raise DataError(
             f"{len(listed.broken)} of {len(files) + len(pictures.broken)} pictures could not be used, the first: "

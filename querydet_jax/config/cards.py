@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from pathlib import Path
 
+from querydet_jax.config.zoo import zoo_names
 from querydet_jax.runtime.errors import ConfigError
 
 _PACKAGE = Path(__file__).parents[1]
@@ -36,7 +37,7 @@ def find_card(name: str) -> Path:
     path = cards_folder() / f"{name}.py"
     if path.is_file():
         return path
-    near = difflib.get_close_matches(name, card_names(), n=1)
+    near = difflib.get_close_matches(name, [*card_names(), *zoo_names()], n=1)
     hint = f"did you mean {near[0]}? " if near else ""
     raise ConfigError(
         f"{name}: neither a card, a configuration file nor a run folder; {hint}`querydet cards` lists the cards"

@@ -20,6 +20,7 @@ from querydet_jax.config.cards import find_card
 from querydet_jax.config.fields import from_dict, replace_field
 from querydet_jax.config.rules import check
 from querydet_jax.config.schema import Config
+from querydet_jax.config.zoo import CONFIG, zoo_folder
 from querydet_jax.runtime.errors import ConfigError
 from querydet_jax.runtime.files import write_json
 from querydet_jax.runtime.reading import read_json
@@ -31,7 +32,7 @@ def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Co
     """Read a card by name, an experiment file (``.py`` with a ``config``) or a run's saved configuration.
 
     Args:
-      path: the card's name, such as ``coco_querydet_r50``, the file, or the run folder.
+      path: the card's name, such as ``coco_querydet_r50``, the file, the run folder, or the name of packaged weights.
       overrides: dotted field names to values, e.g. ``{"model.num_classes": 10}``.
 
     Raises:
@@ -100,11 +101,15 @@ def save_config(config: Config, path: str | Path) -> None:
 
 
 def config_path(source: str | Path) -> Path:
-    """Return the configuration file of ``source``: a run folder, a configuration file or a card's name.
+    """Return the configuration file of ``source``: a run folder, a configuration file, a card's name or that of
+    packaged weights.
 
     Raises:
       ConfigError: it is none of these.
     """
+    packaged = zoo_folder(source)
+    if packaged is not None:
+        return packaged / CONFIG
     name, source = str(source), Path(source)
     try:
         is_folder, exists = source.is_dir(), source.exists()

@@ -86,6 +86,7 @@ def eval_batches(
     shard: int = 0,
     num_shards: int = 1,
     on_broken: Callable[[str], None] | None = None,
+    in_order: bool = False,
 ) -> EvalBatches:
     """Iterate once over all images, resized but not augmented, grouped by canvas.
 
@@ -99,6 +100,8 @@ def eval_batches(
         same order.
       on_broken: called with a message for each image of this shard that fits no canvas or cannot be read, which is
         then left out; None raises.
+      in_order: batches follow the order of their first images instead of the canvases: with one image per batch, the
+        order of ``indices``.
 
     Returns:
       An iterator of dictionaries, with a ``len``: ``images`` uint8 [B, H, W, 3]; ``sizes`` int32
@@ -109,7 +112,7 @@ def eval_batches(
       ConfigError: a field is invalid.
       DataError: without ``on_broken``: at once, if an image fits no canvas; while iterating, if one cannot be read.
     """
-    return EvalBatches(dataset, data, batch_size, indices, shard, num_shards, on_broken)
+    return EvalBatches(dataset, data, batch_size, indices, shard, num_shards, on_broken, in_order)
 
 
 class TrainBatches:
@@ -202,6 +205,7 @@ class EvalBatches:
         shard: int,
         num_shards: int,
         on_broken: Callable[[str], None] | None,
+        in_order: bool,
     ):
         _check(data, batch_size, shard, num_shards)
         chosen = list(range(len(dataset))) if indices is None else [int(i) for i in indices]
@@ -209,6 +213,9 @@ class EvalBatches:
         if on_broken is not None:
             chosen = _fitting(dataset, data, chosen, on_broken)
         batches = eval_plan(dataset, data, batch_size * num_shards, chosen)
+        if in_order:
+            place = {index: at for at, index in enumerate(chosen)}
+            batches.sort(key=lambda batch: place[batch[0][0].index])
         rows = slice(shard * batch_size, (shard + 1) * batch_size)
         items = [item for batch in batches for item in batch[rows]]
         self._length = len(batches)

@@ -7,11 +7,11 @@ import errno
 import json
 import os
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from types import TracebackType
 from typing import Any
 
-from querydet_jax.inference.results import ImageResult
+from querydet_jax.inference.prediction import Prediction
 from querydet_jax.runtime.files import writing
 
 
@@ -70,15 +70,21 @@ class DetectionsFile:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def entry(file: str, result: ImageResult, names: Sequence[str], min_score: float) -> dict[str, Any]:
-    """Return a picture's entry: file, height, width, and the detections that score at least ``min_score``."""
-    kept = result.scores >= min_score
+def entry(file: str, found: Prediction) -> dict[str, Any]:
+    """Return a picture's entry: file, height, width, and its detections."""
     return {
         "file": file,
-        "height": result.size[0],
-        "width": result.size[1],
+        "height": found.size[0],
+        "width": found.size[1],
         "detections": [
-            {"class": names[k], "class_id": int(k), "score": float(s), "box_xyxy": [round(float(v), 2) for v in b]}
-            for b, s, k in zip(result.boxes[kept], result.scores[kept], result.classes[kept], strict=True)
+            {"class": name, "class_id": int(k), "score": float(s), "box_xyxy": [round(float(v), 2) for v in b]}
+            for b, s, k, name in zip(found.boxes, found.scores, found.classes, found.names, strict=True)
         ],
     }
+
+
+def coco_ids(files: Sequence[str]) -> list[int]:
+    """Return an image id per file: its name where all are different numbers, as in COCO, otherwise 1, 2, ..."""
+    stems = [PurePath(file).stem for file in files]
+    numbers = [int(stem) for stem in stems if stem.isascii() and stem.isdecimal() and len(stem) < 16]
+    return numbers if len(set(numbers)) == len(files) else list(range(1, len(files) + 1))

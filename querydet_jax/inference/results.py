@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import cache, partial
 
 import jax
@@ -14,35 +13,7 @@ from querydet_jax.data import Dataset, eval_batches
 from querydet_jax.data.transforms import rescale_to_original
 from querydet_jax.inference.detector import Detector, QueryTrace
 from querydet_jax.inference.export.artifact import Artifact
-
-
-@dataclass(frozen=True)
-class ImageResult:
-    """A detector's result on one image.
-
-    Attributes:
-      index: position in the data set.
-      size: (height, width) of the image in px.
-      boxes, scores, classes: detections in px of the image.
-      scale: pixels of ``image`` per pixel of the network input. The vertical and horizontal scales differ by rounding;
-        this is the larger, with which the maps cover the image.
-      trace: maps ``[h, w]`` of this image alone; None for dense inference, for an artifact and where not asked for.
-      load: reads the image.
-    """
-
-    index: int
-    size: tuple[int, int]
-    boxes: np.ndarray
-    scores: np.ndarray
-    classes: np.ndarray
-    scale: float
-    trace: QueryTrace | None
-    load: Callable[[], np.ndarray]
-
-    @property
-    def image(self) -> np.ndarray:
-        """The image, uint8 RGB ``[H, W, 3]``, read when first asked for."""
-        return self.load()
+from querydet_jax.inference.prediction import Prediction
 
 
 def run_on_images(
@@ -54,8 +25,10 @@ def run_on_images(
     batch_size: int = 1,
     maps: bool = True,
     on_broken: Callable[[str], None] | None = None,
-) -> Iterator[ImageResult]:
+) -> Iterator[Prediction]:
     """Run a detector over the images of a data set and yield a result per image.
+
+    With one image per batch, results follow the order of the images; larger batches hold images of one canvas.
 
     Args:
       indices: positions of the images; None: all.
@@ -66,7 +39,7 @@ def run_on_images(
       DataError: an image is broken, without ``on_broken``.
     """
     position = {dataset.image_id(i): i for i in range(len(dataset))}
-    batches = eval_batches(dataset, data, batch_size=batch_size, indices=indices, on_broken=on_broken)
+    batches = eval_batches(dataset, data, batch_size=batch_size, indices=indices, on_broken=on_broken, in_order=True)
     try:
         for batch in batches:
             result, full = jax.device_get(detector(batch["images"], batch["sizes"])), None
@@ -78,8 +51,17 @@ def run_on_images(
                 boxes, scores, classes = rescale_to_original(
                     result.boxes[row], result.scores[row], result.classes[row], result.valid[row], net, original
                 )
-                trace = full and QueryTrace(*({level: x[row] for level, x in levels.items()} for levels in full))
-                scale = max(original[0] / net[0], original[1] / net[1])
-                yield ImageResult(i, original, boxes, scores, classes, scale, trace, cache(partial(dataset.load, i)))
+                yield Prediction(
+                    index=i,
+                    size=original,
+                    boxes=boxes,
+                    scores=scores,
+                    classes=classes,
+                    class_names=dataset.classes,
+                    queries=full and QueryTrace(*({level: x[row] for level, x in levels.items()} for levels in full)),
+                    scale=max(original[0] / net[0], original[1] / net[1]),
+                    threshold=detector.config.threshold if isinstance(detector, Detector) else 0.0,
+                    load=cache(partial(dataset.load, i)),
+                )
     finally:
         batches.close()

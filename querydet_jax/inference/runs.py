@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from querydet_jax.config import Config
+from querydet_jax.config.zoo import zoo_folder
 from querydet_jax.models import DenseDetector, build_model
 from querydet_jax.runtime.errors import ConfigError
 from querydet_jax.weights import load_weights
@@ -12,6 +13,8 @@ from querydet_jax.weights import load_weights
 
 def open_model(config: Config, source: str | Path, weights: str | Path | None = None) -> DenseDetector:
     """Build the model of ``config`` with the weights of the run folder ``source``, or with ``weights``.
+
+    Either may also be a folder of packaged weights, ``weights`` the name of some.
 
     Raises:
       ConfigError: neither, or weights that lack a part of the model.
@@ -21,6 +24,8 @@ def open_model(config: Config, source: str | Path, weights: str | Path | None = 
         if not Path(source).is_dir():
             raise ConfigError(f"{source}: a configuration holds no weights; add --weights, or give a run folder")
         weights = source
+    else:
+        weights = zoo_folder(weights) or weights
     model = build_model(config.model)
     # Another run may number the classes otherwise.
     named = config.classes if weights != source and Path(weights).is_dir() else ()

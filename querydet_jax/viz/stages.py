@@ -26,7 +26,7 @@ class Trace(Protocol):
 
 
 class Result(Protocol):
-    """What is drawn: `querydet_jax.inference.results.ImageResult`."""
+    """What is drawn: `querydet_jax.inference.prediction.Prediction`."""
 
     @property
     def image(self) -> np.ndarray: ...
@@ -39,7 +39,7 @@ class Result(Protocol):
     @property
     def scale(self) -> float: ...
     @property
-    def trace(self) -> Trace | None: ...
+    def queries(self) -> Trace | None: ...
 
 
 def cascade_pictures(
@@ -50,7 +50,7 @@ def cascade_pictures(
     min_score: ArrayLike = 0.3,
     truth: np.ndarray | None = None,
 ) -> dict[str, np.ndarray]:
-    """Draw a result, title to picture: ``detections`` and, if it has a trace, ``query_P4``.., ``sites_P3``.. by level
+    """Draw a result, title to picture: ``detections`` and, if it has maps, ``query_P4``.., ``sites_P3``.. by level
     (the latter shrunk to 2,400 px).
 
     Args:
@@ -63,12 +63,12 @@ def cascade_pictures(
             result.image, result.boxes, result.classes, result.scores, names, min_score=min_score, truth=truth
         )
     }
-    if result.trace is None:
+    if result.queries is None:
         return out
     image, scale = _shrunk(result.image), result.scale
     scale *= max(image.shape) / max(result.image.shape)
     # In the order of the cascade: where a level fires, then what the next finer level computes.
-    for level, probability in sorted(result.trace.probability.items(), reverse=True):
+    for level, probability in sorted(result.queries.probability.items(), reverse=True):
         out[f"query_P{level}"] = draw_heatmap(
             image,
             probability,
@@ -78,8 +78,8 @@ def cascade_pictures(
         )
         out[f"sites_P{level - 1}"] = draw_sites(
             image,
-            result.trace.active[level - 1],
-            result.trace.keys[level - 1],
+            result.queries.active[level - 1],
+            result.queries.keys[level - 1],
             2 ** (level - 1) * scale,
             title=f"computed on P{level - 1}",
         )

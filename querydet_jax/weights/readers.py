@@ -16,6 +16,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from querydet_jax.runtime.errors import WeightsError
+from querydet_jax.weights.packaged import is_packaged, verified
 from querydet_jax.weights.pickles import Inert, NumpyArray, Storage, TorchTensor, itemsize, load_pickle
 
 PICKLE_SUFFIXES = (".pth", ".pt", ".pkl", ".bin", ".ckpt")
@@ -37,7 +38,8 @@ def read_tensors(path: str | Path) -> dict[str, np.ndarray]:
 
     Args:
       path: ``.pth``, ``.pt``, ``.bin``, ``.ckpt`` (torch.save, zip or legacy), ``.pkl`` (detectron2's or
-        Caffe2's dictionaries of arrays), ``.npz``, ``.safetensors``, or a run folder (``read_checkpoint``).
+        Caffe2's dictionaries of arrays), ``.npz``, ``.safetensors``, a run folder (``read_checkpoint``), or a folder of
+        packaged weights, which is checked against its card.
         Checkpoints that keep the weights under ``model``, ``state_dict``, ``model_state_dict`` or ``blobs`` are
         unwrapped; optimiser state and counters are left out.
 
@@ -49,7 +51,9 @@ def read_tensors(path: str | Path) -> dict[str, np.ndarray]:
         for anything but tensors.
     """
     path = Path(path)
-    if path.is_dir():
+    if path.is_dir() and is_packaged(path):
+        path = verified(path)
+    elif path.is_dir():
         from querydet_jax.runtime.checkpoint_store import read_checkpoint  # imports orbax, which takes a second
 
         return read_checkpoint(path, "model")

@@ -24,7 +24,7 @@ from querydet_jax.weights.names import (
     torch_name,
     torch_shape,
 )
-from querydet_jax.weights.packaged import packaged_file
+from querydet_jax.weights.packaged import packaged_path
 from querydet_jax.weights.readers import read_tensors
 from querydet_jax.weights.writers import write_tensors
 
@@ -72,8 +72,8 @@ def load_weights(
 
     Args:
       model: what ``build_model`` returned.
-      source: a weight file or run folder (see ``read_tensors``), arrays by name, or ``efficientnet_lite0``: the
-        ImageNet weights of that network's package (an extra).
+      source: a weight file or run folder (see ``read_tensors``), arrays by name, the name of packaged weights
+        (``hituav``), or ``efficientnet_lite0``: the ImageNet weights of that network's package (an extra).
         Names of QueryDet and of detectron2's RetinaNet, FCOS and Faster R-CNN are understood, as are torchvision's,
         timm's and Caffe2's (MSRA) of a ResNet, torchvision's and timm's of MobileNetV2 and torchvision's of
         ShuffleNetV2, with or without ``module.`` or ``model.`` in front. Arrays are in torch layout (convolutions
@@ -92,8 +92,8 @@ def load_weights(
     if isinstance(source, Mapping):
         where, tensors = "weights", {str(name): value for name, value in source.items()}
     else:
-        path = Path(source)
-        where, tensors = str(source), read_tensors(path if path.exists() else packaged_file(str(path)) or path)
+        where, source = str(source), packaged_path(source) or Path(source)
+        tensors = read_tensors(source)
     variables = _variables(model)
     named, unexpected = _match(tensors, variables, where)
     _check_style(model, tensors, unexpected, where)
@@ -101,7 +101,7 @@ def load_weights(
     arrays = {official: _float32(tensors[name], name, where) for official, name in named.items()}
     fresh, said = (), ""
     if classes is not None:
-        source_names = None if isinstance(source, Mapping) else class_names(Path(source))
+        source_names = None if isinstance(source, Mapping) else class_names(source)
         fresh, said = _fit_classes(model, arrays, variables, classes, source_names, where)
     _check_shapes(arrays, variables, named, where)
     _check_pixels(model, arrays, where)

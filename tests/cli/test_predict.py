@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,11 +12,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from querydet_jax.cli.predict import PredictArguments, _predict, _Subject
+from querydet_jax.cli.predict import PredictArguments, _predict
 from querydet_jax.cli.process import run
 from querydet_jax.config import DataConfig
 from querydet_jax.data.sources import images_folder
-from querydet_jax.inference.detections_file import DetectionsFile
+from querydet_jax.inference.detections_file import DetectionsFile, coco_ids
+from querydet_jax.inference.predictor import Predictor
 from querydet_jax.runtime.errors import ConfigError, DataError, QueryDetError
 from querydet_jax.runtime.files import beside, identity
 
@@ -34,6 +36,10 @@ def one_box(images: np.ndarray, sizes: np.ndarray) -> Found:
     return Found(boxes, np.full(shape, 0.9, np.float32), np.zeros(shape, np.int32), np.ones(shape, bool))
 
 
+def toy(detector: Callable[..., Found], data: DataConfig, batch_size: int = 1) -> Predictor:
+    return Predictor(detector, name="toy", classes=("car",), data=data, query="csq", batch_size=batch_size)
+
+
 def predict(
     *images: str | Path,
     out: Path,
@@ -42,8 +48,7 @@ def predict(
     **arguments: Any,
 ) -> dict[str, Any]:
     resizing = DataConfig(test_short=32, test_max=64, test_canvases=canvases, threads=0)
-    subject = _Subject(one_box, "toy", ("car",), resizing, "csq", 0.1, batch_size)
-    _predict(subject, PredictArguments(tuple(map(str, images)), str(out), **arguments))
+    _predict(toy(one_box, resizing, batch_size), PredictArguments(tuple(map(str, images)), str(out), **arguments))
     return json.loads((out / "detections.json").read_text())
 
 
@@ -138,9 +143,8 @@ def test_inputs_that_cannot_be_used_are_never_overwritten(tmp_path, damage, capl
             kept if damage == "linked" else kept.read_bytes()
         )
     before = other.read_bytes()
-    subject = _Subject(one_box, "toy", ("car",), DataConfig(threads=0, max_pixels=1000), "csq", 0.1, 1)
     with pytest.raises(DataError, match="1 of 2 pictures could not be used"):
-        _predict(subject, PredictArguments((str(folder),), str(folder)))
+        _predict(toy(one_box, DataConfig(threads=0, max_pixels=1000)), PredictArguments((str(folder),), str(folder)))
     assert other.read_bytes() == before and (damage != "linked" or other.is_symlink())
     assert files(folder) == {"a.png", "a_detections.jpg", "a_detections_.jpg", "detections.json"}
 
@@ -177,7 +181,7 @@ def test_a_picture_named_again_is_left_out(tmp_path, caplog, again):
     ("images", "score", "message"),
     [
         ("", 0.3, "--images: one of the names is empty"),
-        ("in/*.png", 0.3, r"in/\*.png: no such picture or folder; leave its pattern to the shell"),
+        ("in/*.jpg", 0.3, r"in/\*.jpg: the pattern matches no picture and no folder"),
         ("in", float("nan"), "--min-score nan: give a score from 0 to 1"),
         ("in", 30.0, "--min-score 30: give a score from 0 to 1"),
     ],
@@ -188,6 +192,46 @@ def test_arguments_that_mean_nothing_are_refused(tmp_path, monkeypatch, images, 
     with pytest.raises(QueryDetError, match=message):
         predict(images, out=tmp_path / "out", min_score=score)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_pattern_in_quotes_is_expanded_and_a_name_with_its_signs_is_a_name(tmp_path):
+    for name in ("b.png", "a.png", "c.jpg", "[1].png"):
+        picture(tmp_path / "in" / name)
+    content = predict(tmp_path / "in" / "[ab].png", tmp_path / "in" / "[1].png", out=tmp_path / "out", draw="none")
+    assert [Path(entry["file"]).name for entry in content["images"]] == ["a.png", "b.png", "[1].png"]
+
+
+def test_results_follow_the_order_of_the_pictures(tmp_path):
+    """Whatever their canvases."""
+    shapes = {"a": (20, 30), "b": (30, 20), "c": (20, 30), "d": (30, 20)}
+    for name, shape in shapes.items():
+        picture(tmp_path / "in" / f"{name}.png", *shape)
+    content = predict(tmp_path / "in", out=tmp_path / "out", draw="none")
+    assert [Path(entry["file"]).stem for entry in content["images"]] == list(shapes)
+
+
+def test_coco_results_are_written_beside_the_list(tmp_path):
+    for number in (139, 7):
+        picture(tmp_path / "in" / f"{number:012}.jpg")
+    predict(tmp_path / "in", out=tmp_path / "out", draw="none", save_json=str(tmp_path / "coco.json"))
+    rows = json.loads((tmp_path / "coco.json").read_text())
+    assert [(row["image_id"], Path(row["file_name"]).name) for row in rows] == [
+        (7, "000000000007.jpg"),
+        (139, "000000000139.jpg"),
+    ]
+    assert rows[0]["category_id"] == 1 and rows[0]["score"] == pytest.approx(0.9)
+    assert rows[0]["bbox"] == pytest.approx([0, 0, 30, 20], abs=0.5)
+    assert coco_ids(["x/7.jpg", "y/007.jpg"]) == [1, 2] and coco_ids(["7.jpg", "b.jpg"]) == [1, 2]
+    for name in (tmp_path / "in" / "000000000007.jpg", tmp_path / "out" / "detections.json"):
+        with pytest.raises(ConfigError, match="--save-json .*choose another file"):
+            predict(tmp_path / "in", out=tmp_path / "out", save_json=str(name))
+
+
+@pytest.mark.parametrize(("score", "kept"), [("0.9", 1), ("0.95", 0), ("car=0.95", 0), ("0.95,car=0.2", 1)])
+def test_scores_from_which_detections_count(tmp_path, score, kept):
+    picture(tmp_path / "in" / "x.png")
+    content = predict(tmp_path / "in", out=tmp_path / "out", min_score=score)
+    assert len(content["images"][0]["detections"]) == kept
 
 
 @pytest.mark.parametrize(
@@ -283,10 +327,9 @@ def test_a_folder_that_cannot_be_written_is_found_before_the_work(tmp_path, kind
     def never(images: np.ndarray, sizes: np.ndarray) -> Found:
         raise AssertionError("ran")
 
-    subject = _Subject(never, "toy", ("car",), DataConfig(threads=0), "csq", 0.1, 1)
     out = out / "deeper" if kind == "below a file" else out
     with pytest.raises(QueryDetError, match="cannot be written"):
-        _predict(subject, PredictArguments((str(tmp_path / "in"),), str(out)))
+        _predict(toy(never, DataConfig(threads=0)), PredictArguments((str(tmp_path / "in"),), str(out)))
 
 
 def test_the_list_is_complete_json_after_every_picture(tmp_path):

@@ -41,7 +41,7 @@ def test_every_stage_is_drawn_on_pictures_of_any_size(height, width):
     trace = SimpleNamespace(probability={4: cells(4) * 0.5, 3: cells(3) * 0.5}, keys=maps, active=maps)
     result = SimpleNamespace(
         image=picture(height, width), boxes=np.array([[0, 0, width, height]]), classes=np.zeros(1, int),
-        scores=np.ones(1), scale=1.0, trace=trace,
+        scores=np.ones(1), scale=1.0, queries=trace,
     )  # fmt: skip
     drawn = cascade_pictures(result, ["car"], 0.1)
     assert set(drawn) == {"detections", "query_P4", "sites_P3", "query_P3", "sites_P2"}

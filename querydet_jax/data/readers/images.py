@@ -85,11 +85,11 @@ def read_image(
         kind, stored = image.format, _stored_size(image)
         check_tiles(image, stored)
         deep = deep_pixels(image, lambda: _open(file, name, reading), wanted=wanted(reading.bit_depth))
-        pixels = _to_rgb(image) if deep is None else to_8_bits(deep, name, reading.bit_depth)
+        pixels = to_rgb(image) if deep is None else to_8_bits(deep, name, reading.bit_depth)
         if pixels.shape[:2] != stored:
             raise ValueError(f"header says {stored[1]}x{stored[0]}, data are {pixels.shape[1]}x{pixels.shape[0]}")
         header = Header(stored, _orientation(image))  # after decoding, because PNG may store it behind the pixels
-        check_filled(kind, file, pixels, lambda data: _to_rgb(_open(io.BytesIO(data), name, reading)))
+        check_filled(kind, file, pixels, lambda data: to_rgb(_open(io.BytesIO(data), name, reading)))
         if _upright(header, size, name, reading) and header.orientation != 1:
             pixels = np.array(Image.fromarray(pixels).transpose(TURNS[header.orientation]))
         return pixels
@@ -246,7 +246,8 @@ def _upright(header: Header, size: tuple[int, int] | None, name: str, reading: R
     )
 
 
-def _to_rgb(image: Image.Image) -> np.ndarray:
+def to_rgb(image: Image.Image) -> np.ndarray:
+    """Return a picture of at most 8 bits per channel as uint8 [H, W, 3]."""
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
     return np.array(image if image.mode == "RGB" else image.convert("RGB"))

@@ -438,6 +438,7 @@ _FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
 _OPTIONAL: dict[str, tuple[str, Callable[[Any], bool]]] = {
     **{f"made_with.{name}": ("a version", _is_line) for name in ("jaxlib", "flatbuffers")},
     **{f"preprocessing.{name}": ("text", _is_line) for name in ("pixels", "resize", "padding", "bit_depth")},
+    "preprocessing.max_pixels": ("a count, or 0", lambda x: type(x) is int and x >= 0),
     "preprocessing.exif": ("auto, apply or ignore", lambda x: x in ("auto", "apply", "ignore")),
     **{f"inference.{name}": ("text", _is_line) for name in ("overflow", "kernel", "nms")},
     **{

@@ -89,6 +89,7 @@ def write_artifact(
             "test_max": config.data.test_max,
             "exif": config.data.exif,
             "bit_depth": config.data.bit_depth,
+            "max_pixels": config.data.max_pixels,
             "padding": "below and to the right, to the smallest canvas that holds the image; sizes tells what is image",
         },
         "inference": _settings(detector.config),

@@ -1,0 +1,272 @@
+"""From a run, an artifact or packaged weights to results on pictures: ``qd.load(source).predict(pictures)``."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import glob
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image
+
+from querydet_jax.config import Config, DataConfig, card_names, load_config, override
+from querydet_jax.config.zoo import zoo_folder, zoo_names
+from querydet_jax.data.plan import both_orientations
+from querydet_jax.data.readers.images import Reading
+from querydet_jax.data.readers.memory import Frames
+from querydet_jax.data.readers.pictures import Pictures
+from querydet_jax.inference.detector import Detector
+from querydet_jax.inference.export.artifact import Artifact, ArtifactError
+from querydet_jax.inference.min_scores import BEST, min_scores
+from querydet_jax.inference.prediction import Prediction
+from querydet_jax.inference.results import run_on_images
+from querydet_jax.inference.runs import open_model
+from querydet_jax.models import DenseDetector
+from querydet_jax.runtime.errors import ConfigError, DataError, QueryDetError, shown
+from querydet_jax.weights.packaged import ModelCard, is_packaged, read_card
+
+Picture = str | os.PathLike[str] | np.ndarray | Image.Image
+MinScore = str | float | Mapping[str, float]
+
+
+def load(source: str | os.PathLike[str], overrides: Mapping[str, Any] | None = None) -> Predictor:
+    """Open a trained detector.
+
+    Args:
+      source: a run folder, an exported artifact (``.zip``), a folder of packaged weights, or the name of those that
+        come with the package (``hituav``). A name goes before a folder of the same name, which is ``./NAME``.
+      overrides: fields of the configuration by dotted name, such as ``{"inference.query": "dense"}``; an artifact's are
+        fixed.
+
+    Raises:
+      ConfigError: ``source`` is none of these, or an override is wrong.
+      WeightsError: the weights are damaged.
+      QueryDetError: the artifact is damaged or does not run here.
+    """
+    if not isinstance(source, str | os.PathLike):
+        raise ConfigError(f"load: {shown(source)} is no name and no path; give a run folder, an artifact or a name")
+    path = zoo_folder(source) or Path(source)
+    if path.is_file() and path.suffix == ".zip":
+        if overrides:
+            raise ConfigError(f"{path}: {', '.join(overrides)}: fixed in an artifact; export again, or load the run")
+        return of_artifact(path)
+    if not path.is_dir():
+        raise ConfigError(_unknown(str(source), path))
+    config = load_config(path, dict(overrides or {}))
+    return of_model(open_model(config, path), config, path)
+
+
+class Predictor:
+    """Detects objects in pictures of any kind and size.
+
+    One preprocessing serves training's evaluation, runs and artifacts: decoding, EXIF orientation, depth, largest size,
+    resizing and canvases are those of the run. Programs are compiled once per canvas, on first use.
+
+    Args:
+      detector: the compiled function.
+      name: of the model.
+      classes: names of the K classes.
+      data: resize rule, canvases and reading.
+      query: how the fine levels are computed: dense, csq, cq, ccq.
+      batch_size: pictures per call.
+      best: where ``min_score="best"`` is looked up, see ``min_scores``.
+      card: the model card of packaged weights.
+    """
+
+    def __init__(
+        self,
+        detector: Detector | Artifact,
+        *,
+        name: str,
+        classes: tuple[str, ...],
+        data: DataConfig,
+        query: str,
+        batch_size: int = 1,
+        best: Path | Artifact | Mapping[str, float] | None = None,
+        card: ModelCard | None = None,
+    ):
+        self.detector, self.name, self.classes, self.query, self.card = detector, name, classes, query, card
+        self._data, self._batch_size, self._best = data, batch_size, best
+
+    def __repr__(self) -> str:
+        return f"Predictor({self.name!r}, {self.query}, {len(self.classes)} classes)"
+
+    def predict(
+        self,
+        source: Picture | Sequence[Picture],
+        *,
+        min_score: MinScore = "",
+        channels: Literal["rgb", "bgr"] = "rgb",
+        maps: bool = False,
+        on_broken: Callable[[str], None] | None = None,
+    ) -> Iterator[Prediction]:
+        """Detect objects; yield a result per picture, in the order given.
+
+        Args:
+          source: a picture's path, a folder, a pattern (``cam*/**/*.jpg``), a NumPy array (uint8 ``[H, W, 3]``, or
+            ``[N, H, W, 3]`` for N pictures; see ``Frames``), a Pillow picture, or a list of paths or of pictures. A
+            file that is named twice counts once.
+          min_score: the score from which a detection counts: a number, ``best`` (of each class the score with the
+            largest F1 in the last evaluation), ``{"Person": 0.4}`` for some classes. Empty: best for packaged weights
+            and for artifacts that hold scores, otherwise 0.3.
+          channels: order of the channels of arrays; bgr as OpenCV reads them.
+          maps: also return the maps of the cascade (``Prediction.queries``), which takes a second pass.
+          on_broken: called with a message for each picture that cannot be used; None raises.
+
+        Raises:
+          ConfigError: ``min_score`` or ``channels`` is wrong, or ``maps`` of what computes none.
+          DataError: there is no picture; one cannot be used, without ``on_broken``.
+        """
+        if maps and self.no_maps:
+            raise ConfigError(f"maps: {self.name} has none, because {self.no_maps}")
+        scores = self.min_scores(min_score)
+        if channels not in ("rgb", "bgr"):
+            raise ConfigError(f"channels {shown(channels)}: choose rgb or bgr")
+        items = _items(source)
+        named = [item for item in items if isinstance(item, str | os.PathLike)]
+        if len(named) == len(items):
+            if channels == "bgr":
+                raise ConfigError("channels bgr: is for arrays; files say it themselves")
+            pictures = self.open_files(named)
+        elif named:
+            raise DataError("pictures: paths and pictures in memory in one list; give one kind at a time")
+        else:
+            pictures = Frames(items, self.classes, Reading.of(self._data), channels)
+        return self.run(pictures, scores, maps=maps, on_broken=on_broken)
+
+    def open_files(self, names: Sequence[str | os.PathLike[str]]) -> Pictures:
+        """Open files, folders and patterns for ``run``.
+
+        Raises:
+          DataError: there is no picture that can be read.
+        """
+        return Pictures(_expanded([os.fspath(name) for name in names]), self.classes, Reading.of(self._data))
+
+    def run(
+        self,
+        pictures: Pictures | Frames,
+        scores: np.ndarray,
+        *,
+        maps: bool = False,
+        on_broken: Callable[[str], None] | None = None,
+    ) -> Iterator[Prediction]:
+        """Yield a result per picture, with the detections from ``scores [K]`` on; see ``predict``."""
+        data, paths = self._data, []
+        if isinstance(pictures, Pictures):
+            paths = [Path(pictures.file_name(i)) for i in range(len(pictures))]
+            for message in pictures.broken:
+                if on_broken is None:
+                    raise DataError(message)
+                on_broken(message)
+        else:
+            data = dataclasses.replace(data, threads=0, processes=0)  # nothing to read ahead
+        try:
+            for result in run_on_images(
+                self.detector, pictures, data, batch_size=self._batch_size, maps=maps, on_broken=on_broken
+            ):
+                path = paths[result.index] if paths else None
+                yield dataclasses.replace(result.at_least(scores), path=path)
+        except ArtifactError as error:
+            raise QueryDetError(str(error)) from error
+
+    def min_scores(self, value: MinScore, name: str = "min_score") -> np.ndarray:
+        """Return the score of each class from which detections count, float32 ``[K]``; see ``predict``."""
+        if value == "" and self.card is not None and self.card.min_scores:
+            value = BEST
+        return min_scores(value, self.classes, self._best, query=self.query, name=name)
+
+    @property
+    def no_maps(self) -> str:
+        """Why ``predict(maps=True)`` is refused; empty if it is not."""
+        if self.query == "dense":
+            return "inference.query is dense"
+        return "an artifact returns no maps; name the run" if isinstance(self.detector, Artifact) else ""
+
+
+def of_model(model: DenseDetector, config: Config, folder: Path | None) -> Predictor:
+    """Return the predictor of a model; ``folder`` is the run or packaged weights it comes from, None for a file."""
+    data = override(config.data, {"test_canvases": both_orientations(config.data.test_canvases)})
+    card = read_card(folder) if folder is not None and is_packaged(folder) else None
+    return Predictor(
+        Detector(model, config.inference, max_shapes=len(data.test_canvases)),
+        name=config.name,
+        classes=config.classes or tuple(f"class {k}" for k in range(config.model.num_classes)),
+        data=data,
+        query=config.inference.query,
+        best=folder if card is None else card.min_scores,
+        card=card,
+    )
+
+
+def of_artifact(path: str | Path) -> Predictor:
+    """Open an exported artifact.
+
+    Raises:
+      QueryDetError: it is damaged, of another version, or does not run here.
+    """
+    try:
+        artifact = Artifact(path)
+    except ArtifactError as error:
+        raise QueryDetError(str(error)) from error
+    resize, inference = artifact.manifest["preprocessing"], artifact.manifest["inference"]
+    data = DataConfig(
+        test_short=resize["test_short"],
+        test_max=resize["test_max"],
+        test_canvases=artifact.canvases,
+        exif=resize.get("exif", "auto"),  # artifacts of 0.1.0 lack the last three
+        bit_depth=resize.get("bit_depth", ""),
+        max_pixels=resize.get("max_pixels", DataConfig.max_pixels),
+    )
+    return Predictor(
+        artifact,
+        name=artifact.manifest["name"],
+        classes=artifact.classes,
+        data=data,
+        query=inference["query"],
+        batch_size=min(artifact.batch_sizes or (1,)),
+        best=artifact,
+    )
+
+
+def _unknown(source: str, path: Path) -> str:
+    names = zoo_names()
+    known = f"packaged weights: {', '.join(names) or 'none in this installation'}"
+    if path.exists():
+        return (
+            f"{source}: is neither a run folder nor an artifact (.zip); weights in a file need their configuration: "
+            "build_model, load_weights, Detector"
+        )
+    if source in card_names():
+        return f"{source}: a card holds no weights; give the folder of a run trained with it; {known}"
+    near = difflib.get_close_matches(source, names, n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    return f"{source}: no such run folder, artifact or packaged weights; {hint}{known}"
+
+
+def _items(source: Any) -> list[Any]:
+    single = isinstance(source, str | os.PathLike | Image.Image) or hasattr(source, "__array__")
+    items = [source] if single else source
+    if not isinstance(items, list | tuple):
+        raise DataError(f"pictures: {shown(source)} is none; give paths, arrays, Pillow's pictures, or a list of these")
+    for i, item in enumerate(items):
+        if not isinstance(item, str | os.PathLike | Image.Image) and not hasattr(item, "__array__"):
+            raise DataError(f"pictures[{i}]: {shown(item)} is none; give a path, an array or a Pillow picture")
+    return [np.asarray(x) if not isinstance(x, str | os.PathLike | Image.Image) else x for x in items]
+
+
+def _expanded(paths: Sequence[str]) -> list[str]:
+    """Replace patterns by what they match, sorted; what exists under its name is no pattern."""
+    found = []
+    for path in paths:
+        if set("*?[").isdisjoint(path) or os.path.lexists(path):
+            found.append(path)
+            continue
+        matched = sorted(glob.glob(path, recursive=True))
+        if not matched:
+            raise DataError(f"{path}: the pattern matches no picture and no folder")
+        found += matched
+    return found
