@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from querydet_jax.cli.arguments import parse, parse_alone, source_of
 from querydet_jax.inference.detections_file import DetectionsFile, coco_ids, entry
-from querydet_jax.inference.predictor import Predictor, of_artifact, of_model
+from querydet_jax.inference.predictor import Predictor, of_model, open_artifact
 from querydet_jax.inference.runs import open_model
 from querydet_jax.runtime import machine
 from querydet_jax.runtime.errors import ConfigError, DataError
@@ -65,7 +65,7 @@ def predict(words: Sequence[str], program: str) -> None:
         machine.prepare()
         if arguments.weights:
             raise ConfigError(f"--weights {arguments.weights}: an artifact holds its own; export again with these")
-        predictor = of_artifact(source)
+        predictor = open_artifact(source)
     else:
         arguments, config, path = parse(
             PredictArguments, _DESCRIPTION, words, program, source="CARD_OR_RUN_OR_ARTIFACT"

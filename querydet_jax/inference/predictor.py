@@ -53,7 +53,7 @@ def load(source: str | os.PathLike[str], overrides: Mapping[str, Any] | None = N
     if path.is_file() and path.suffix == ".zip":
         if overrides:
             raise ConfigError(f"{path}: {', '.join(overrides)}: fixed in an artifact; export again, or load the run")
-        return of_artifact(path)
+        return open_artifact(path)
     if not path.is_dir():
         raise ConfigError(_unknown(str(source), path))
     config = load_config(path, dict(overrides or {}))
@@ -90,7 +90,7 @@ class Predictor:
         card: ModelCard | None = None,
     ):
         self.detector, self.name, self.classes, self.query, self.card = detector, name, classes, query, card
-        self._data, self._batch_size, self._best = data, batch_size, best
+        self.data, self._batch_size, self._best = data, batch_size, best
 
     def __repr__(self) -> str:
         return f"Predictor({self.name!r}, {self.query}, {len(self.classes)} classes)"
@@ -135,7 +135,7 @@ class Predictor:
         elif named:
             raise DataError("pictures: paths and pictures in memory in one list; give one kind at a time")
         else:
-            pictures = Frames(items, self.classes, Reading.of(self._data), channels)
+            pictures = Frames(items, self.classes, Reading.of(self.data), channels)
         return self.run(pictures, scores, maps=maps, on_broken=on_broken)
 
     def open_files(self, names: Sequence[str | os.PathLike[str]]) -> Pictures:
@@ -144,7 +144,7 @@ class Predictor:
         Raises:
           DataError: there is no picture that can be read.
         """
-        return Pictures(_expanded([os.fspath(name) for name in names]), self.classes, Reading.of(self._data))
+        return Pictures(_expanded([os.fspath(name) for name in names]), self.classes, Reading.of(self.data))
 
     def run(
         self,
@@ -155,7 +155,7 @@ class Predictor:
         on_broken: Callable[[str], None] | None = None,
     ) -> Iterator[Prediction]:
         """Yield a result per picture, with the detections from ``scores [K]`` on; see ``predict``."""
-        data, paths = self._data, []
+        data, paths = self.data, []
         if isinstance(pictures, Pictures):
             paths = [Path(pictures.file_name(i)) for i in range(len(pictures))]
             for message in pictures.broken:
@@ -202,16 +202,20 @@ def of_model(model: DenseDetector, config: Config, folder: Path | None) -> Predi
     )
 
 
-def of_artifact(path: str | Path) -> Predictor:
+def open_artifact(path: str | Path) -> Predictor:
     """Open an exported artifact.
 
     Raises:
       QueryDetError: it is damaged, of another version, or does not run here.
     """
     try:
-        artifact = Artifact(path)
+        return of_artifact(Artifact(path))
     except ArtifactError as error:
         raise QueryDetError(str(error)) from error
+
+
+def of_artifact(artifact: Artifact) -> Predictor:
+    """Return the predictor of an artifact, with the preprocessing that its manifest states."""
     resize, inference = artifact.manifest["preprocessing"], artifact.manifest["inference"]
     data = DataConfig(
         test_short=resize["test_short"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ from querydet_jax.models import build_model
 from querydet_jax.runtime.errors import ConfigError, WeightsError
 from querydet_jax.weights import load_weights, packaged, read_tensors, state_dict
 
+ROOT = Path(__file__).parents[2]
 CLASSES = ("ant", "bee", "cow")
 MODEL = ModelConfig(
     num_classes=3,
@@ -178,3 +180,23 @@ def test_every_packaged_detector_is_whole_and_small() -> None:
         assert config.name == name and set(card.min_scores) == set(config.classes)
         assert "CC BY 4.0" in card.licence and card.attribution and card.limits and card.metrics
         assert not load_weights(build_model(config.model), name).missing
+
+
+def test_the_wheel_takes_the_zoo(folder: Path) -> None:
+    """And can be built at all: setuptools reads requirements, but no options such as `-r`."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    patterns = project["package-data"]["querydet_jax"]
+    taken = {path for pattern in patterns for path in folder.parents[1].glob(pattern)}
+    assert taken == set(folder.iterdir())
+    extras = project["dynamic"]["optional-dependencies"]
+    for files in (project["dynamic"]["dependencies"], *extras.values()):
+        for file in files["file"]:
+            assert not [line for line in (ROOT / file).read_text().splitlines() if line.startswith("-")], file
+
+
+def test_pictures_of_others_are_attributed() -> None:
+    folder = ROOT / "examples" / "hituav"
+    text = (folder / "ATTRIBUTION.md").read_text()
+    pictures = list(folder.glob("*.jpg"))
+    assert len(pictures) == 2 and all(path.name in text and path.stat().st_size < 100e3 for path in pictures)
+    assert "creativecommons.org/licenses/by/4.0" in text and "Jiashun Suo" in text and "Changes:" in text
