@@ -7,6 +7,7 @@ import json
 import pytest
 
 from querydet_jax.config import Config
+from querydet_jax.training import log as module
 from querydet_jax.training.log import RunLog
 
 GOOD = [b'{"step": 1, "loss": 2.0}', b'{"step": 2, "dense/AP": 10.0}']
@@ -60,3 +61,18 @@ def test_a_log_that_another_program_has_saved_loses_nothing(tmp_path, caplog, te
     log.close(0)
     assert [line for line in path.read_bytes().splitlines() if line] == [line for line in text.splitlines() if line]
     assert not caplog.text and not (tmp_path / "metrics.damaged.jsonl").exists()
+
+
+@pytest.mark.parametrize("wrong", [None, OSError(28, "No space left on device"), RuntimeError("no font")])
+def test_curves_that_cannot_be_drawn_end_nothing(tmp_path, caplog, monkeypatch, wrong):
+    """Said once: that matplotlib is missing (``conftest.py``), or what it or the disk says."""
+    caplog.set_level("INFO", "querydet_jax")
+    if wrong is not None:
+        monkeypatch.setattr(module, "save_curves", lambda *_: (_ for _ in ()).throw(wrong))
+    log = RunLog(Config(), tmp_path / "metrics.jsonl", 0)
+    for step in (1, 2):
+        log.write(step, {"loss": 1.0})
+        log.draw_curves()
+    log.close(0)
+    expected = "which needs matplotlib" if wrong is None else f"curves.png: cannot be drawn ({wrong.args[-1]})"
+    assert caplog.text.count(expected) == 1 and not (tmp_path / "curves.png").exists()
