@@ -6,29 +6,33 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from querydet_jax.cli.arguments import parse
 from querydet_jax.data.plan import both_orientations
 from querydet_jax.inference.detector import Detector
+from querydet_jax.inference.export.onnx_writer import write_onnx
 from querydet_jax.inference.export.writer import PLATFORMS, any_batch_size, write_artifact
 from querydet_jax.inference.min_scores import min_scores
 from querydet_jax.inference.runs import open_model
 from querydet_jax.runtime import machine
+from querydet_jax.runtime.errors import ConfigError
 from querydet_jax.viz.text import score_text
 
 
 @dataclass(frozen=True)
 class ExportArguments:
     out: str = ""
-    """The file to write (default: detector.zip in the run folder, or in runs/NAME)."""
+    """The file to write (default: detector.zip or detector.onnx in the run folder, or in runs/NAME)."""
+    format: Literal["artifact", "onnx"] = "artifact"
+    """artifact: programs for jax. onnx: one graph for ONNX Runtime, which needs no jax (requirements-onnx.txt)."""
     weights: str = ""
     """Weight file (.pth .pkl .npz .safetensors) or run folder, if the source is a card."""
     platforms: tuple[Literal["cpu", "cuda", "tpu"], ...] = PLATFORMS
-    """Platforms to compile for; none needs to be present."""
+    """Platforms that an artifact is compiled for; none needs to be present."""
     batch_sizes: tuple[int, ...] = ()
-    """Images per call, one program each (default: for dense inference any number, in one program; for Faster R-CNN
-    and otherwise inference.batch_size, because buffers are pooled over the batch)."""
+    """Images per call, one program each (default: inference.batch_size, because buffers are pooled over the batch; in
+    an artifact, for dense inference of RetinaNet and FCOS, any number, in one program)."""
     both_orientations: bool = True
     """Also accept every canvas of data.test-canvases turned on its side, as predict does."""
     min_score: str = ""
@@ -40,7 +44,8 @@ def export(words: Sequence[str], program: str) -> None:
     """Compile a detector ahead of time into one file."""
     arguments, config, source = parse(
         ExportArguments,
-        "Write a detector, weights included, as one file that runs with jax alone: uint8 pictures to detections. "
+        "Write a detector, weights included, as one file that runs with jax or ONNX Runtime alone: uint8 pictures to "
+        "detections. "
         "Canvases, resize rule and inference settings are fixed in it.",
         words,
         program,
@@ -50,8 +55,13 @@ def export(words: Sequence[str], program: str) -> None:
     canvases = config.data.test_canvases
     if arguments.both_orientations:
         canvases = both_orientations(canvases)
+    onnx = arguments.format == "onnx"
+    if onnx and arguments.platforms != PLATFORMS:
+        raise ConfigError("--platforms: an ONNX file is for no platform in particular; leave it out")
+    if not onnx and arguments.out.endswith(".onnx"):
+        raise ConfigError(f"--out {arguments.out}: an artifact is a zip archive; add --format onnx for an ONNX file")
     batch_sizes = arguments.batch_sizes
-    if not batch_sizes and not any_batch_size(config.inference, config.model.detector):
+    if not batch_sizes and (onnx or not any_batch_size(config.inference, config.model.detector)):
         batch_sizes = (config.inference.batch_size,)
     scores = None
     if arguments.min_score:
@@ -61,23 +71,25 @@ def export(words: Sequence[str], program: str) -> None:
             arguments.min_score, names, weights if weights.is_dir() else None, query=config.inference.query
         )
     folder = source if source.is_dir() else Path("runs") / config.name
-    out = Path(arguments.out) if arguments.out else folder / "detector.zip"
+    out = Path(arguments.out) if arguments.out else folder / ("detector.onnx" if onnx else "detector.zip")
     begun = time.perf_counter()
-    manifest = write_artifact(
-        out,
-        Detector(model, config.inference),
-        config,
-        canvases=canvases,
-        batch_sizes=batch_sizes,
-        platforms=arguments.platforms,
-        min_scores=scores,
-    )
-    count = len(manifest["programs"])
+    detector = Detector(model, config.inference)
+    common: dict[str, Any] = dict(canvases=canvases, batch_sizes=batch_sizes, min_scores=scores)
+    if onnx:
+        write_onnx(out, detector, config, **common)
+        use = (
+            f"from querydet_jax.inference.export.onnx_detector import OnnxDetector; OnnxDetector({str(out)!r})(images)"
+        )
+    else:
+        write_artifact(out, detector, config, platforms=arguments.platforms, **common)
+        use = f"querydet predict {out} --images PICTURE_OR_FOLDER"
+    count = len(canvases) * max(len(batch_sizes), 1)
     shapes = ", ".join(f"{height}x{width}" for height, width in canvases)
     numbers = ", ".join(map(str, batch_sizes)) if batch_sizes else "any"
     counts = "" if scores is None else f", scores from {score_text(scores)}"
+    runtime = "ONNX Runtime" if onnx else ", ".join(arguments.platforms)
     print(
         f"{out}: {out.stat().st_size / 1e6:.1f} MB, {count} program{'s' * (count > 1)} in "
         f"{time.perf_counter() - begun:.1f} s; {config.inference.query}, canvases {shapes}, batch size {numbers}, for "
-        f"{', '.join(arguments.platforms)}{counts}\nuse it with: querydet predict {out} --images PICTURE_OR_FOLDER"
+        f"{runtime}{counts}\nuse it with: {use}"
     )

@@ -1,5 +1,6 @@
 """Export a detector to one file that runs without querydet_jax.
 
-``writer`` writes the file, ``command`` is `export.py`. ``artifact`` reads and runs the file; it imports
-nothing of this package, so that it can be copied into other programs.
+``writer`` writes programs for jax, ``artifact`` reads and runs them; ``onnx_writer`` writes an ONNX graph,
+``onnx_detector`` runs it. ``artifact`` and ``onnx_detector`` import nothing of this package, so that they can be copied
+into other programs.
 """

@@ -76,9 +76,28 @@ def write_artifact(
         "format": FORMAT,
         "format_version": VERSION,
         "made_with": {name: metadata.version(name) for name in ("jax", "jaxlib", "flatbuffers")},
+        **description(detector, config, canvases, batch_sizes, min_scores),
+        "platforms": list(platforms),
+        "programs": programs,
+        "parts": {
+            part: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for part, data in parts.items()
+        },
+    }
+    _write(Path(path), {MANIFEST: json.dumps(manifest, indent=2, allow_nan=False).encode(), **parts})
+    return manifest
+
+
+def description(
+    detector: Detector,
+    config: Config,
+    canvases: Sequence[Canvas],
+    batch_sizes: Sequence[int],
+    min_scores: np.ndarray | None,
+) -> dict[str, Any]:
+    """Return what any exported file says about its detector: classes, inputs and settings."""
+    return {
         "name": config.name,
         "classes": config.classes or [f"class {k}" for k in range(config.model.num_classes)],
-        "platforms": list(platforms),
         "canvases": [list(canvas) for canvas in canvases],
         "batch_sizes": list(batch_sizes) or None,
         "preprocessing": {
@@ -94,13 +113,7 @@ def write_artifact(
         },
         "inference": _settings(detector.config),
         **({} if min_scores is None else {"min_scores": [float(score) for score in min_scores]}),
-        "programs": programs,
-        "parts": {
-            part: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for part, data in parts.items()
-        },
     }
-    _write(Path(path), {MANIFEST: json.dumps(manifest, indent=2, allow_nan=False).encode(), **parts})
-    return manifest
 
 
 def any_batch_size(inference: InferenceConfig, model: str) -> bool:

@@ -1,0 +1,277 @@
+"""A graph of ONNX operators under construction: constants once, common nodes once, unused nodes not at all.
+
+A tensor that repeats along an axis is kept with length 1 there, and expanded only where an operator cannot broadcast.
+What depends on constants alone stands in the outermost graph, where the branches of conditionals share it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+Shape = tuple[Any, ...]
+"""Lengths; texts in the inputs and outputs of a graph for several shapes."""
+
+OPSET = 18
+# Entries up to which constants are computed here; with more, when the model is loaded, to keep the file small.
+_SHORT = 65_536
+_IR_VERSION = 9  # the oldest that this opset allows, for the sake of older runtimes
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Value:
+    """A tensor of the graph.
+
+    Attributes:
+      name: of the tensor in the file.
+      shape: of the array that it stands for.
+      stored: of the tensor; 1 along the axes on which it repeats.
+      fixed: whether it depends on constants alone.
+    """
+
+    name: str
+    shape: Shape
+    stored: Shape
+    dtype: np.dtype
+    fixed: bool
+
+    @property
+    def uniform(self) -> bool:
+        """Whether all entries are one."""
+        return math.prod(self.stored) == 1
+
+
+@dataclasses.dataclass
+class Node:
+    """An operator. Its attributes are numbers, texts, lists of these, or graphs."""
+
+    op: str
+    inputs: list[str]
+    outputs: list[str]
+    attributes: dict[str, Any]
+
+
+@dataclasses.dataclass
+class Graph:
+    """Nodes in the order of their computation. ``inputs`` and ``outputs`` are tensors with their stored shapes."""
+
+    nodes: list[Node] = dataclasses.field(default_factory=list)
+    inputs: list[Value] = dataclasses.field(default_factory=list)
+    outputs: list[Value] = dataclasses.field(default_factory=list)
+    known: dict[Any, list[Value]] = dataclasses.field(default_factory=dict)  # results by operator and inputs
+
+
+class Builder:
+    """Builds one ONNX model. Operators are added to the innermost open graph."""
+
+    def __init__(self) -> None:
+        self.constants: dict[str, np.ndarray] = {}
+        self.main = Graph()
+        self._fixed = Graph()  # what depends on constants alone, before everything else
+        self._open = [self._fixed, self.main]
+        self._by_content: dict[Any, str] = {}
+        self._number = 0
+
+    def input(self, shape: Shape, dtype: DTypeLike, name: str | None = None) -> Value:
+        """Add an input to the innermost open graph."""
+        value = Value(name or self._name(), shape, shape, np.dtype(dtype), False)
+        self._open[-1].inputs.append(value)
+        return value
+
+    def outputs(self, values: Sequence[Value], names: Sequence[str] | None = None) -> None:
+        """Make copies of ``values`` the outputs of the innermost open graph.
+
+        Copies, because a branch can return neither its inputs nor tensors of the graph around it.
+        """
+        graph = self._open[-1]
+        for i, value in enumerate(map(self.full, values)):
+            out = dataclasses.replace(value, name=names[i] if names else self._name(), fixed=False)
+            graph.nodes.append(Node("Identity", [value.name], [out.name], {}))
+            graph.outputs.append(out)
+
+    @contextlib.contextmanager
+    def inner_graph(self) -> Iterator[Graph]:
+        """Open a graph for a branch or the body of a loop."""
+        graph = Graph()
+        self._open.append(graph)
+        try:
+            yield graph
+        finally:
+            self._open.pop()
+
+    def constant(self, array: np.ndarray | np.generic, shape: Shape | None = None) -> Value:
+        """Return a constant; ``array`` may have length 1 along axes on which it repeats to ``shape``."""
+        array = np.asarray(array)
+        shape = array.shape if shape is None else shape
+        if array.size > 1 and (array == array.flat[0]).all():
+            array = np.full((1,) * array.ndim, array.flat[0], array.dtype)
+        return self._constant(array, shape)
+
+    def _constant(self, array: np.ndarray, shape: Shape) -> Value:
+        data = np.ascontiguousarray(array).reshape(array.shape)
+        key = (data.dtype.str, data.shape, hashlib.sha256(data.tobytes()).digest())
+        if key not in self._by_content:
+            self._by_content[key] = self._name()
+            self.constants[self._by_content[key]] = data
+        return Value(self._by_content[key], shape, data.shape, data.dtype, True)
+
+    def ints(self, *values: int) -> Value:
+        """Return constants int64 ``[n]``, as operators take shapes, axes and bounds."""
+        return self._constant(np.array(values, np.int64), (len(values),))
+
+    def known(self, value: Value) -> np.ndarray | None:
+        """Return the stored entries of a short constant; None if they are many, or not known here."""
+        array = self.constants.get(value.name)
+        return array if array is not None and array.size <= _SHORT else None
+
+    def add(
+        self,
+        op: str,
+        inputs: Sequence[Value | None],
+        shape: Shape,
+        dtype: DTypeLike,
+        stored: Shape | None = None,
+        **attributes: Any,
+    ) -> Value:
+        """Add an operator with one output."""
+        (value,) = self.add_several(op, inputs, [(shape, dtype)], [stored or shape], **attributes)
+        return value
+
+    def add_several(
+        self,
+        op: str,
+        inputs: Sequence[Value | None],
+        results: Sequence[tuple[Shape, DTypeLike]],
+        stored: Sequence[Shape] | None = None,
+        **attributes: Any,
+    ) -> list[Value]:
+        """Add an operator, unless an open graph has the same one already."""
+        names = [value.name if value else "" for value in inputs]
+        fixed = bool(inputs) and all(value is None or value.fixed for value in inputs)
+        has_graph = any(isinstance(x, Graph) for x in attributes.values())
+        fixed &= not has_graph
+        key = (op, tuple(names), repr(sorted(attributes.items())), tuple(shape for shape, _ in results))
+        for graph in self._open:
+            if key in graph.known and not has_graph:
+                return graph.known[key]
+        values = [
+            Value(self._name(), shape, inner, np.dtype(dtype), fixed)
+            for (shape, dtype), inner in zip(results, stored or [shape for shape, _ in results], strict=True)
+        ]
+        graph = self._fixed if fixed else self._open[-1]
+        graph.nodes.append(Node(op, names, [value.name for value in values], attributes))
+        graph.known[key] = values
+        return values
+
+    def view(self, value: Value, shape: Shape, stored: Shape) -> Value:
+        """Return the same entries in another shape; ``stored`` has as many as the tensor."""
+        array = self.known(value)
+        if array is not None:
+            return self.constant(array.reshape(stored), shape)
+        if stored == value.stored:
+            return dataclasses.replace(value, shape=shape)
+        return self.add("Reshape", [value, self.ints(*stored)], shape, value.dtype, stored)
+
+    def full(self, value: Value) -> Value:
+        """Return the tensor with its repeated axes written out."""
+        if value.stored == value.shape:
+            return value
+        return self.add("Expand", [value, self.ints(*value.shape)], value.shape, value.dtype)
+
+    def reshape(self, value: Value, shape: Shape) -> Value:
+        if shape == value.shape:
+            return value
+        if value.uniform:
+            return self.view(value, shape, (1,) * len(shape))
+        return self.view(self.full(value), shape, shape)
+
+    def transpose(self, value: Value, order: Sequence[int]) -> Value:
+        if list(order) == list(range(len(order))):
+            return value
+        shape, stored = (tuple(sides[i] for i in order) for sides in (value.shape, value.stored))
+        if [i for i in order if value.stored[i] != 1] == [i for i, side in enumerate(value.stored) if side != 1]:
+            return self.view(value, shape, stored)
+        array = self.known(value)
+        if array is not None:
+            return self.constant(array.transpose(order), shape)
+        return self.add("Transpose", [value], shape, value.dtype, stored, perm=list(order))
+
+    def cast(self, value: Value, dtype: DTypeLike) -> Value:
+        if value.dtype == np.dtype(dtype):
+            return value
+        array = self.known(value)
+        if array is not None:
+            return self.constant(array.astype(dtype), value.shape)
+        return self.add("Cast", [value], value.shape, dtype, value.stored, to=np.dtype(dtype))
+
+    def elementwise(self, op: str, inputs: Sequence[Value], dtype: DTypeLike | None = None, **attributes: Any) -> Value:
+        """Add an operator that broadcasts; ``dtype`` is the result's, where it is not the inputs'."""
+        stored = np.broadcast_shapes(*(value.stored for value in inputs))
+        shape = np.broadcast_shapes(*(value.shape for value in inputs))
+        return self.add(op, inputs, shape, dtype or inputs[0].dtype, stored, **attributes)
+
+    def _name(self) -> str:
+        self._number += 1
+        return f"t{self._number}"
+
+    def model(self, metadata: dict[str, str], producer: str) -> bytes:
+        """Return the model, serialized. Needs the package onnx."""
+        nodes, needed = _used(self._fixed.nodes + self.main.nodes, {value.name for value in self.main.outputs})
+        import onnx  # pyright: ignore[reportMissingImports]  # an extra
+
+        graph = onnx.helper.make_graph(
+            [_node(node) for node in nodes],
+            "detector",
+            [_info(value) for value in self.main.inputs],
+            [_info(value) for value in self.main.outputs],
+            [onnx.numpy_helper.from_array(x, name) for name, x in self.constants.items() if name in needed],
+        )
+        opset = onnx.helper.make_opsetid("", OPSET)
+        model = onnx.helper.make_model(graph, opset_imports=[opset], ir_version=_IR_VERSION, producer_name=producer)
+        onnx.helper.set_model_props(model, metadata)
+        return model.SerializeToString(deterministic=True)
+
+
+def _used(nodes: Sequence[Node], needed: set[str]) -> tuple[list[Node], set[str]]:
+    """Return the nodes that ``needed`` tensors depend on, and all tensors that these nodes read."""
+    needed, kept = set(needed), []
+    for node in reversed(nodes):
+        if needed.isdisjoint(node.outputs):
+            continue
+        attributes = dict(node.attributes)
+        for name, graph in attributes.items():
+            if isinstance(graph, Graph):
+                inner, read = _used(graph.nodes, {value.name for value in graph.outputs})
+                attributes[name] = Graph(inner, graph.inputs, graph.outputs)
+                needed |= read
+        needed.update(node.inputs)
+        kept.append(Node(node.op, node.inputs, node.outputs, attributes))
+    return kept[::-1], needed
+
+
+def _node(node: Node) -> Any:
+    import onnx  # pyright: ignore[reportMissingImports]
+
+    attributes = {}
+    for name, value in node.attributes.items():
+        if isinstance(value, Graph):
+            infos = [[_info(x) for x in values] for values in (value.inputs, value.outputs)]
+            value = onnx.helper.make_graph([_node(inner) for inner in value.nodes], name, *infos)
+        elif isinstance(value, np.dtype):
+            value = onnx.helper.np_dtype_to_tensor_dtype(value)
+        attributes[name] = value
+    return onnx.helper.make_node(node.op, node.inputs, node.outputs, **attributes)
+
+
+def _info(value: Value) -> Any:
+    import onnx  # pyright: ignore[reportMissingImports]
+
+    kind = onnx.helper.np_dtype_to_tensor_dtype(value.dtype)
+    return onnx.helper.make_tensor_value_info(value.name, kind, value.stored)
