@@ -14,8 +14,9 @@ import numpy as np
 from querydet_jax.cli.arguments import parse
 from querydet_jax.cli.main import SUMMARIES
 from querydet_jax.config import Config
-from querydet_jax.data import open_split
+from querydet_jax.data import Dataset, open_split
 from querydet_jax.data.sources import images_folder
+from querydet_jax.evaluation.errors import attribute
 from querydet_jax.evaluation.judges import Judge, check_judge
 from querydet_jax.evaluation.missed import MissedObjects, count_missed
 from querydet_jax.evaluation.output import write_scores
@@ -26,6 +27,7 @@ from querydet_jax.evaluation.runner import (
     evaluate_detectors,
     first_images,
 )
+from querydet_jax.evaluation.worst import PAGE, check_apart, find_worst, write_worst
 from querydet_jax.inference.results import run_on_images
 from querydet_jax.inference.runs import open_model
 from querydet_jax.runtime import machine
@@ -56,6 +58,9 @@ class EvalArguments:
     """Also count which objects the queries reach, at several thresholds (a second, untimed pass)."""
     missed: bool = False
     """Also tell where objects under 32 px are lost, at score 0.3: query, heads or NMS (one host; a further pass)."""
+    worst: int = 0
+    """Also draw the N images with the gravest errors of each kind (class, location .. missed), of the last method:
+    worst/index.html, a page for the browser."""
     judge: Judge = "pycocotools"
     """Who computes COCO's metrics; hotcoco (pip install -r requirements-hotcoco.txt) gives the same ones sooner."""
     hosts: Hosts = field(default_factory=Hosts)
@@ -64,7 +69,7 @@ class EvalArguments:
 def evaluate(words: Sequence[str], program: str) -> None:
     """Evaluate a trained detector, densely and with Cascade Sparse Query."""
     arguments, config, source = parse(EvalArguments, SUMMARIES["eval"], words, program)
-    for name in ("images", "pictures"):
+    for name in ("images", "pictures", "worst"):
         if getattr(arguments, name) < 0:
             raise ConfigError(f"--{name} {getattr(arguments, name)}: give 0 or more")
     check_judge(arguments.judge)
@@ -77,6 +82,8 @@ def evaluate(words: Sequence[str], program: str) -> None:
     out = Path(arguments.out or (source if source.is_dir() else f"runs/{config.name}"))
     if is_first():
         check_writable(out)
+        if arguments.worst:
+            check_apart(out, images_folder(config.data, "val"))
     detectors = detectors_to_compare(model, config, arguments.methods)
     indices = first_images(dataset, arguments.images)
     runs = evaluate_detectors(
@@ -108,6 +115,9 @@ def evaluate(words: Sequence[str], program: str) -> None:
     print(f"\n{comparison_table(runs)}\n\n{machine.one_line()}")
     write_json(out / "report.json", _report(config, weights, step, runs, lost, indices), indent=2)
     written = write_scores(out, {name: result.scores for name, result in runs.items()})
+    if arguments.worst:
+        count = _draw_worst(out, dataset, list(runs.values())[-1].scores.results, arguments.worst, indices)
+        written.append(f"{PAGE} ({count})")
     names = config.classes or dataset.classes
     drawn = _spread(len(dataset) if indices is None else len(indices), arguments.pictures)
     if drawn:
@@ -122,6 +132,17 @@ def evaluate(words: Sequence[str], program: str) -> None:
             )
     pictures_written = [f"pictures/ ({len(drawn)})"] if drawn else []
     print(f"wrote to {out}: {', '.join(['report.json', *written, *pictures_written])}")
+
+
+def _draw_worst(
+    out: Path, dataset: Dataset, results: list[dict[str, Any]], count: int, indices: list[int] | None
+) -> int:
+    """Draw the images with the gravest errors, and return how many."""
+    position = {dataset.image_id(i): i for i in (range(len(dataset)) if indices is None else indices)}
+    truth, chosen = dataset.coco_ground_truth(), list(position)
+    worst = find_worst(truth, results, attribute(truth, results, image_ids=chosen), count, image_ids=chosen)
+    names = {identifier: dataset.file_name(i) for identifier, i in position.items()}
+    return write_worst(out, worst, names, lambda identifier: dataset.load(position[identifier]))
 
 
 def _report(

@@ -16,8 +16,10 @@ from querydet_jax.evaluation.errors import ErrorReport, attribute
 from querydet_jax.evaluation.judges import Judge
 from querydet_jax.evaluation.metrics import CocoMetrics
 from querydet_jax.evaluation.output import draw_errors, write_curves
-from querydet_jax.evaluation.standalone import read_coco, score_visdrone
+from querydet_jax.evaluation.standalone import read_coco, read_pictures, score_visdrone
 from querydet_jax.evaluation.visdrone_results import VisDroneMetrics
+from querydet_jax.evaluation.worst import PAGE, check_apart, find_worst, write_worst
+from querydet_jax.runtime.errors import ConfigError
 from querydet_jax.runtime.files import write_json
 from querydet_jax.viz.plots import save_plot
 
@@ -60,6 +62,8 @@ def _coco(
     max_detections: tuple[int, ...] = (1, 10, 100),
     errors: bool = False,
     judge: Judge = "pycocotools",
+    worst: int = 0,
+    images: Annotated[str, tyro.conf.arg(metavar="FOLDER")] = "",
     out: _Out = "",
 ) -> None:
     """Score COCO results by COCO's protocol.
@@ -69,13 +73,25 @@ def _coco(
       annotations: The annotation file with images, annotations, categories.
       max_detections: Limits of detections per image and class; AP takes the largest.
       errors: Also attribute what is wrong, by TIDE: kinds of error, best thresholds, calibration, confusion.
+      worst: Also draw the N pictures with the gravest errors of each kind: OUT/worst/index.html; needs --images, --out.
+      images: Folder of the pictures, for --worst.
       judge: Who computes the metrics; hotcoco (pip install -r requirements-hotcoco.txt) gives the same ones sooner.
       out: Write report.json and plots to this folder: recall-precision curves, errors.
     """
+    if worst < 0:
+        raise ConfigError(f"--worst {worst}: give 0 or more")
+    if worst and not (images and out):
+        raise ConfigError(f"--worst {worst}: add --images FOLDER, where the pictures are, and --out FOLDER")
     truth, found, names = read_coco(results, annotations)
+    pictures = read_pictures(truth, names[0], images) if worst else None
+    if pictures is not None:
+        check_apart(Path(out), Path(images))
     metrics = evaluate(truth, found, max_detections=max_detections, names=names, judge=judge)
-    explained = attribute(truth, found, names=names) if errors else None
-    _publish(metrics, "coco", metrics.curves, out, results, explained)
+    explained = attribute(truth, found, names=names) if errors or worst else None
+    _publish(metrics, "coco", metrics.curves, out, results, explained if errors else None)
+    if pictures is not None and explained is not None:
+        count = write_worst(Path(out), find_worst(truth, found, explained, worst), *pictures)
+        print(f"wrote {out}/{PAGE} with {count} pictures")
 
 
 def _publish(

@@ -17,6 +17,7 @@ from querydet_jax.runtime.errors import DataError, shown
 
 class ImageId(Struct, gc=False):
     id: Id
+    file_name: Any = None  # only pictures of errors need it
 
 
 class NamedId(Struct, gc=False):

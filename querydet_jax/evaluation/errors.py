@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from pycocotools import mask
 
 from querydet_jax.data.coco_json import Result, check_content, check_entries
 from querydet_jax.evaluation.coco_input import GroundTruth, annotations_of, detections_of, select_ids
 from querydet_jax.evaluation.metrics import nan_to_none
+from querydet_jax.evaluation.overlap import iou
 from querydet_jax.evaluation.thresholds import BestThreshold, best_threshold
 from querydet_jax.viz.text import percent, text_table
 
@@ -45,6 +45,7 @@ class ErrorReport:
         column background.
       calibration: per bin of scores (low, high, detections, mean score, share that is right).
       best: {class: best threshold}; a class without right detections has none.
+      images: what is wrong in each image.
     """
 
     ap50: float
@@ -54,6 +55,7 @@ class ErrorReport:
     confusion: np.ndarray
     calibration: list[tuple[float, float, int, float, float]]
     best: dict[str, BestThreshold]
+    images: tuple[ImageErrors, ...]
 
     def table(self) -> str:
         """Return text tables: errors, thresholds, calibration, confusion."""
@@ -114,9 +116,10 @@ def attribute(
     entries = check_entries(results, Result, names[1])
     truth, found = annotations_of(content, names[0]), detections_of(entries, content, names[1])
     images = select_ids({image.id for image in content.images}, image_ids, "image_ids")
+    pairs = zip(images, _by_image(truth, images), _by_image(found, images), strict=True)
     labels = {category.id: category.name or str(category.id) for category in content.categories}
     number = {identifier: k for k, identifier in enumerate(sorted(labels))}
-    parts = [_Image(t, d, number) for t, d in zip(_by_image(truth, images), _by_image(found, images), strict=True)]
+    parts = tuple(ImageErrors(i, objects, detections, number) for i, objects, detections in pairs)
     flat = _Flat(parts, len(labels))
     classes = tuple(labels[identifier] for identifier in sorted(labels))
     best = {name: b for k, name in enumerate(classes) if (b := _best_threshold(flat, k)) is not None}
@@ -129,6 +132,7 @@ def attribute(
         confusion=sum((p.confusion(thresholds) for p in parts), np.zeros((len(classes) + 1,) * 2, np.int64)),
         calibration=_calibration(flat),
         best=best,
+        images=parts,
     )
 
 
@@ -140,26 +144,33 @@ def _by_image(items: list[dict[str, Any]], images: Sequence[int]) -> list[list[d
     return list(groups.values())
 
 
-class _Image:
+class ImageErrors:
     """One image, its detections matched and explained.
 
     Attributes:
-      scores, classes, kind, target: of the detections [D], best first; kind is "right", "ignored" or a kind of error,
-        target the object that a location or class error is about, -1 for others.
-      owners: class of each object that counts [G]; matched: bool [G].
+      image_id: the image's id in the ground truth.
+      boxes: of the detections [D,4], x, y, width, height in px, best first.
+      scores, classes, kind, target: of the detections [D]; kind is "right", "ignored" or a kind of error, target the
+        object that a location or class error is about, -1 for others.
+      objects: boxes of the objects that count [G,4]; owners: their classes [G]; matched, missed: bool [G], whether a
+        right detection has found it, and whether no detection is about it.
+      iou: [D,G].
     """
 
-    def __init__(self, truth: list[dict[str, Any]], found: list[dict[str, Any]], number: dict[int, int]):
+    def __init__(self, image_id: int, truth: list[dict[str, Any]], found: list[dict[str, Any]], number: dict[int, int]):
+        self.image_id = image_id
         objects = [t for t in truth if not t["iscrowd"]]
         crowds = [t for t in truth if t["iscrowd"]]
         found = _limited(found)
         self.scores = np.array([d["score"] for d in found])
         self.classes = np.array([number[d["category_id"]] for d in found], np.int64)
         self.owners = np.array([number[t["category_id"]] for t in objects], np.int64)
-        self.boxes = np.array([d["bbox"] for d in found], np.float64).reshape(-1, 4)
-        self.iou = _iou(self.boxes, objects)
+        self.boxes, self.objects, groups = (
+            np.array([item["bbox"] for item in items], np.float64).reshape(-1, 4) for items in (found, objects, crowds)
+        )
+        self.iou = iou(self.boxes, self.objects)
         crowded = np.array([number[t["category_id"]] for t in crowds], np.int64)
-        in_crowd = _iou(self.boxes, crowds) >= FOREGROUND
+        in_crowd = iou(self.boxes, groups, np.ones(len(groups), bool)) >= FOREGROUND
         self.matched = np.zeros(len(objects), bool)
         self.kind = np.full(len(found), "", dtype="<U10")
         self.target = np.full(len(found), -1)
@@ -214,19 +225,10 @@ def _limited(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return kept
 
 
-def _iou(boxes: np.ndarray, objects: list[dict[str, Any]]) -> np.ndarray:
-    """Return IoU ``[D, G]``, with crowds as COCO counts it."""
-    if not len(boxes) or not objects:
-        return np.zeros((len(boxes), len(objects)))
-    found: Any = boxes
-    truth: Any = np.array([t["bbox"] for t in objects], np.float64)
-    return np.asarray(mask.iou(found, truth, [t["iscrowd"] for t in objects]))
-
-
 class _Flat:
     """The detections and objects of all images in flat arrays."""
 
-    def __init__(self, parts: Sequence[_Image], num_classes: int):
+    def __init__(self, parts: Sequence[ImageErrors], num_classes: int):
         def joined(name: str, kind: Any) -> np.ndarray:
             return np.concatenate([np.zeros(0, kind), *(getattr(p, name) for p in parts)])
 

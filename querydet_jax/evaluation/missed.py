@@ -11,6 +11,7 @@ import numpy as np
 from querydet_jax.config import DataConfig
 from querydet_jax.data import Dataset, eval_batches
 from querydet_jax.data.transforms import resize_boxes
+from querydet_jax.evaluation.overlap import iou, xywh
 from querydet_jax.evaluation.query import centre_is_key
 from querydet_jax.inference.detector import Detector
 from querydet_jax.viz.text import percent, text_table
@@ -94,12 +95,7 @@ class MissedObjects:
         others, scores, labels = found
         if not len(others):
             return np.full(len(boxes), -np.inf)
-        corner = np.maximum(boxes[:, None, :2], others[None, :, :2])
-        extent = np.clip(np.minimum(boxes[:, None, 2:], others[None, :, 2:]) - corner, 0, None)
-        shared = extent.prod(axis=2)
-        areas = [np.prod(b[:, 2:] - b[:, :2], axis=1) for b in (boxes, others)]
-        iou = shared / np.maximum(areas[0][:, None] + areas[1][None] - shared, 1e-9)
-        able = (iou >= IOU) & (classes[:, None] == labels[None])
+        able = (iou(xywh(boxes), xywh(others)) >= IOU) & (classes[:, None] == labels[None])
         return np.where(able, scores[None], -np.inf).max(axis=1)
 
 

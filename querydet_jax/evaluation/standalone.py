@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from querydet_jax.data.coco_json import Result, read_file, read_results
 from querydet_jax.data.readers.folders import SUFFIXES, by_stem, near
-from querydet_jax.data.readers.images import read_headers
+from querydet_jax.data.readers.images import read_headers, read_image
 from querydet_jax.data.readers.orientation import Header
 from querydet_jax.data.readers.visdrone import parse_annotations
 from querydet_jax.evaluation.coco import evaluate
@@ -102,6 +102,29 @@ def read_coco(results: str | Path, annotations: str | Path) -> tuple[GroundTruth
     """Read the two files for ``evaluate`` and ``attribute``, and return what messages call them; raise as above."""
     truth, found = read_file(annotations, GroundTruth), read_results(results)
     return truth, found, (str(annotations), f"{results}: results")
+
+
+def read_pictures(
+    truth: GroundTruth, where: str, folder: str | Path
+) -> tuple[dict[int, str], Callable[[int], np.ndarray]]:
+    """Return {image id: file name} of an annotation file, and a function that reads the picture of an id.
+
+    Args:
+      where: the file's name in messages.
+      folder: the pictures' folder.
+
+    Raises:
+      DataError: there is no such folder, or an image has no file name; the function: a picture cannot be read.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder; give the folder of the images")
+    names: dict[int, str] = {}
+    for n, image in enumerate(truth.images):
+        if not isinstance(image.file_name, str) or not image.file_name:
+            raise DataError(f"{where}: images[{n}] has no file_name; add it, or leave out --worst")
+        names[image.id] = image.file_name
+    return names, lambda i: read_image(folder / names[i], str(folder / names[i]))
 
 
 def _text_files(folder: Path, kind: str) -> dict[str, str]:

@@ -38,7 +38,7 @@ def min_scores(
         evaluation of ``source``; ``Person=0.4,Car=0.2`` or a dictionary for some classes, after a score or ``best`` for
         the others (``best,Car=0.2``; without it 0.3). Empty: the scores of an artifact that has some, otherwise 0.3.
       classes: class names ``[K]``.
-      source: where ``best`` is looked up: a run folder, an artifact, or scores by class name.
+      source: where ``best`` is looked up: a run folder or a weight file in one, an artifact, or scores by class name.
       query: the method that detects (dense, csq ..); a run stores scores for each one evaluated.
       name: what messages call the value.
 
@@ -127,7 +127,7 @@ def _best(classes: Sequence[str], source: Any, query: str, name: str) -> np.ndar
             f"{name} {BEST}: these weights come from no run folder, so no evaluation of them is known; give numbers"
         )
     else:
-        where, of_class = str(Path(source) / REPORT), _of_run(Path(source), query, name)
+        where, of_class = str(source), _of_run(Path(source), query, name)
     known = {plain(key): _score(value, f"{where}: {key}:") for key, value in of_class.items() if value is not None}
     lacking = [c for c in classes if plain(c) not in known]
     if lacking:
@@ -138,8 +138,9 @@ def _best(classes: Sequence[str], source: Any, query: str, name: str) -> np.ndar
     return np.array([known.get(plain(c), DEFAULT) for c in classes], np.float32)
 
 
-def _of_run(folder: Path, query: str, name: str) -> dict[str, float | None]:
+def _of_run(weights: Path, query: str, name: str) -> dict[str, float | None]:
     """Return {class: score or None} of a run's last evaluation, and log what to know about it."""
+    folder = weights.parent if weights.is_file() else weights
     path, again = folder / REPORT, f"run `querydet eval {folder}`"
     if not path.is_file():
         raise ConfigError(f"{name} {BEST}: {folder} holds no evaluation; {again} first, or give a number")
@@ -162,15 +163,20 @@ def _of_run(folder: Path, query: str, name: str) -> dict[str, float | None]:
         _log.warning("%s: %s was not evaluated; the best scores of %s are used", path, query, method)
     if report.get("images", "all") != "all":
         _log.warning("%s: the best scores come from %s images alone; %s for all", path, shown(report["images"]), again)
-    _warn_of_other_weights(folder, report, again)
+    _warn_of_other_weights(weights, path, report, again)
     return scores
 
 
-def _warn_of_other_weights(folder: Path, report: dict[str, Any], again: str) -> None:
+def _warn_of_other_weights(weights: Path, path: Path, report: dict[str, Any], again: str) -> None:
     from querydet_jax.runtime.checkpoint_store import newest_step  # imports orbax, which takes a second
 
-    evaluated, newest = report.get("step"), newest_step(folder)
-    if evaluated != newest:
-        at = "other weights" if evaluated is None else f"step {shown(evaluated)}"
+    step = report.get("step")
+    evaluated = f"{shown(report.get('weights'))}" if step is None else f"step {shown(step)}"
+    if weights.is_file():
+        same = step is None and Path(str(report.get("weights"))).name == weights.name
+        if not same or weights.stat().st_mtime > path.stat().st_mtime:
+            known = f"{evaluated}, not of {weights.name}" if not same else f"an earlier {weights.name}"
+            _log.warning("%s: the best scores are those of %s; %s --weights %s again", path, known, again, weights)
+    elif step != (newest := newest_step(weights)):
         now = "no checkpoint is there" if newest is None else f"the newest is {newest}"
-        _log.warning("%s: the best scores are those of %s, %s; %s again", folder / REPORT, at, now, again)
+        _log.warning("%s: the best scores are those of %s, %s; %s again", path, evaluated, now, again)

@@ -203,9 +203,9 @@ def title_strip(width: int, text: str) -> np.ndarray:
     return legend_strip(width, [("text", INK, text)]) if text else np.zeros((0, width, 3), np.uint8)
 
 
-def legend_strip(width: int, entries: Sequence[Entry]) -> np.ndarray:
-    """Return legend entries in a row, wrapped to the width, uint8 [t,width,3]."""
-    size = text_size(width)
+def legend_strip(width: int, entries: Sequence[Entry], size: int = 0) -> np.ndarray:
+    """Return legend entries in a row, wrapped to the width, uint8 [t,width,3]; font ``size``, by the width if 0."""
+    size = size or text_size(width)
     font = ImageFont.load_default(size=size)
     row, mark, pad = round(1.7 * size), round(0.8 * size), round(0.6 * size)
     x, y, spots = pad, 0, []

@@ -63,7 +63,7 @@ def call(name: str, *words: object) -> None:
 
 def test_train_then_eval(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(run)
-    call("eval", "run", "--pictures", 2, "--inference.max-detections", 150)
+    call("eval", "run", "--pictures", 2, "--inference.max-detections", 150, "--worst", 1)
     printed = capsys.readouterr().out
     assert "dense" in printed and "csq" in printed and "speed-up" in printed
     report = json.loads((run / "run" / "report.json").read_text())
@@ -79,6 +79,9 @@ def test_train_then_eval(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert len(pictures) == 2
     with Image.open(pictures[0]) as picture:
         assert min(picture.size) > 400
+    page = (run / "run" / "worst" / "index.html").read_text()
+    assert "worst/index.html (" in printed and len(list((run / "run" / "worst").glob("*.png"))) == page.count("<img")
+    assert page.count('src="missed_1_') == 1  # after four steps of training
     assert isinstance(json.loads((run / "run" / "detections_csq.json").read_text()), list)
     curves = (run / "run" / "curves_coco.csv").read_text().splitlines()
     assert curves[0].startswith("method,class,iou,AP,R0,R1,") and len(curves) == 1 + 2 * (11 + 3)
@@ -153,6 +156,7 @@ def test_predict_on_a_folder_of_either_orientation(
         ("eval", ["demo"], "add --weights"),
         ("eval", ["{run}", "--images", "-1"], "--images -1: give 0 or more"),
         ("eval", ["{run}", "--pictures", "-2"], "--pictures -2: give 0 or more"),
+        ("eval", ["{run}", "--worst", "-1"], "--worst -1: give 0 or more"),
         ("eval", ["{here}"], "no config.json"),
         ("predict", ["{run}"], "--images"),
         ("predict", ["{run}", "--images", "nowhere.jpg"], "nowhere.jpg: no such picture"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -88,7 +89,7 @@ def test_best_scores_of_a_run(tmp_path, caplog):
         ({"images": 2}, "csq", r"from 2 images alone; run `querydet eval .*` for all"),
         ({}, "cq", "cq was not evaluated; the best scores of dense are used"),
         ({"step": 3}, "csq", "are those of step 3, the newest is 7; run `querydet eval .*` again"),
-        ({"step": None}, "csq", "are those of other weights, the newest is 7"),
+        ({"step": None, "weights": "x.npz"}, "csq", "are those of 'x.npz', the newest is 7"),
         ({"steps": ()}, "csq", "are those of step 7, no checkpoint is there"),
     ],
 )
@@ -96,6 +97,20 @@ def test_doubts_about_best_scores_are_said(tmp_path, caplog, fields, query, said
     min_scores("best", CLASSES[:2], evaluated(tmp_path, **fields), query=query)
     (message,) = caplog.messages
     assert re.search(said, message)
+
+
+def test_best_scores_of_a_weight_file_in_a_run(tmp_path, caplog):
+    weights = tmp_path / "best.safetensors"
+    weights.touch()
+    evaluated(tmp_path, step=None, weights="elsewhere/best.safetensors")
+    assert min_scores("best", CLASSES[:2], weights, query="csq").tolist() == np.float32([0.4, 0.2]).tolist()
+    assert not caplog.messages
+    os.utime(weights, (2e9, 2e9))
+    min_scores("best", CLASSES[:2], weights, query="csq")
+    evaluated(tmp_path, steps=())
+    min_scores("best", CLASSES[:2], weights, query="csq")
+    assert "are those of an earlier best.safetensors; run `querydet eval" in caplog.messages[0]
+    assert "are those of step 7, not of best.safetensors; run" in caplog.messages[1] and len(caplog.messages) == 2
 
 
 @pytest.mark.parametrize(
