@@ -165,7 +165,9 @@ def check(config: Config) -> None:
         if getattr(train, name) < 0:
             raise ConfigError(f"train.{name} {getattr(train, name)}: must not be negative")
     if train.best_metric and not train.eval_every:
-        raise ConfigError(f"train.best_metric {train.best_metric}: needs evaluations; set train.eval_every above 0")
+        raise ConfigError(
+            f"train.best_metric {train.best_metric}: needs evaluations; set train.eval_every above 0, or leave it empty"
+        )
     if train.patience and not train.best_metric:
         raise ConfigError(f"train.patience {train.patience}: needs train.best_metric, such as csq/AP")
     if not 0 <= train.ema < 1:

@@ -88,7 +88,8 @@ class Best:
             if passed < self.patience:
                 return ""
             found = "been a number" if self.kept is None else f"exceeded {self.kept.value:.2f} (step {best})"
-            return f"{self.metric} has not {found} in {passed} evaluations, train.patience {self.patience}"
+            number = f"{passed} evaluation{'s' * (passed != 1)}"
+            return f"{self.metric} has not {found} in {number}, train.patience {self.patience}"
 
         return from_first(why) if self.patience else ""
 

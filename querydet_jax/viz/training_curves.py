@@ -16,7 +16,7 @@ from querydet_jax.viz.plots import save_plot
 # Terms of the loss in the order of the progress line; a detector has some of them.
 LOSS_TERMS = ("rpn_cls", "rpn_box", "cls", "box", "centerness", "query")
 
-_SIZE = (15.0, 4.6)  # inches
+_SIZE = (15.0, 5.0)  # inches
 _COLOURS = ("#3366aa", "#cc6633", "#559944", "#884499", "#c44e52", "#777777", "#e8b04b", "#2a9d8f")
 _METRICS = ("visdrone_AP", "visdrone_AP50", "AP", "AP50", "APs")
 _STYLES = ("--", "-", ":", "-.")  # by detector; the first one is dense
@@ -105,7 +105,9 @@ def _draw_losses(axes: Any, losses: Rows) -> None:
             axes.plot(steps, values, color=colour, alpha=0.2, linewidth=0.8)
         axes.plot(steps, smoothed(values, window), color=colour, linewidth=1.6, label="sum" if name == "loss" else name)
     if names:
-        axes.set_yscale("log")
+        axes.set_yscale("log", subs=(2, 5))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
         axes.legend(fontsize=8)
     axes.set_title("training loss by term" + (f", mean of {window} logged steps" if window > 1 else ""))
 
@@ -136,5 +138,5 @@ def _draw_metrics(axes: Any, evaluations: Rows, best_metric: str) -> None:
             axes.plot(steps[at], values[at], "*", color=colour, markersize=14, label=label)
     if shown:
         axes.set_ylim(bottom=0)
-        axes.legend(fontsize=8)
+        axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=4)
     axes.set_title("evaluations" if evaluations else "no evaluations yet")

@@ -39,10 +39,13 @@ def test_two_hosts_of_two_devices_equal_one_device(tmp_path):
     one, first, second = (tmp_path / name for name in ("one", "first", "second"))
     for folder in (one, first, second):
         folder.mkdir()
-    data = tmp_path / "scenes"
+    data, best = tmp_path / "scenes", ["--train.best-metric", "dense/AR100", "--train.patience", "2"]
     pair = zip((first, second), hosts(2), strict=True)
-    *outputs, _ = finished(*(started(cwd, data, 2, *flags) for cwd, flags in pair), started(one, data, 1))
+    together = [started(cwd, data, 2, *flags, *best) for cwd, flags in pair]
+    *outputs, _ = finished(*together, started(one, data, 1, *best))
     expected = result(one / "run")
+    kept = [json.loads((folder / "run" / "best.json").read_text())["step"] for folder in (one, first)]
+    assert kept[0] == kept[1] and f"at step {kept[0]}, the best" in outputs[0]
     assert {"4/loss", "3/dense/AP"} < set(expected[1])
     assert_same_run(result(first / "run"), expected, rtol=_ROUNDING)
 
@@ -55,7 +58,9 @@ def test_two_hosts_of_two_devices_equal_one_device(tmp_path):
     shutil.copytree(one / "run", first / "run")
     shutil.rmtree(first / "run" / "checkpoints" / "4")
     pair = zip((first, second), hosts(2), strict=True)
-    finished(*(started(cwd, data, 2, *flags, "--resume", "--train.parallel", "shard_map") for cwd, flags in pair))
+    finished(
+        *(started(cwd, data, 2, *flags, *best, "--resume", "--train.parallel", "shard_map") for cwd, flags in pair)
+    )
     assert_same_run(result(first / "run"), expected, rtol=_ROUNDING)
     assert not list(second.iterdir())
 

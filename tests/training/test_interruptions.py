@@ -98,6 +98,12 @@ def test_what_cannot_be_resumed_is_one_line(config, whole, tmp_path):
 
 def test_a_run_that_is_complete_is_not_called_trained(config, whole, tmp_path, capsys):
     run = shutil.copytree(whole, tmp_path / "run")
+    # As an older version has saved it.
+    saved = json.loads((run / "config.json").read_text())
+    for name in ("epochs", "best_metric", "patience", "loggers"):
+        del saved["train"][name]
+    (run / "config.json").write_text(json.dumps(saved))
+    assert load_config(run) == load_config(whole)
     # The weights that it was begun with are not needed any more.
     train(override(config, {"train.steps": 5, "train.init": str(tmp_path / "gone.pth")}), run, resume=True)
     assert capsys.readouterr().out.splitlines()[-1] == f"{run}: step 6 is saved and train.steps is 5: nothing to train"
