@@ -143,7 +143,7 @@ def _program(builder: Builder, detector: Detector, images: Value, sizes: Value) 
     def flat(parameters: list[Array], images: Array, sizes: Array) -> list[Array]:
         found = function(tree.unflatten(parameters), images, sizes)
         results = {name: getattr(found, name) for name in _FIELDS}
-        for level, counts in found.stats.items():
+        for level, counts in sorted(found.stats.items()):
             results.update({f"stats.{level}.{name}": count for name, count in counts._asdict().items()})
         names[:] = results
         return list(results.values())
