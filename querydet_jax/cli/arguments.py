@@ -10,7 +10,7 @@ from typing import Annotated, Any, TypeVar
 import tyro
 
 from querydet_jax.config import Config, check, config_path, load_config
-from querydet_jax.config.zoo import zoo_folder
+from querydet_jax.config.zoo import is_packaged, zoo_folder
 from querydet_jax.runtime.errors import ConfigError, QueryDetError
 
 Arguments = TypeVar("Arguments")
@@ -54,6 +54,11 @@ def parse(
     packaged = None if name is None else zoo_folder(name)
     given = packaged or (Path(name) if name is not None and Path(name).is_dir() else path)
     return parsed.command, parsed.config, given
+
+
+def results_folder(source: Path, config: Config) -> Path:
+    """Return where a command writes: a run's own folder, or runs/NAME for a card and for packaged weights."""
+    return source if source.is_dir() and not is_packaged(source) else Path("runs") / config.name
 
 
 def source_of(words: Sequence[str]) -> str | None:

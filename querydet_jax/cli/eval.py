@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from querydet_jax.cli.arguments import parse
+from querydet_jax.cli.arguments import parse, results_folder
 from querydet_jax.cli.main import SUMMARIES
 from querydet_jax.config import Config
 from querydet_jax.data import Dataset, open_split
@@ -79,7 +79,7 @@ def evaluate(words: Sequence[str], program: str) -> None:
     weights = Path(arguments.weights or source)
     step = newest_step(weights)  # a training may write further ones meanwhile
     dataset = on_every(lambda: open_split(config, "val", str(source)))
-    out = Path(arguments.out or (source if source.is_dir() else f"runs/{config.name}"))
+    out = Path(arguments.out or results_folder(source, config))
     if is_first():
         check_writable(out)
         if arguments.worst:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from querydet_jax.cli.arguments import parse
+from querydet_jax.cli.arguments import parse, results_folder
+from querydet_jax.config.zoo import is_packaged
 from querydet_jax.data.plan import both_orientations
 from querydet_jax.inference.detector import Detector
 from querydet_jax.inference.export.onnx_writer import write_onnx
@@ -18,6 +19,7 @@ from querydet_jax.inference.runs import open_model
 from querydet_jax.runtime import machine
 from querydet_jax.runtime.errors import ConfigError
 from querydet_jax.viz.text import score_text
+from querydet_jax.weights.packaged import read_card
 
 
 @dataclass(frozen=True)
@@ -67,11 +69,10 @@ def export(words: Sequence[str], program: str) -> None:
     if arguments.min_score:
         weights = Path(arguments.weights or source)
         names = config.classes or [f"class {k}" for k in range(config.model.num_classes)]
-        scores = min_scores(
-            arguments.min_score, names, weights if weights.is_dir() else None, query=config.inference.query
-        )
-    folder = source if source.is_dir() else Path("runs") / config.name
-    out = Path(arguments.out) if arguments.out else folder / ("detector.onnx" if onnx else "detector.zip")
+        best = read_card(weights).min_scores if is_packaged(weights) else weights if weights.is_dir() else None
+        scores = min_scores(arguments.min_score, names, best, query=config.inference.query)
+    file = "detector.onnx" if onnx else "detector.zip"
+    out = Path(arguments.out) if arguments.out else results_folder(source, config) / file
     begun = time.perf_counter()
     detector = Detector(model, config.inference)
     common: dict[str, Any] = dict(canvases=canvases, batch_sizes=batch_sizes, min_scores=scores)

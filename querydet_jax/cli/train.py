@@ -9,10 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
-from querydet_jax.cli.arguments import parse
+from querydet_jax.cli.arguments import parse, results_folder
 from querydet_jax.cli.main import SUMMARIES
 from querydet_jax.cli.process import interrupts_end_the_process
 from querydet_jax.config import Config
+from querydet_jax.config.zoo import is_packaged
 from querydet_jax.data import Dataset
 from querydet_jax.evaluation.coco import ImageDetections
 from querydet_jax.evaluation.runner import comparison_table, detectors_to_compare, evaluate_detectors, first_images
@@ -39,10 +40,12 @@ class TrainArguments:
 def train(words: Sequence[str], program: str) -> None:
     """Train a detector."""
     arguments, config, source = parse(TrainArguments, SUMMARIES["train"], words, program)
+    if is_packaged(source):
+        raise ConfigError(f"{source.name}: weights, not a card; start from them: train CARD --train.init {source.name}")
     config = length_as_given(config, words)
     join(arguments.hosts, preemptible=True)
     machine.prepare()
-    run = Path(arguments.run or (source if source.is_dir() else f"runs/{config.name}"))
+    run = Path(arguments.run or results_folder(source, config))
 
     detectors: dict[str, Detector] = {}
 

@@ -28,3 +28,8 @@ def zoo_folder(source: str | os.PathLike[str]) -> Path | None:
     if Path(source).exists():
         _log.info("%s: the weights of the package; ./%s is what has this name here", source, source)
     return ZOO / source
+
+
+def is_packaged(folder: Path) -> bool:
+    """Return whether a folder holds packaged weights; a run folder has no card."""
+    return (folder / CARD).is_file()

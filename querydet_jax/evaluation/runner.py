@@ -13,13 +13,14 @@ import numpy as np
 
 from querydet_jax.config import Config, DataConfig
 from querydet_jax.data import Dataset, eval_batches
-from querydet_jax.data.transforms import rescale_to_original, resize_boxes
+from querydet_jax.data.transforms import resize_boxes
 from querydet_jax.evaluation.coco import ImageDetections
 from querydet_jax.evaluation.judges import Judge, check_judge
 from querydet_jax.evaluation.metrics import DEFAULT_BINS, nan_to_none
 from querydet_jax.evaluation.query import QueryRecall
 from querydet_jax.evaluation.scoring import Scores, score
 from querydet_jax.inference.detector import Detector
+from querydet_jax.inference.results import in_original
 from querydet_jax.models import DenseDetector
 from querydet_jax.ops.anchors import level_shape
 from querydet_jax.runtime.errors import DataError
@@ -215,18 +216,10 @@ def comparison_table(runs: dict[str, Evaluation]) -> str:
 
 
 def _detections(result: Any, batch: dict[str, np.ndarray]) -> list[ImageDetections]:
-    out = []
-    for i in np.flatnonzero(batch["valid"]):
-        fields = rescale_to_original(
-            result.boxes[i],
-            result.scores[i],
-            result.classes[i],
-            result.valid[i],
-            tuple(batch["sizes"][i].tolist()),
-            tuple(batch["original_sizes"][i].tolist()),
-        )
-        out.append(ImageDetections(int(batch["image_ids"][i]), *fields))
-    return out
+    return [
+        ImageDetections(int(batch["image_ids"][row]), *in_original(result, batch, row))
+        for row in np.flatnonzero(batch["valid"])
+    ]
 
 
 def _count_recall(

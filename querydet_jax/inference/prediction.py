@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from supervision import Detections as SupervisionDetections  # pyright: ignore[reportMissingImports]
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class Prediction:
     """The n detections of one picture, best first, in px of the picture as it was given (EXIF orientation applied).
 
@@ -50,15 +51,19 @@ class Prediction:
     scores: np.ndarray
     classes: np.ndarray
     class_names: tuple[str, ...]
-    load: Callable[[], np.ndarray] = dataclasses.field(repr=False)
+    load: Callable[[], np.ndarray]
     path: Path | None = None
-    queries: QueryTrace | None = dataclasses.field(default=None, repr=False)
+    queries: QueryTrace | None = None
     scale: float = 1.0
     threshold: float = 0.0
     min_scores: np.ndarray | float = 0.0
 
     def __len__(self) -> int:
         return len(self.scores)
+
+    def __repr__(self) -> str:
+        counts = ", ".join(f"{name} {count}" for name, count in Counter(self.names).most_common())
+        return f"Prediction({self._name}: {counts or 'nothing found'})"
 
     @property
     def names(self) -> list[str]:

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from querydet_jax.config import Config, DataConfig, card_names, load_config, override
-from querydet_jax.config.zoo import zoo_folder, zoo_names
+from querydet_jax.config.zoo import is_packaged, zoo_folder, zoo_names
 from querydet_jax.data.plan import both_orientations
 from querydet_jax.data.readers.images import Reading
 from querydet_jax.data.readers.memory import Frames
@@ -27,7 +27,7 @@ from querydet_jax.inference.results import run_on_images
 from querydet_jax.inference.runs import open_model
 from querydet_jax.models import DenseDetector
 from querydet_jax.runtime.errors import ConfigError, DataError, QueryDetError, shown
-from querydet_jax.weights.packaged import ModelCard, is_packaged, read_card
+from querydet_jax.weights.packaged import ModelCard, read_card
 
 Picture = str | os.PathLike[str] | np.ndarray | Image.Image
 MinScore = str | float | Mapping[str, float]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
+from typing import Any
 
 import jax
 import numpy as np
@@ -48,9 +49,7 @@ def run_on_images(
             for row in np.flatnonzero(batch["valid"]):
                 i = position[int(batch["image_ids"][row])]
                 net, original = (tuple(batch[key][row].tolist()) for key in ("sizes", "original_sizes"))
-                boxes, scores, classes = rescale_to_original(
-                    result.boxes[row], result.scores[row], result.classes[row], result.valid[row], net, original
-                )
+                boxes, scores, classes = in_original(result, batch, row)
                 yield Prediction(
                     index=i,
                     size=original,
@@ -65,3 +64,19 @@ def run_on_images(
                 )
     finally:
         batches.close()
+
+
+def in_original(
+    result: Any, batch: dict[str, np.ndarray], row: int | np.integer
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return one image's boxes, scores and classes in px of the original.
+
+    Args:
+      result: of a detector on ``batch``, on the host.
+      batch: of ``eval_batches``.
+      row: of the image.
+    """
+    net, original = (tuple(batch[key][row].tolist()) for key in ("sizes", "original_sizes"))
+    return rescale_to_original(
+        result.boxes[row], result.scores[row], result.classes[row], result.valid[row], net, original
+    )

@@ -81,11 +81,6 @@ def packaged_path(source: str | Path) -> Path | None:
     return zoo_folder(source) or (None if Path(source).exists() else _network_file(str(source)))
 
 
-def is_packaged(folder: Path) -> bool:
-    """Return whether a folder holds packaged weights; a run folder has no card."""
-    return (folder / CARD).is_file()
-
-
 def verified(folder: Path) -> Path:
     """Return the weight file of packaged weights, after comparing all files with the card.
 
@@ -184,7 +179,9 @@ def _table(head: str, rows: Mapping[str, Row], digits: int = 2) -> str:
     lines = [[head, *columns], ["---"] * (1 + len(columns))]
     for name, row in rows.items():
         values = [row.get(column) for column in columns]
-        lines.append([name, *("" if value is None else f"{value:.{digits}f}" for value in values)])
+        lines.append(
+            [name, *("" if v is None else str(v) if isinstance(v, int) else f"{v:.{digits}f}" for v in values)]
+        )
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

@@ -15,8 +15,9 @@ from typing import Any, BinaryIO
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from querydet_jax.config.zoo import is_packaged
 from querydet_jax.runtime.errors import WeightsError
-from querydet_jax.weights.packaged import is_packaged, verified
+from querydet_jax.weights.packaged import verified
 from querydet_jax.weights.pickles import Inert, NumpyArray, Storage, TorchTensor, itemsize, load_pickle
 
 PICKLE_SUFFIXES = (".pth", ".pt", ".pkl", ".bin", ".ckpt")

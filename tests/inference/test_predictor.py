@@ -206,6 +206,7 @@ def result_of(folder: Path, **changes) -> qd.Prediction:
 def test_what_a_result_becomes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     result = result_of(folder)
     assert result.names == ["green", "blue"] and result.boxes.dtype == np.float32
+    assert repr(result) == f"Prediction({folder / 'c.png'}: green 1, blue 1)"
     assert result.to_coco()[0] == {
         "image_id": 1,
         "category_id": 2,

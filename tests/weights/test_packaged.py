@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from querydet_jax.cli.arguments import results_folder
+from querydet_jax.cli.train import train
 from querydet_jax.config import (
     BackboneConfig,
     Config,
@@ -50,7 +52,7 @@ CARD = packaged.ModelCard(
     limits="finds nothing",
     measured="nothing",
     metrics={"dense": {"AP": 12.345, "APs": None}},
-    classes={"ant": {"AP": 1.0}},
+    classes={"ant": {"AP": 1.0, "objects": 7}},
     min_scores={"ant": 0.25, "bee": 0.5, "cow": 0.75},
 )
 
@@ -89,7 +91,12 @@ def test_what_is_stored_and_read_back(folder: Path) -> None:
     assert (config.data.root, config.train.init) == ("", "")  # nothing of the machine that trained it
     assert packaged.read_card(folder) == CARD
     text = (folder / "card.md").read_text()
-    assert "# toy: a toy" in text and "| dense | 12.35 |  |" in text and "| cow | 0.750 |" in text
+    assert (
+        "# toy: a toy" in text
+        and "| ant | 1.00 | 7 |" in text
+        and "| dense | 12.35 |  |" in text
+        and "| cow | 0.750 |" in text
+    )
 
 
 def test_a_value_that_16_bits_cannot_hold(tmp_path: Path) -> None:
@@ -153,6 +160,15 @@ def test_a_name_means_the_package_wherever_a_program_runs(
             load_config(own)
     with pytest.raises(ConfigError, match="tyo: neither a card.*did you mean toy"):
         load_config("tyo")
+
+
+def test_commands_leave_the_package_as_it_is(folder: Path) -> None:
+    """They write to runs/NAME; a training is refused, with the way to start from the weights."""
+    config = load_config("toy")
+    assert results_folder(folder, config) == Path("runs/toy") == results_folder(Path("card.py"), config)
+    assert results_folder(folder.parent, config) == folder.parent
+    with pytest.raises(ConfigError, match="toy: weights, not a card; start from them: train CARD --train.init toy"):
+        train(["toy"], "querydet train")
 
 
 def test_names_of_the_package_mean_one_thing() -> None:
