@@ -69,7 +69,7 @@ def export(words: Sequence[str], program: str) -> None:
     if arguments.min_score:
         weights = Path(arguments.weights or source)
         names = config.classes or [f"class {k}" for k in range(config.model.num_classes)]
-        best = read_card(weights).min_scores if is_packaged(weights) else weights if weights.is_dir() else None
+        best = read_card(weights).min_scores if is_packaged(weights) else weights
         scores = min_scores(arguments.min_score, names, best, query=config.inference.query)
     file = "detector.onnx" if onnx else "detector.zip"
     out = Path(arguments.out) if arguments.out else results_folder(source, config) / file

@@ -73,7 +73,7 @@ def predict(words: Sequence[str], program: str) -> None:
         machine.prepare()
         model = open_model(config, path, arguments.weights or None)
         weights = packaged_path(arguments.weights) or Path(arguments.weights or path)
-        predictor = of_model(model, config, weights if weights.is_dir() else None)
+        predictor = of_model(model, config, weights)
     _predict(predictor, arguments)
 
 

@@ -187,17 +187,17 @@ class Predictor:
         return "an artifact returns no maps; name the run" if isinstance(self.detector, Artifact) else ""
 
 
-def of_model(model: DenseDetector, config: Config, folder: Path | None) -> Predictor:
-    """Return the predictor of a model; ``folder`` is the run or packaged weights it comes from, None for a file."""
+def of_model(model: DenseDetector, config: Config, weights: Path) -> Predictor:
+    """Return the predictor of a model, whose ``weights`` are a run, packaged ones or a file."""
     data = override(config.data, {"test_canvases": both_orientations(config.data.test_canvases)})
-    card = read_card(folder) if folder is not None and is_packaged(folder) else None
+    card = read_card(weights) if is_packaged(weights) else None
     return Predictor(
         Detector(model, config.inference, max_shapes=len(data.test_canvases)),
         name=config.name,
         classes=config.classes or tuple(f"class {k}" for k in range(config.model.num_classes)),
         data=data,
         query=config.inference.query,
-        best=folder if card is None else card.min_scores,
+        best=weights if card is None else card.min_scores,
         card=card,
     )
 
