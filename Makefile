@@ -12,14 +12,11 @@ WORKERS ?= --numprocesses logical --maxprocesses 8 --dist loadfile
 
 .PHONY: demo test test-all lint docs benchmark clean
 
-# The second half needs the packaged weights.
 demo: $(VENV)/.installed  ## Train on generated scenes, evaluate densely and with CSQ, draw pictures (about 10 minutes)
 	rm -rf $(DEMO)
 	$(HUGE_PAGES) $(PY) train.py demo --run $(DEMO)
 	$(HUGE_PAGES) $(PY) eval.py $(DEMO)
-ifneq ($(wildcard querydet_jax/zoo/hituav/card.json),)
 	$(HUGE_PAGES) $(PY) predict.py hituav --images examples/hituav --out $(DEMO)/hituav --draw queries
-endif
 
 test: lint  ## Style, types, layers and the test suite
 	$(PY) -m pytest $(WORKERS)
