@@ -14,13 +14,7 @@ card = Card(
     reproduces="the first row of Tables 1 and 3 in kind, on other data and with a light backbone",
     command=("python train.py configs/hituav_retinanet.py --data.root HIT_UAV && python eval.py runs/hituav_retinanet"),
     pod="the same command on every host with --hosts.auto; at most 8 devices in all",
-    measured="""\
-2 cores of an AMD EPYC, jax 0.10.2, Python 3.11.7; one seed; 13 min (1,000 steps of 8 crops, other jobs beside,
-3.1 % of it waiting for data). All 407 validation images at 512x640, batch 1, models in turn, medians.
-
-  model                    AP   AP50    APs  AP<16  AR100  ms/image  active cells
-  RetinaNet P3..P7      11.37  29.56   5.02   1.74  30.99      84.3  P3..P7
-""",
+    needs="a training with the recipe of hituav_querydet: sh examples/hituav.sh HIT_UAV RUNS",
 )
 config = load_config(
     Path(__file__).with_name("hituav_highres.py"),
