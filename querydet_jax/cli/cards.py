@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from querydet_jax.cli.arguments import wants_help
 from querydet_jax.config import card_names, config_path, find_card, load_card, load_config
+from querydet_jax.config.zoo import is_packaged
 from querydet_jax.runtime.errors import QueryDetError
 
 
@@ -24,7 +25,8 @@ def cards(words: Sequence[str], program: str) -> None:
     elif words:
         path = config_path(words[0])
         if path.suffix != ".py":
-            raise QueryDetError(f"{words[0]}: a run, not a card; its configuration is {path}")
+            what = "packaged weights" if is_packaged(path.parent) else "a run"
+            raise QueryDetError(f"{words[0]}: {what}, not a card; the configuration is {path}")
         for field, value in dataclasses.asdict(load_card(path)).items():
             if value:
                 print(f"# {field}: " + value.replace("\n", "\n#   "))

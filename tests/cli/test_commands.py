@@ -163,7 +163,8 @@ def test_predict_on_a_folder_of_either_orientation(
         ("predict", ["{run}", "--images", "{here}/broken.jpg"], "broken.jpg"),
         ("predict", ["{run}", "--weights", "{here}/broken.jpg", "--images", "x"], "broken.jpg"),
         ("predict", ["--artifact", "x.zip", "--images", "x"], "--artifact: name the file in place of a run"),
-        ("cards", ["hituav"], "`querydet cards` lists the cards"),
+        ("cards", ["uav"], "`querydet cards` lists the cards"),
+        ("cards", ["hituav"], "packaged weights, not a card"),
         ("cards", ["{run}"], "a run, not a card"),
     ],
 )

@@ -63,9 +63,11 @@ GREY = np.full((20, 30), 77, np.uint8)
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
+    pictures = tmp_path / "only" / "pictures"
+    pictures.mkdir(parents=True)
     for name, colour in {"b.png": (10, 20, 30), "a.png": (40, 50, 60), "c.png": (70, 80, 90)}.items():
-        Image.new("RGB", (30, 20) if name != "a.png" else (20, 30), colour).save(tmp_path / name)
-    return tmp_path
+        Image.new("RGB", (30, 20) if name != "a.png" else (20, 30), colour).save(pictures / name)
+    return pictures
 
 
 def test_files_in_the_order_given(folder: Path) -> None:
