@@ -51,6 +51,8 @@ def train(words: Sequence[str], program: str) -> None:
 
     def prepare(model: DenseDetector, dataset: Dataset) -> list[str]:
         detectors.update(detectors_to_compare(model, config))
+        if not config.train.best_metric:  # scoring loads the whole ground truth
+            return []
         return [f"{name}/{key}" for name, detector in detectors.items() for key in metrics_of(dataset, detector)]
 
     def evaluate(model: DenseDetector, dataset: Dataset, between: Callable[[], None]) -> dict[str, float]:

@@ -235,6 +235,8 @@ def _repeat_factors(dataset: Dataset, indices: np.ndarray, below: float) -> tupl
 
     A class on a share f of the images counts max(1, sqrt(below / f)), an image as much as its rarest class.
     """
+    if not below:  # spare large data sets the look at every annotation
+        return np.ones(len(dataset.classes)), np.ones(len(indices))
     shown = np.zeros((len(indices), len(dataset.classes)), bool)
     for row, i in zip(shown, indices, strict=True):
         truth = dataset.annotation(int(i))

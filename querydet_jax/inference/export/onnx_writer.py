@@ -24,9 +24,14 @@ from querydet_jax.inference.detector import Detector
 from querydet_jax.inference.export.onnx_detector import FORMAT, METADATA, VERSION
 from querydet_jax.inference.export.onnx_graph import Builder, Shape, Value
 from querydet_jax.inference.export.onnx_operators import translate_closed
-from querydet_jax.inference.export.writer import Canvas, description
-from querydet_jax.runtime.errors import ConfigError, DataError
-from querydet_jax.runtime.files import written_aside
+from querydet_jax.inference.export.writer import (
+    Canvas,
+    check_batch_sizes,
+    check_once_each,
+    description,
+    file_to_write,
+)
+from querydet_jax.runtime.errors import DataError
 
 _FIELDS = ("boxes", "scores", "classes", "valid")
 
@@ -61,11 +66,8 @@ def write_onnx(
     """
     if importlib.util.find_spec("onnx") is None:
         raise DataError("writing ONNX needs the package onnx; pip install -r requirements-onnx.txt")
-    for name, values in (("canvases", canvases), ("batch_sizes", batch_sizes)):
-        if not values or len(set(values)) != len(values):
-            raise ConfigError(f"{name} {values}: give at least one, each once")
-    if any(batch < 1 for batch in batch_sizes):
-        raise ConfigError(f"batch_sizes {batch_sizes}: must be at least 1")
+    check_once_each(canvases=canvases, batch_sizes=batch_sizes)
+    check_batch_sizes(batch_sizes)
     manifest = {
         "format": FORMAT,
         "format_version": VERSION,
@@ -75,7 +77,8 @@ def write_onnx(
     builder = Builder()
     _add_programs(builder, detector, [(batch, *canvas) for canvas in canvases for batch in batch_sizes])
     data = builder.model({METADATA: json.dumps(manifest, allow_nan=False)}, "querydet_jax")
-    _write(Path(path), data)
+    with file_to_write(Path(path), "detector.onnx") as aside:
+        aside.write_bytes(data)
     return manifest
 
 
@@ -153,13 +156,3 @@ def _program(builder: Builder, detector: Detector, images: Value, sizes: Value) 
     )
     weights = [builder.constant(np.asarray(x)) for x in parameters]
     return dict(zip(names, translate_closed(builder, traced, [*weights, images, sizes]), strict=True))
-
-
-def _write(path: Path, data: bytes) -> None:
-    if path.is_dir():
-        raise DataError(f"{path}: is a folder; give a file, such as {path / 'detector.onnx'}")
-    try:
-        with written_aside(path) as aside:
-            Path(aside).write_bytes(data)
-    except OSError as error:
-        raise DataError(f"{path}: not writable ({error}); give a file in a writable folder") from None

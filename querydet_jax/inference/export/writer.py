@@ -116,6 +116,35 @@ def description(
     }
 
 
+def check_once_each(*, optional: str = "", **choices: Sequence[Any]) -> None:
+    """Raise ConfigError unless every choice has a value, each once; ``optional`` names one that may have none."""
+    for name, values in choices.items():
+        if len(set(values)) != len(values) or (not values and name != optional):
+            raise ConfigError(f"{name} {values}: give at least one, each once")
+
+
+def check_batch_sizes(batch_sizes: Sequence[int]) -> None:
+    """Raise ConfigError if a batch would be empty."""
+    if any(batch < 1 for batch in batch_sizes):
+        raise ConfigError(f"batch_sizes {batch_sizes}: must be at least 1")
+
+
+@contextlib.contextmanager
+def file_to_write(path: Path, example: str) -> Iterator[Path]:
+    """Give a path to write a file at, which then takes its place at ``path``.
+
+    Raises:
+      DataError: it cannot be written; ``example`` is a file name for the message.
+    """
+    if path.is_dir():
+        raise DataError(f"{path}: is a folder; give a file, such as {path / example}")
+    try:
+        with written_aside(path) as aside:
+            yield Path(aside)
+    except OSError as error:
+        raise DataError(f"{path}: not writable ({error}); give a file in a writable folder") from None
+
+
 def any_batch_size(inference: InferenceConfig, model: str) -> bool:
     """Return whether one program of the detector ``model`` can take any number of images.
 
@@ -169,11 +198,8 @@ def _check(
 ) -> None:
     if importlib.util.find_spec("flatbuffers") is None:
         raise DataError("exporting needs flatbuffers; pip install -r requirements-export.txt")
-    for name, values in (("canvases", canvases), ("batch_sizes", batch_sizes), ("platforms", platforms)):
-        if len(set(values)) != len(values) or (not values and name != "batch_sizes"):
-            raise ConfigError(f"{name} {values}: give at least one, each once")
-    if any(batch < 1 for batch in batch_sizes):
-        raise ConfigError(f"batch_sizes {batch_sizes}: must be at least 1")
+    check_once_each(optional="batch_sizes", canvases=canvases, batch_sizes=batch_sizes, platforms=platforms)
+    check_batch_sizes(batch_sizes)
     if not batch_sizes and not any_batch_size(inference, model):
         remedy = ", or set inference.query dense" if model != "faster_rcnn" else ""
         raise ConfigError(
@@ -195,16 +221,11 @@ def _npz(arrays: dict[str, Array]) -> bytes:
 
 
 def _write(path: Path, parts: dict[str, bytes]) -> None:
-    if path.is_dir():
-        raise DataError(f"{path}: is a folder; give a file, such as {path / 'detector.zip'}")
-    try:
-        with written_aside(path) as aside, zipfile.ZipFile(aside, "w", zipfile.ZIP_STORED) as archive:
-            for name, data in parts.items():
-                entry = zipfile.ZipInfo(name)  # fixed time, so that equal artifacts are equal files
-                entry.external_attr = 0o644 << 16
-                archive.writestr(entry, data)
-    except OSError as error:
-        raise DataError(f"{path}: not writable ({error}); give a file in a writable folder") from None
+    with file_to_write(path, "detector.zip") as aside, zipfile.ZipFile(aside, "w", zipfile.ZIP_STORED) as archive:
+        for name, data in parts.items():
+            entry = zipfile.ZipInfo(name)  # fixed time, so that equal artifacts are equal files
+            entry.external_attr = 0o644 << 16
+            archive.writestr(entry, data)
 
 
 @contextlib.contextmanager
