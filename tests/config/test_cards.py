@@ -21,6 +21,7 @@ from querydet_jax.config import (
     load_config,
     save_config,
 )
+from querydet_jax.config.zoo import zoo_names
 from querydet_jax.data.plan import choose_canvas
 from querydet_jax.data.readers.visdrone import patch_window
 from querydet_jax.data.transforms import resize_shape
@@ -178,6 +179,15 @@ def test_the_visdrone_files_are_the_published_ones() -> None:
         data = config.data
         assert (data.source, data.patches, data.keep_empty, data.flip) == ("visdrone", True, True, 0.5)
         assert (data.train_short, data.train_max, data.test_short, data.test_max) == ((1200,), 1999, 3999, 3999)
+
+
+@pytest.mark.parametrize("name", zoo_names())
+def test_packaged_weights_are_those_of_their_card(name: str) -> None:
+    """Else a card would state figures that its command cannot give."""
+    weights = load_config(name)
+    card = load_config(CONFIGS / f"{weights.name}.py")
+    assert weights.classes == card.classes and weights.model == card.model and weights.inference == card.inference
+    assert dataclasses.replace(weights.data, root="") == dataclasses.replace(card.data, root="")
 
 
 def test_the_visdrone_canvases_hold_every_image() -> None:
