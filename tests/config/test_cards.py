@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,12 @@ from querydet_jax.config import (
     load_config,
     save_config,
 )
-from querydet_jax.config.zoo import zoo_names
+from querydet_jax.config.zoo import ZOO, zoo_names
 from querydet_jax.data.plan import choose_canvas
 from querydet_jax.data.readers.visdrone import patch_window
 from querydet_jax.data.transforms import resize_shape
 from querydet_jax.runtime.errors import ConfigError
+from querydet_jax.weights.packaged import read_card
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -185,7 +187,9 @@ def test_the_visdrone_files_are_the_published_ones() -> None:
 def test_packaged_weights_are_those_of_their_card(name: str) -> None:
     """Else a card would state figures that its command cannot give."""
     weights = load_config(name)
-    card = load_config(CONFIGS / f"{weights.name}.py")
+    named = re.search(r"`querydet cards (\w+)`", read_card(ZOO / name).recipe)
+    assert named is not None
+    card = load_config(named[1])
     assert weights.classes == card.classes and weights.model == card.model and weights.inference == card.inference
     assert dataclasses.replace(weights.data, root="") == dataclasses.replace(card.data, root="")
 
