@@ -78,12 +78,8 @@ def export(words: Sequence[str], program: str) -> None:
     common: dict[str, Any] = dict(canvases=canvases, batch_sizes=batch_sizes, min_scores=scores)
     if onnx:
         write_onnx(out, detector, config, **common)
-        use = (
-            f"from querydet_jax.inference.export.onnx_detector import OnnxDetector; OnnxDetector({str(out)!r})(images)"
-        )
     else:
         write_artifact(out, detector, config, platforms=arguments.platforms, **common)
-        use = f"querydet predict {out} --images PICTURE_OR_FOLDER"
     count = len(canvases) * max(len(batch_sizes), 1)
     shapes = ", ".join(f"{height}x{width}" for height, width in canvases)
     numbers = ", ".join(map(str, batch_sizes)) if batch_sizes else "any"
@@ -92,5 +88,5 @@ def export(words: Sequence[str], program: str) -> None:
     print(
         f"{out}: {out.stat().st_size / 1e6:.1f} MB, {count} program{'s' * (count > 1)} in "
         f"{time.perf_counter() - begun:.1f} s; {config.inference.query}, canvases {shapes}, batch size {numbers}, for "
-        f"{runtime}{counts}\nuse it with: {use}"
+        f"{runtime}{counts}\nuse it with: querydet predict {out} --images PICTURE_OR_FOLDER"
     )

@@ -13,7 +13,8 @@ from tqdm import tqdm
 
 from querydet_jax.cli.arguments import parse, parse_alone, source_of
 from querydet_jax.inference.detections_file import DetectionsFile, coco_ids, entry
-from querydet_jax.inference.predictor import Predictor, of_model, open_artifact
+from querydet_jax.inference.export.exported import names_exported, open_exported
+from querydet_jax.inference.predictor import Predictor, of_exported, of_model
 from querydet_jax.inference.runs import open_model
 from querydet_jax.runtime import machine
 from querydet_jax.runtime.errors import ConfigError, DataError
@@ -27,8 +28,8 @@ _log = logging.getLogger("querydet_jax")
 
 _DESCRIPTION = (
     "Detect objects in pictures and draw what was found and, for a run or a card, what was computed. "
-    "Packaged weights go by their name (hituav). An artifact is a file that `querydet export` wrote; its settings are "
-    "fixed."
+    "Packaged weights go by their name (hituav). A file that `querydet export` wrote (detector.zip, detector.onnx) has "
+    "fixed settings."
 )
 
 
@@ -42,7 +43,8 @@ class PredictArguments:
     """Weight file or run folder, if the source is a card."""
     min_score: str = ""
     """Draw and list detections from this score on: a number; best, each class's score with the largest F1 in the last
-    evaluation; or best,CLASS=0.4,CLASS=0.2 (default: best for packaged weights and artifacts with scores, else 0.3)."""
+    evaluation; or best,CLASS=0.4,CLASS=0.2 (default: best for packaged weights and for exported files that hold scores,
+    else 0.3)."""
     draw: Literal["none", "boxes", "queries"] = "boxes"
     """Pictures to draw: none; the boxes; queries: also, by level, where the cascade looked (a second pass)."""
     save_json: str = ""
@@ -54,21 +56,21 @@ def predict(words: Sequence[str], program: str) -> None:
     source = source_of(words)
     if any(word.split("=")[0] == "--artifact" for word in words):
         raise ConfigError("--artifact: name the file in place of a run: predict FILE.zip --images PICTURE_OR_FOLDER")
-    if source is not None and Path(source).is_file() and Path(source).suffix == ".zip":
+    if source is not None and names_exported(Path(source)):
         arguments = parse_alone(
             PredictArguments,
             _DESCRIPTION,
             words[1:],
             f"{program} {source}",
-            "fixed in an artifact; export again with it, or name a run",
+            "fixed in an exported file; export again with it, or name a run",
         )
         machine.prepare()
         if arguments.weights:
-            raise ConfigError(f"--weights {arguments.weights}: an artifact holds its own; export again with these")
-        predictor = open_artifact(source)
+            raise ConfigError(f"--weights {arguments.weights}: an exported file holds its own; export again with these")
+        predictor = of_exported(open_exported(Path(source)))
     else:
         arguments, config, path = parse(
-            PredictArguments, _DESCRIPTION, words, program, source="CARD_OR_RUN_OR_ARTIFACT"
+            PredictArguments, _DESCRIPTION, words, program, source="CARD_OR_RUN_OR_EXPORTED_FILE"
         )
         machine.prepare()
         model = open_model(config, path, arguments.weights or None)

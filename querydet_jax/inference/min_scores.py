@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from querydet_jax.data.classes import plain
-from querydet_jax.inference.export.artifact import Artifact
+from querydet_jax.inference.export.exported import Exported
 from querydet_jax.runtime.errors import ConfigError, shown
 from querydet_jax.runtime.reading import numbers, read_json
 
@@ -26,7 +26,7 @@ _log = logging.getLogger("querydet_jax")
 def min_scores(
     value: str | float | Mapping[str, float],
     classes: Sequence[str],
-    source: str | Path | Artifact | Mapping[str, float] | None = None,
+    source: str | Path | Exported | Mapping[str, float] | None = None,
     *,
     query: str = "",
     name: str = "--min-score",
@@ -36,9 +36,11 @@ def min_scores(
     Args:
       value: a score for all classes, as number or text; ``best``, the scores with the largest F1 in the last
         evaluation of ``source``; ``Person=0.4,Car=0.2`` or a dictionary for some classes, after a score or ``best`` for
-        the others (``best,Car=0.2``; without it 0.3). Empty: the scores of an artifact that has some, otherwise 0.3.
+        the others (``best,Car=0.2``; without it 0.3). Empty: the scores of an exported file that has some,
+        otherwise 0.3.
       classes: class names ``[K]``.
-      source: where ``best`` is looked up: a run folder or a weight file in one, an artifact, or scores by class name.
+      source: where ``best`` is looked up: a run folder or a weight file in one, an exported file, or scores by class
+        name.
       query: the method that detects (dense, csq ..); a run stores scores for each one evaluated.
       name: what messages call the value.
 
@@ -57,7 +59,7 @@ def min_scores(
     else:
         common, own = value, {}
     if common == "":
-        stored = isinstance(source, Artifact) and source.min_scores is not None
+        stored = isinstance(source, Exported) and source.min_scores is not None
         common = BEST if stored and not own else DEFAULT
     if common == BEST:
         out = _best(classes, source, query, name)
@@ -113,7 +115,7 @@ def _score(value: Any, where: str) -> float:
 
 
 def _best(classes: Sequence[str], source: Any, query: str, name: str) -> np.ndarray:
-    if isinstance(source, Artifact):
+    if isinstance(source, Exported):
         if source.min_scores is None:
             raise ConfigError(
                 f"{name} {BEST}: {source.path} holds none; export it again with `querydet export RUN --min-score "

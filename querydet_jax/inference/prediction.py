@@ -37,7 +37,7 @@ class Prediction:
       classes: int64 ``[n]``, indices into ``class_names``.
       class_names: names of the K classes.
       queries: query probabilities, keys and active cells by level, maps ``[h, w]`` of this picture; None for dense
-        inference, for an artifact, and where not asked for.
+        inference, for an exported file, and where not asked for.
       scale: pixels of the picture per pixel of the network input. The vertical and horizontal scales differ by
         rounding; this is the larger, with which the maps cover the picture.
       threshold: query threshold that the maps were made with.

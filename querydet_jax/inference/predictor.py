@@ -1,4 +1,4 @@
-"""From a run, an artifact or packaged weights to results on pictures: ``qd.load(source).predict(pictures)``."""
+"""From a run, an exported file or packaged weights to results on pictures: ``qd.load(source).predict(pictures)``."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from querydet_jax.data.readers.images import Reading
 from querydet_jax.data.readers.memory import Frames
 from querydet_jax.data.readers.pictures import Pictures
 from querydet_jax.inference.detector import Detector
-from querydet_jax.inference.export.artifact import Artifact, ArtifactError
+from querydet_jax.inference.export.exported import EXPORT_ERRORS, Exported, names_exported, open_exported
 from querydet_jax.inference.min_scores import BEST, min_scores
 from querydet_jax.inference.prediction import Prediction
 from querydet_jax.inference.results import run_on_images
@@ -37,23 +37,24 @@ def load(source: str | os.PathLike[str], overrides: Mapping[str, Any] | None = N
     """Open a trained detector.
 
     Args:
-      source: a run folder, an exported artifact (``.zip``), a folder of packaged weights, or the name of those that
-        come with the package (``hituav``). A name goes before a folder of the same name, which is ``./NAME``.
-      overrides: fields of the configuration by dotted name, such as ``{"inference.query": "dense"}``; an artifact's are
-        fixed.
+      source: a run folder, an exported file (an artifact ``.zip`` or ``.onnx``), a folder of packaged weights, or the
+        name of those that come with the package (``hituav``). A name goes before a folder of the same name, which is
+        ``./NAME``.
+      overrides: fields of the configuration by dotted name, such as ``{"inference.query": "dense"}``; an exported
+        file's are fixed.
 
     Raises:
       ConfigError: ``source`` is none of these, or an override is wrong.
       WeightsError: the weights are damaged.
-      QueryDetError: the artifact is damaged or does not run here.
+      QueryDetError: the exported file is damaged or does not run here.
     """
     if not isinstance(source, str | os.PathLike):
-        raise ConfigError(f"load: {shown(source)} is no name and no path; give a run folder, an artifact or a name")
+        raise ConfigError(f"load: {shown(source)} is no name and no path; give a run, an exported file or a name")
     path = zoo_folder(source) or Path(source)
-    if path.is_file() and path.suffix == ".zip":
+    if path.is_file() and names_exported(path):
         if overrides:
-            raise ConfigError(f"{path}: {', '.join(overrides)}: fixed in an artifact; export again, or load the run")
-        return open_artifact(path)
+            raise ConfigError(f"{path}: {', '.join(overrides)}: fixed in this file; export again, or load the run")
+        return of_exported(open_exported(path))
     if not path.is_dir():
         raise ConfigError(_unknown(str(source), path))
     config = load_config(path, dict(overrides or {}))
@@ -63,8 +64,8 @@ def load(source: str | os.PathLike[str], overrides: Mapping[str, Any] | None = N
 class Predictor:
     """Detects objects in pictures of any kind and size.
 
-    One preprocessing serves training's evaluation, runs and artifacts: decoding, EXIF orientation, depth, largest size,
-    resizing and canvases are those of the run. Programs are compiled once per canvas, on first use.
+    One preprocessing serves training's evaluation, runs and exported files: decoding, EXIF orientation, depth, largest
+    size, resizing and canvases are those of the run. Programs are compiled once per canvas, on first use.
 
     Args:
       detector: the compiled function.
@@ -79,14 +80,14 @@ class Predictor:
 
     def __init__(
         self,
-        detector: Detector | Artifact,
+        detector: Detector | Exported,
         *,
         name: str,
         classes: tuple[str, ...],
         data: DataConfig,
         query: str,
         batch_size: int = 1,
-        best: Path | Artifact | Mapping[str, float] | None = None,
+        best: Path | Exported | Mapping[str, float] | None = None,
         card: ModelCard | None = None,
     ):
         self.detector, self.name, self.classes, self.query, self.card = detector, name, classes, query, card
@@ -112,7 +113,7 @@ class Predictor:
             file that is named twice counts once.
           min_score: the score from which a detection counts: a number, ``best`` (of each class the score with the
             largest F1 in the last evaluation), ``{"Person": 0.4}`` for some classes. Empty: best for packaged weights
-            and for artifacts that hold scores, otherwise 0.3.
+            and for exported files that hold scores, otherwise 0.3.
           channels: order of the channels of arrays; bgr as OpenCV reads them.
           maps: also return the maps of the cascade (``Prediction.queries``), which takes a second pass.
           on_broken: called with a message for each picture that cannot be used; None raises.
@@ -170,7 +171,7 @@ class Predictor:
             ):
                 path = paths[result.index] if paths else None
                 yield dataclasses.replace(result.at_least(scores), path=path)
-        except ArtifactError as error:
+        except EXPORT_ERRORS as error:
             raise QueryDetError(str(error)) from error
 
     def min_scores(self, value: MinScore, name: str = "min_score") -> np.ndarray:
@@ -184,7 +185,7 @@ class Predictor:
         """Why ``predict(maps=True)`` is refused; empty if it is not."""
         if self.query == "dense":
             return "inference.query is dense"
-        return "an artifact returns no maps; name the run" if isinstance(self.detector, Artifact) else ""
+        return "an exported file returns no maps; name the run" if isinstance(self.detector, Exported) else ""
 
 
 def of_model(model: DenseDetector, config: Config, weights: Path) -> Predictor:
@@ -202,37 +203,25 @@ def of_model(model: DenseDetector, config: Config, weights: Path) -> Predictor:
     )
 
 
-def open_artifact(path: str | Path) -> Predictor:
-    """Open an exported artifact.
-
-    Raises:
-      QueryDetError: it is damaged, of another version, or does not run here.
-    """
-    try:
-        return of_artifact(Artifact(path))
-    except ArtifactError as error:
-        raise QueryDetError(str(error)) from error
-
-
-def of_artifact(artifact: Artifact) -> Predictor:
-    """Return the predictor of an artifact, with the preprocessing that its manifest states."""
-    resize, inference = artifact.manifest["preprocessing"], artifact.manifest["inference"]
+def of_exported(detector: Exported) -> Predictor:
+    """Return the predictor of an exported file, with the preprocessing that its manifest states."""
+    resize, inference = detector.manifest["preprocessing"], detector.manifest["inference"]
     data = DataConfig(
         test_short=resize["test_short"],
         test_max=resize["test_max"],
-        test_canvases=artifact.canvases,
+        test_canvases=detector.canvases,
         exif=resize.get("exif", "auto"),  # artifacts of 0.1.0 lack the last three
         bit_depth=resize.get("bit_depth", ""),
         max_pixels=resize.get("max_pixels", DataConfig.max_pixels),
     )
     return Predictor(
-        artifact,
-        name=artifact.manifest["name"],
-        classes=artifact.classes,
+        detector,
+        name=detector.manifest["name"],
+        classes=detector.classes,
         data=data,
         query=inference["query"],
-        batch_size=min(artifact.batch_sizes or (1,)),
-        best=artifact,
+        batch_size=min(detector.batch_sizes or (1,)),
+        best=detector,
     )
 
 
@@ -241,14 +230,14 @@ def _unknown(source: str, path: Path) -> str:
     known = f"packaged weights: {', '.join(names) or 'none in this installation'}"
     if path.exists():
         return (
-            f"{source}: is neither a run folder nor an artifact (.zip); weights in a file need their configuration: "
-            "build_model, load_weights, Detector"
+            f"{source}: is neither a run folder nor an exported file (.zip, .onnx); weights in a file need their "
+            "configuration: build_model, load_weights, Detector"
         )
     if source in card_names():
         return f"{source}: a card holds no weights; give the folder of a run trained with it; {known}"
     near = difflib.get_close_matches(source, names, n=1)
     hint = f"did you mean {near[0]}? " if near else ""
-    return f"{source}: no such run folder, artifact or packaged weights; {hint}{known}"
+    return f"{source}: no such run folder, exported file or packaged weights; {hint}{known}"
 
 
 def _items(source: Any) -> list[Any]:

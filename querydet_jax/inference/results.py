@@ -13,12 +13,12 @@ from querydet_jax.config import DataConfig
 from querydet_jax.data import Dataset, eval_batches
 from querydet_jax.data.transforms import rescale_to_original
 from querydet_jax.inference.detector import Detector, QueryTrace
-from querydet_jax.inference.export.artifact import Artifact
+from querydet_jax.inference.export.exported import Exported
 from querydet_jax.inference.prediction import Prediction
 
 
 def run_on_images(
-    detector: Detector | Artifact,
+    detector: Detector | Exported,
     dataset: Dataset,
     data: DataConfig,
     indices: Sequence[int] | None = None,

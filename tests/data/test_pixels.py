@@ -30,7 +30,7 @@ from querydet_jax.data.readers.pictures import Pictures
 from querydet_jax.evaluation import standalone
 from querydet_jax.evaluation.visdrone import VisDroneImage
 from querydet_jax.inference.export.artifact import Artifact
-from querydet_jax.inference.predictor import of_artifact
+from querydet_jax.inference.predictor import of_exported
 from querydet_jax.runtime.errors import ConfigError, DataError
 
 # 8x16 and 12x12 pixels in which every orientation differs.
@@ -382,7 +382,7 @@ def test_training_and_prediction_scale_alike(tmp_path, bit_depth):
         "name": "a",
     }
     artifact = cast("Artifact", SimpleNamespace(manifest=manifest, canvases=((32, 32),), batch_sizes=(1,), classes=()))
-    for data in (config.data, of_artifact(artifact).data):
+    for data in (config.data, of_exported(artifact).data):
         pictures = Pictures([tmp_path / "images/train"], ("car",), Reading.of(data))
         np.testing.assert_array_equal(pictures.load(0), trained)
 

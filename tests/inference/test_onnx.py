@@ -18,15 +18,19 @@ import pytest
 import small_detector as small
 import test_detector_faster_rcnn
 import test_detector_fcos
+from PIL import Image
 from test_export import CANVAS, CONFIG, model
 
+import querydet_jax as qd
 from querydet_jax import Detector
 from querydet_jax.cli.export import export
+from querydet_jax.cli.predict import predict
 from querydet_jax.config import save_config
 from querydet_jax.inference.export import onnx_detector
 from querydet_jax.inference.export.onnx_detector import OnnxDetector, OnnxError
 from querydet_jax.inference.export.onnx_writer import write_onnx
-from querydet_jax.runtime.errors import ConfigError, DataError
+from querydet_jax.inference.predictor import of_model
+from querydet_jax.runtime.errors import ConfigError, DataError, QueryDetError
 from querydet_jax.weights import export_weights
 
 needs_onnx = pytest.mark.skipif(
@@ -68,6 +72,16 @@ def compared(in_jax: Detector, path: Path) -> dict[int, set[int]]:
             found += result.valid.sum()
     assert found > 50
     return ran
+
+
+def write_other(path: Path, metadata: str | None = None) -> None:
+    """Write a graph that is no detector."""
+    onnx = importlib.import_module("onnx")
+    x, y = (onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1]) for name in "xy")
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Identity", ["x"], ["y"])], "other", [x], [y])
+    other = onnx.helper.make_model(graph, ir_version=9, opset_imports=[onnx.helper.make_opsetid("", 18)])
+    onnx.helper.set_model_props(other, {} if metadata is None else {"querydet_jax": metadata})
+    onnx.save(other, path)
 
 
 @pytest.fixture(scope="module")
@@ -127,8 +141,68 @@ def test_one_module_is_enough(csq, tmp_path):
 
 
 @needs_onnx
+def test_predict_from_the_file_is_predict_from_the_run(csq, tmp_path):
+    """Also of a picture smaller than its canvas; with the scores of the file."""
+    for i, shape in enumerate([(120, 180), (110, 220)]):
+        Image.fromarray(small.pictures(2, *shape, seed=i)[1]).save(tmp_path / f"{i}.png")
+    run = of_model(model(), CONFIG, tmp_path)
+    run.detector = detector()
+    expected = list(run.predict(tmp_path, min_score=0.2))
+    for result, other in zip(qd.load(csq).predict(tmp_path, min_score=0.2), expected, strict=True):
+        assert len(result) == len(other) > 3 and result.path == other.path and result.size == other.size
+        np.testing.assert_array_equal(result.classes, other.classes)
+        np.testing.assert_allclose(result.scores, other.scores, rtol=0, atol=1e-5)
+        np.testing.assert_allclose(result.boxes, other.boxes, rtol=0, atol=1e-3)
+
+    words = [str(csq), "--images", str(tmp_path), "--out", str(tmp_path / "out")]
+    with pytest.raises(ConfigError, match="--draw queries: small shows none, because an exported file returns no maps"):
+        predict([*words, "--draw", "queries"], "querydet predict")
+    predict(words, "querydet predict")
+    listed = json.loads((tmp_path / "out" / "detections.json").read_text())
+    best = np.array([0.5, 0.25, 1], np.float32)  # those of the file
+    assert [len(entry["detections"]) for entry in listed["images"]] == [len(x.at_least(best)) for x in expected]
+    assert (tmp_path / "out" / "0_detections.jpg").is_file()
+
+
+@needs_onnx
+def test_what_cannot_be_predicted_from_a_file_is_one_line(csq, tmp_path):
+    (tmp_path / "cut.onnx").write_bytes(csq.read_bytes()[:-100])
+    (tmp_path / "text.onnx").write_text("not a graph")
+    write_other(tmp_path / "newer.onnx", json.dumps({"format": "querydet_jax onnx", "format_version": 2}))
+    write_other(tmp_path / "foreign.onnx")
+    for words, message in (
+        (("cut.onnx",), "cut.onnx: damaged, cut short or not an ONNX file .*; copy it again"),
+        (("text.onnx",), "text.onnx: damaged, cut short or not an ONNX file .*; copy it again"),
+        (("newer.onnx",), "newer.onnx: format version 2, but this reader supports 1; export it again"),
+        (("foreign.onnx",), "foreign.onnx: holds no detector of querydet_jax; give one written by querydet export"),
+        (("none.onnx",), "none.onnx: no such file; give one written by querydet export"),
+        ((csq, "--inference.threshold", 0.3), "--inference.threshold: fixed in an exported file"),
+        ((csq, "--weights", "x.npz"), "--weights x.npz: an exported file holds its own"),
+    ):
+        words = [str(tmp_path / word if i == 0 else word) for i, word in enumerate(words)]
+        with pytest.raises(QueryDetError, match=message) as error:
+            predict([*words, "--images", str(tmp_path)], "querydet predict")
+        assert "\n" not in str(error.value)
+    for name, message in (
+        ("text.onnx", "text.onnx: damaged, cut short or not an ONNX file"),
+        ("foreign.onnx", "foreign.onnx: holds no detector"),
+        ("none.onnx", "none.onnx: no such run folder, exported file or packaged weights"),
+    ):
+        with pytest.raises(QueryDetError, match=message):
+            qd.load(tmp_path / name)
+    with pytest.raises(ConfigError, match="inference.threshold: fixed in this file; export again, or load the run"):
+        qd.load(csq, {"inference.threshold": 0.3})
+
+
+def test_without_onnxruntime(tmp_path, monkeypatch):
+    (tmp_path / "x.onnx").touch()
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(QueryDetError, match="x.onnx: running it needs onnxruntime; pip install onnxruntime"):
+        qd.load(tmp_path / "x.onnx")
+
+
+@needs_onnx
 def test_damaged_and_foreign_files_are_refused(csq, tmp_path):
-    onnx = importlib.import_module("onnx")
     whole = csq.read_bytes()
     for length in (0, 10, len(whole) // 2, len(whole) - 1):
         (tmp_path / "cut.onnx").write_bytes(whole[:length])
@@ -141,9 +215,7 @@ def test_damaged_and_foreign_files_are_refused(csq, tmp_path):
         OnnxDetector(tmp_path / "none.onnx")
 
     manifest = OnnxDetector(csq).manifest
-    helper, path = onnx.helper, tmp_path / "other.onnx"
-    same = helper.make_node("Identity", ["x"], ["y"])
-    x, y = (helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1]) for name in "xy")
+    path = tmp_path / "other.onnx"
     for metadata, message in (
         (None, "other.onnx: holds no detector of querydet_jax"),
         ("{", "holds no detector"),
@@ -153,12 +225,7 @@ def test_damaged_and_foreign_files_are_refused(csq, tmp_path):
         ({**manifest, "min_scores": [1]}, "min_scores: not a score per class"),
         (manifest, "its inputs and outputs are not a detector's, but x, y"),
     ):
-        other = helper.make_model(
-            helper.make_graph([same], "other", [x], [y]), ir_version=9, opset_imports=[helper.make_opsetid("", 18)]
-        )
-        stored = metadata if isinstance(metadata, str | None) else json.dumps(metadata)
-        helper.set_model_props(other, {} if stored is None else {"querydet_jax": stored})
-        onnx.save(other, path)
+        write_other(path, metadata if isinstance(metadata, str | None) else json.dumps(metadata))
         with pytest.raises(OnnxError, match=message):
             OnnxDetector(path)
 

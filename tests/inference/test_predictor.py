@@ -323,12 +323,12 @@ def test_the_packaged_detector_on_a_real_picture() -> None:
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("tyo", "tyo: no such run folder, artifact or packaged weights; did you mean toy.*: toy"),
+        ("tyo", "tyo: no such run folder, exported file or packaged weights; did you mean toy.*: toy"),
         ("hituav_querydet", "hituav_querydet: a card holds no weights; give the folder of a run .*: toy"),
         ("{here}", "no config.json in this folder"),
-        ("{here}/x.pth", "x.pth: is neither a run folder nor an artifact"),
+        ("{here}/x.pth", "x.pth: is neither a run folder nor an exported file"),
         ("{here}/x.zip", "x.zip: damaged, cut short or not an artifact"),
-        ("{here}/none.zip", "none.zip: no such run folder, artifact or packaged weights"),
+        ("{here}/none.zip", "none.zip: no such run folder, exported file or packaged weights"),
         (None, "load: None is no name and no path"),
     ],
 )
