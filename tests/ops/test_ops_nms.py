@@ -331,6 +331,20 @@ def test_top_scores_equals_a_full_sort(k: int, scores: np.ndarray, excluded: np.
 TOP = {k: jax.jit(partial(top_scores, k=k)) for k in (1, 3, 12, 37, 500)}
 
 
+@pytest.mark.parametrize(("count", "k"), [(40_000, 1000), (50_001, 7), (40_000, 39_999), (33_000, 1), (70_000, 20_000)])
+def test_largest_of_many_equals_a_full_sort(count: int, k: int) -> None:
+    rng = np.random.default_rng(0)
+    for values in (
+        rng.standard_normal(count),
+        rng.integers(0, 9, count),  # ties, at the boundary too
+        np.where(rng.random(count) < 1e-4, rng.random(count), -np.inf),  # fewer than k
+    ):
+        found, index = nms.largest(jnp.asarray(values, jnp.float32), k)
+        order = np.argsort(-values.astype(np.float32), kind="stable")[:k]
+        np.testing.assert_array_equal(index, order)
+        np.testing.assert_array_equal(found, values.astype(np.float32)[order])
+
+
 def test_top_scores_ties_go_by_position() -> None:
     """Rows in another order than the map's give the same result as rows in map order."""
     rng = np.random.default_rng(0)
