@@ -6,28 +6,32 @@ import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 from tqdm import tqdm
 
 from querydet_jax.cli.arguments import parse, parse_alone, source_of
+from querydet_jax.cli.predict_video import predict_video, video_stems
 from querydet_jax.inference.detections_file import DetectionsFile, coco_ids, entry
 from querydet_jax.inference.export.exported import names_exported, open_exported
-from querydet_jax.inference.predictor import Predictor, of_exported, of_model
+from querydet_jax.inference.predictor import Predictor, of_exported, of_model, parted
 from querydet_jax.inference.runs import open_model
 from querydet_jax.runtime import machine
 from querydet_jax.runtime.errors import ConfigError, DataError
 from querydet_jax.runtime.files import beside, identity, write_json
 from querydet_jax.runtime.names import one_line, result_stems
 from querydet_jax.runtime.progress import progress
+from querydet_jax.runtime.pyav import import_av
 from querydet_jax.viz.draw import save_image
 from querydet_jax.weights.packaged import packaged_path
 
 _log = logging.getLogger("querydet_jax")
 
 _DESCRIPTION = (
-    "Detect objects in pictures and draw what was found and, for a run or a card, what was computed. "
+    "Detect objects in pictures and videos, and draw what was found and, for a run or a card, what was computed. "
     "Packaged weights go by their name (hituav). A file that `querydet export` wrote (detector.zip, detector.onnx) has "
     "fixed settings."
 )
@@ -36,9 +40,11 @@ _DESCRIPTION = (
 @dataclass(frozen=True)
 class PredictArguments:
     images: tuple[str, ...] = ()
-    """Pictures, folders of pictures, or patterns in quotes ('cam*/*.jpg')."""
+    """Pictures, folders of pictures, patterns in quotes ('cam*/*.jpg'), videos, addresses of streams (rtsp://CAMERA/1,
+    http://HOST/film.mp4), or a camera (/dev/video0)."""
     out: str = "predictions"
-    """Folder for detections.json and the pictures drawn; inputs in it stay as they are."""
+    """Folder for detections.json and the pictures drawn, and for NAME_detections.mp4 and .jsonl (a line per frame) of
+    each video; inputs in it stay as they are."""
     weights: str = ""
     """Weight file or run folder, if the source is a card."""
     min_score: str = ""
@@ -46,13 +52,17 @@ class PredictArguments:
     evaluation; or best,CLASS=0.4,CLASS=0.2 (default: best for packaged weights and for exported files that hold scores,
     else 0.3)."""
     draw: Literal["none", "boxes", "queries"] = "boxes"
-    """Pictures to draw: none; the boxes; queries: also, by level, where the cascade looked (a second pass)."""
+    """Pictures and videos to draw: none; the boxes; queries: of pictures also, by level, where the cascade looked (a
+    second pass)."""
+    stride: int = 1
+    """Of videos, take each STRIDE-th frame."""
     save_json: str = ""
-    """Also write a list of COCO results (image_id, category_id, bbox, score) with the file names to this file."""
+    """Also write a list of COCO results (image_id, category_id, bbox, score) of the pictures, with their file names, to
+    this file."""
 
 
 def predict(words: Sequence[str], program: str) -> None:
-    """Detect objects in pictures and draw what was found and, for a run, what was computed."""
+    """Detect objects in pictures and videos, and draw what was found and, for a run, what was computed."""
     source = source_of(words)
     if any(word.split("=")[0] == "--artifact" for word in words):
         raise ConfigError("--artifact: name the file in place of a run: predict FILE.zip --images PICTURE_OR_FOLDER")
@@ -87,7 +97,51 @@ def _predict(predictor: Predictor, arguments: PredictArguments) -> None:
     scores = predictor.min_scores(arguments.min_score, "--min-score")
     if arguments.draw == "queries" and predictor.no_maps:
         raise ConfigError(f"--draw queries: {predictor.name} shows none, because {predictor.no_maps}")
-    pictures = predictor.open_files(arguments.images)
+    videos, names = parted(arguments.images)
+    _check_videos(arguments, videos)
+    jobs = [partial(_predict_pictures, predictor, arguments, names, scores)] if names else []
+    for video, stem in zip(videos, video_stems(videos), strict=True):
+        jobs.append(
+            partial(
+                predict_video,
+                predictor,
+                video,
+                scores,
+                Path(arguments.out) / stem,
+                arguments.draw == "boxes",
+                arguments.stride,
+            )
+        )
+    failed: list[DataError] = []
+    for job in jobs:
+        try:
+            job()
+        except DataError as error:
+            failed.append(error)
+    for error in failed[:-1]:
+        _log.warning("%s", error)
+    if failed:
+        raise failed[-1]
+
+
+def _check_videos(arguments: PredictArguments, videos: Sequence[str]) -> None:
+    if arguments.stride < 1:
+        raise ConfigError(f"--stride {arguments.stride}: give a whole number from 1 on")
+    if not videos:
+        if arguments.stride != 1:
+            raise ConfigError(f"--stride {arguments.stride}: is for videos; leave it out for pictures")
+        return
+    if arguments.draw == "queries":
+        raise ConfigError(f"--draw queries: is for pictures, and {videos[0]} is a video; choose boxes or none")
+    if arguments.save_json:
+        raise ConfigError(f"--save-json: is for pictures; what is found in {videos[0]} goes to a .jsonl file in --out")
+    import_av()
+
+
+def _predict_pictures(
+    predictor: Predictor, arguments: PredictArguments, names: Sequence[str], scores: np.ndarray
+) -> None:
+    pictures = predictor.open_files(names)
     files = [pictures.file_name(i) for i in range(len(pictures))]
     stems, inputs = result_stems(files), {identity(path) for path in pictures.paths} - {None}
     out, results = Path(arguments.out), Path(arguments.save_json)

@@ -248,15 +248,19 @@ def _repeat_factors(dataset: Dataset, indices: np.ndarray, below: float) -> tupl
 
 def eval_item(dataset: Dataset, data: DataConfig, i: int) -> Item:
     """Return image i with its size and canvas in evaluation; raise DataError if it fits none."""
-    size = dataset.size(i)
+    return Item(i, 0, *fit(dataset.size(i), data, dataset.file_name(i)))
+
+
+def fit(size: tuple[int, int], data: DataConfig, name: str) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Return the size, and the canvas, of a picture of ``size`` in evaluation; raise DataError if it fits none."""
     shape = resize_shape(*size, data.test_short, data.test_max)
     c = choose_canvas(shape, data.test_canvases)
     if c < 0:
         raise DataError(
-            f"{dataset.file_name(i)}: {size[0]}x{size[1]} (height x width) is resized to {shape[0]}x{shape[1]}, "
+            f"{name}: {size[0]}x{size[1]} (height x width) is resized to {shape[0]}x{shape[1]}, "
             "which fits no test canvas; add one to data.test_canvases, or lower data.test_max or data.test_short"
         )
-    return Item(i, 0, shape, data.test_canvases[c])
+    return shape, data.test_canvases[c]
 
 
 def eval_plan(dataset: Dataset, data: DataConfig, batch_size: int, indices: list[int]) -> list[list[tuple[Item, bool]]]:

@@ -30,7 +30,9 @@ class Prediction:
 
     Attributes:
       index: position among the pictures given.
-      path: the picture's file; None for one in memory.
+      path: the picture's file, or the video's; None for one in memory and of a stream.
+      frame: position of a video's frame, from 0; None for a picture.
+      time: of a video's frame, in seconds since the first; None for a picture.
       size: (height, width) of the picture.
       boxes: float32 ``[n, 4]``, xyxy px.
       scores: float32 ``[n]``.
@@ -53,6 +55,8 @@ class Prediction:
     class_names: tuple[str, ...]
     load: Callable[[], np.ndarray]
     path: Path | None = None
+    frame: int | None = None
+    time: float | None = None
     queries: QueryTrace | None = None
     scale: float = 1.0
     threshold: float = 0.0
@@ -161,4 +165,7 @@ class Prediction:
 
     @property
     def _name(self) -> str:
-        return f"picture_{self.index}" if self.path is None else str(self.path)
+        if self.frame is None:
+            return f"picture_{self.index}" if self.path is None else str(self.path)
+        number = f"frame_{self.frame:06}"
+        return number if self.path is None else str(self.path.with_stem(f"{self.path.stem}_{number}"))

@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import glob
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,12 +19,14 @@ from querydet_jax.data.plan import both_orientations
 from querydet_jax.data.readers.images import Reading
 from querydet_jax.data.readers.memory import Frames
 from querydet_jax.data.readers.pictures import Pictures
+from querydet_jax.data.readers.video import Video, is_address, is_video
 from querydet_jax.inference.detector import Detector
 from querydet_jax.inference.export.exported import EXPORT_ERRORS, Exported, names_exported, open_exported
 from querydet_jax.inference.min_scores import BEST, min_scores
 from querydet_jax.inference.prediction import Prediction
 from querydet_jax.inference.results import run_on_images
 from querydet_jax.inference.runs import open_model
+from querydet_jax.inference.video import run_on_video
 from querydet_jax.models import DenseDetector
 from querydet_jax.runtime.errors import ConfigError, DataError, QueryDetError, shown
 from querydet_jax.weights.packaged import ModelCard, read_card
@@ -103,23 +105,26 @@ class Predictor:
         min_score: MinScore = "",
         channels: Literal["rgb", "bgr"] = "rgb",
         maps: bool = False,
+        stride: int = 1,
         on_broken: Callable[[str], None] | None = None,
     ) -> Iterator[Prediction]:
-        """Detect objects; yield a result per picture, in the order given.
+        """Detect objects; yield a result per picture, in the order given, or per frame of a video.
 
         Args:
           source: a picture's path, a folder, a pattern (``cam*/**/*.jpg``), a NumPy array (uint8 ``[H, W, 3]``, or
             ``[N, H, W, 3]`` for N pictures; see ``Frames``), a Pillow picture, or a list of paths or of pictures. A
-            file that is named twice counts once.
+            file that is named twice counts once. Or one video: a file, an address or a camera, see ``open_video``.
           min_score: the score from which a detection counts: a number, ``best`` (of each class the score with the
             largest F1 in the last evaluation), ``{"Person": 0.4}`` for some classes. Empty: best for packaged weights
             and for exported files that hold scores, otherwise 0.3.
           channels: order of the channels of arrays; bgr as OpenCV reads them.
           maps: also return the maps of the cascade (``Prediction.queries``), which takes a second pass.
-          on_broken: called with a message for each picture that cannot be used; None raises.
+          stride: of a video, take each ``stride``-th frame.
+          on_broken: called with a message for each picture that cannot be used, and with why a video's frames end
+            early; None raises, after the frames before.
 
         Raises:
-          ConfigError: ``min_score`` or ``channels`` is wrong, or ``maps`` of what computes none.
+          ConfigError: ``min_score``, ``channels`` or ``stride`` is wrong, or ``maps`` of what computes none.
           DataError: there is no picture; one cannot be used, without ``on_broken``.
         """
         if maps and self.no_maps:
@@ -127,16 +132,25 @@ class Predictor:
         scores = self.min_scores(min_score)
         if channels not in ("rgb", "bgr"):
             raise ConfigError(f"channels {shown(channels)}: choose rgb or bgr")
+        if not isinstance(stride, int) or stride < 1:
+            raise ConfigError(f"stride {shown(stride)}: give a whole number from 1 on")
         items = _items(source)
         named = [item for item in items if isinstance(item, str | os.PathLike)]
         if len(named) == len(items):
             if channels == "bgr":
                 raise ConfigError("channels bgr: is for arrays; files say it themselves")
+            videos, named = parted(named)
+            if videos and (named or len(videos) > 1):
+                raise DataError(f"{os.fspath(videos[0])}: is a video among others; give one video, or pictures")
+            if videos:
+                return self.run_video(self.open_video(videos[0]), scores, maps=maps, stride=stride, on_broken=on_broken)
             pictures = self.open_files(named)
         elif named:
             raise DataError("pictures: paths and pictures in memory in one list; give one kind at a time")
         else:
             pictures = Frames(items, self.classes, Reading.of(self.data), channels)
+        if stride != 1:
+            raise ConfigError(f"stride {stride}: is for videos; leave it out for pictures")
         return self.run(pictures, scores, maps=maps, on_broken=on_broken)
 
     def open_files(self, names: Sequence[str | os.PathLike[str]]) -> Pictures:
@@ -146,6 +160,37 @@ class Predictor:
           DataError: there is no picture that can be read.
         """
         return Pictures(_expanded([os.fspath(name) for name in names]), self.classes, Reading.of(self.data))
+
+    def open_video(self, name: str | os.PathLike[str]) -> Video:
+        """Open a video file, an address (``rtsp://CAMERA``) or a camera (``/dev/video0``) for ``run_video``.
+
+        Raises:
+          DataError: it cannot be opened, or holds no frame.
+          QueryDetError: PyAV is not installed.
+        """
+        return Video(name, Reading.of(self.data))
+
+    def run_video(
+        self,
+        video: Video,
+        scores: np.ndarray,
+        *,
+        maps: bool = False,
+        stride: int = 1,
+        on_broken: Callable[[str], None] | None = None,
+    ) -> Generator[Prediction, None, None]:
+        """Yield a result per frame, with the detections from ``scores [K]`` on; see ``predict``."""
+        try:
+            for result in run_on_video(
+                self.detector, video, self.data, self.classes, stride=stride, batch_size=self._batch_size, maps=maps
+            ):
+                yield result.at_least(scores)
+        except EXPORT_ERRORS as error:
+            raise QueryDetError(str(error)) from error
+        if video.fault and on_broken is None:
+            raise DataError(video.fault)
+        if video.fault and on_broken is not None:
+            on_broken(video.fault)
 
     def run(
         self,
@@ -186,6 +231,16 @@ class Predictor:
         if self.query == "dense":
             return "inference.query is dense"
         return "an exported file returns no maps; name the run" if isinstance(self.detector, Exported) else ""
+
+
+def parted(names: Sequence[str | os.PathLike[str]]) -> tuple[list[str], list[str]]:
+    """Return the videos, and the pictures and folders, among names; patterns are replaced by what they match.
+
+    Raises:
+      DataError: a pattern matches nothing.
+    """
+    found = _expanded([os.fspath(name) for name in names])
+    return [name for name in found if is_video(name)], [name for name in found if not is_video(name)]
 
 
 def of_model(model: DenseDetector, config: Config, weights: Path) -> Predictor:
@@ -255,7 +310,7 @@ def _expanded(paths: Sequence[str]) -> list[str]:
     """Replace patterns by what they match, sorted; what exists under its name is no pattern."""
     found = []
     for path in paths:
-        if set("*?[").isdisjoint(path) or os.path.lexists(path):
+        if set("*?[").isdisjoint(path) or os.path.lexists(path) or is_address(path):
             found.append(path)
             continue
         matched = sorted(glob.glob(path, recursive=True))

@@ -90,9 +90,7 @@ def draw_detections(
     boxes, classes = boxes[shown], classes[shown]
     values = None if values is None else values[shown]
 
-    for box, label in zip(boxes, classes, strict=True):
-        frame(canvas, box, 1 + line, 1, BLACK, 0.45)
-        frame(canvas, box, 1, line, class_colour(label))
+    _frames(canvas, boxes, classes)
     legend: list[Entry] = []
     present, counts = (column.tolist() for column in np.unique(classes, return_counts=True))
     for label, count in sorted(zip(present, counts, strict=True), key=lambda pair: -pair[1]):
@@ -108,10 +106,34 @@ def draw_detections(
     if values is not None:
         legend.append(("text", FAINT, f"score >= {score_text(min_score)}"))
 
-    texts = [_name(label, names) + ("" if values is None else f" {values[i]:.2f}") for i, label in enumerate(classes)]
-    picture = Image.fromarray(canvas)
-    labels(picture, boxes, [class_colour(label) for label in classes], texts, 1 + line, round(0.8 * text_size(width)))
-    return np.concatenate([np.asarray(picture), legend_strip(width, legend)])
+    picture = _labelled(canvas, boxes, classes, values, names)
+    return np.concatenate([picture, legend_strip(width, legend)])
+
+
+def draw_on_frame(
+    image: ArrayLike, boxes: ArrayLike, classes: ArrayLike, scores: ArrayLike, names: Sequence[str]
+) -> np.ndarray:
+    """Draw frames and labels as ``draw_detections`` does, at the size of the picture and without a legend: for a video.
+
+    Args:
+      image: uint8 RGB [H,W,3].
+      boxes: [n,4] xyxy px of ``image``, best first.
+      classes, scores: [n].
+      names: class names [K].
+
+    Returns:
+      uint8 [H,W,3].
+
+    Raises:
+      DataError: as for ``draw_detections``.
+    """
+    canvas = _picture(image).copy()
+    # Lowest score first, so that the frame of the highest is on top.
+    boxes = _boxes(boxes, "boxes")[::-1]
+    classes = _vector(classes, "classes", len(boxes)).astype(np.int64)[::-1]
+    values = _vector(scores, "scores", len(boxes)).astype(np.float64)[::-1]
+    _frames(canvas, boxes, classes)
+    return _labelled(canvas, boxes, classes, values, names)
 
 
 def draw_heatmap(
@@ -267,6 +289,24 @@ def save_image(path: str | Path, image: ArrayLike) -> None:
 def display_scale(height: int, width: int) -> int:
     """Return the integer factor by which a picture is enlarged before drawing: 1 from 900 px on, at most 8."""
     return max(1, min(8, math.ceil(900 / max(height, width))))
+
+
+def _frames(canvas: np.ndarray, boxes: np.ndarray, classes: np.ndarray) -> None:
+    """Draw a frame around each box ``[n,4]``, in place, the last one on top."""
+    line = line_width(canvas)
+    for box, label in zip(boxes, classes, strict=True):
+        frame(canvas, box, 1 + line, 1, BLACK, 0.45)
+        frame(canvas, box, 1, line, class_colour(label))
+
+
+def _labelled(
+    canvas: np.ndarray, boxes: np.ndarray, classes: np.ndarray, values: np.ndarray | None, names: Sequence[str]
+) -> np.ndarray:
+    """Return the canvas with a label beside each box where there is room: the name, and the score if there is one."""
+    texts = [_name(label, names) + ("" if values is None else f" {values[i]:.2f}") for i, label in enumerate(classes)]
+    picture, colours = Image.fromarray(canvas), [class_colour(label) for label in classes]
+    labels(picture, boxes, colours, texts, 1 + line_width(canvas), round(0.8 * text_size(canvas.shape[1])))
+    return np.asarray(picture)
 
 
 def _name(label: int, names: Sequence[str]) -> str:

@@ -71,7 +71,7 @@ class Frames(Dataset):
 
 
 def _of_pillow(picture: Image.Image, name: str, reading: Reading) -> np.ndarray:
-    _check_size(picture.height, picture.width, name, reading)
+    check_size(picture.height, picture.width, name, reading)
     try:
         picture.load()
     except Exception as error:  # as for files, Pillow's readers raise many kinds of errors
@@ -93,7 +93,7 @@ def _of_array(array: np.ndarray, name: str, reading: Reading, channels: str) -> 
         raise DataError(
             f"{name}: {array.dtype} {list(array.shape)} is no picture; give uint8 [H, W, 3], or [N, H, W, 3] for more"
         )
-    _check_size(array.shape[0], array.shape[1], name, reading)
+    check_size(array.shape[0], array.shape[1], name, reading)
     colours = array[..., :3] if channels == "rgb" else array[..., 2::-1]
     if array.dtype != np.uint8:
         deep = Deep(np.array(colours), 65535 if array.dtype == np.uint16 else 0)
@@ -101,7 +101,7 @@ def _of_array(array: np.ndarray, name: str, reading: Reading, channels: str) -> 
     return np.repeat(colours, 3, axis=2) if colours.shape[2] == 1 else np.array(colours, order="C")
 
 
-def _check_size(height: int, width: int, name: str, reading: Reading) -> None:
+def check_size(height: int, width: int, name: str, reading: Reading) -> None:
     if reading.max_pixels and height * width > reading.max_pixels:
         raise DataError(
             f"{name}: too large, {height * width:,} pixels where {reading.max_pixels:,} are allowed; set "
