@@ -120,6 +120,8 @@ def test_csq_in_onnx_runtime_is_csq_in_jax(csq):
 )
 def test_other_detectors_and_methods(name, changes, tmp_path):
     levels = {"start_level": 4} if name != "retinanet" else {}  # two sparse levels
+    if name == "retinanet" and "tile" in changes:  # tiles around the same cells fill a larger share
+        levels = {"capacities": (0.05, 0.5)}
     in_jax = detector(name, **{**levels, **changes})
     write_onnx(tmp_path / "x.onnx", in_jax, CONFIG, canvases=[CANVAS], batch_sizes=tuple(ROWS))
     ran = compared(in_jax, tmp_path / "x.onnx")

@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -237,6 +237,11 @@ class Builder:
         model = onnx.helper.make_model(graph, opset_imports=[opset], ir_version=_IR_VERSION, producer_name=producer)
         onnx.helper.set_model_props(model, metadata)
         return model.SerializeToString(deterministic=True)
+
+
+Translation = Callable[[Builder, list[Value], Any, dict[str, Any]], list[Value]]
+"""``translate(builder, inputs, out, params)`` adds what a primitive of jax computes, and returns its outputs, of which
+``out`` are the abstract values."""
 
 
 def _used(nodes: Sequence[Node], needed: set[str]) -> tuple[list[Node], set[str]]:
