@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from querydet_jax.data.readers.video import is_address
+from querydet_jax.data.readers.video import SUFFIXES, is_address
 from querydet_jax.inference.predictor import Predictor
 from querydet_jax.inference.video import FramesFile
 from querydet_jax.runtime.ahead import Ahead
@@ -30,7 +30,14 @@ _AHEAD = 4  # results that wait to be drawn
 
 def video_stems(names: Sequence[str]) -> list[str]:
     """Return a file stem for the results of each video; of an address without user, password and query."""
-    return result_stems([re.sub(r"(?<=://)[^/@]*@|[?#].*", "", name) if is_address(name) else name for name in names])
+    named = []
+    for name in names:
+        if is_address(name):
+            name = re.sub(r"(?<=://)[^/@]*@|[?#].*", "", name)
+            if Path(name).suffix.lower() not in SUFFIXES:
+                name += ".stream"  # so that nothing of a host is taken for a suffix
+        named.append(name)
+    return result_stems(named)
 
 
 def predict_video(predictor: Predictor, name: str, scores: np.ndarray, out: Path, draw: bool, stride: int) -> None:

@@ -31,7 +31,7 @@ _ENCODERS: dict[str, dict[str, str]] = {
 class VideoWriter:
     """Writes an MP4 file: H.264, or MPEG-4 where PyAV has no encoder for it.
 
-    The file plays once ``close`` has run, and up to a moment before if the process is killed.
+    The file plays once ``close`` has run; if the process is killed, it plays without its last frames.
 
     Args:
       path: of the file; a former one is replaced.

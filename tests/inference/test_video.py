@@ -247,7 +247,8 @@ def test_a_password_is_never_shown(av) -> None:
     with pytest.raises(DataError) as error:
         Video("rtsp://bob:secret@127.0.0.1:9/door")
     assert "rtsp://bob:***@127.0.0.1:9/door: cannot be opened" in str(error.value)
-    assert command.video_stems(["rtsp://bob:secret@host/door?key=1", "rtsp://bob:secret@host"]) == ["door", "host"]
+    names = ["rtsp://bob:secret@host/door?key=1", "rtsp://bob:secret@10.0.0.7:554", "https://host/film.mp4"]
+    assert command.video_stems(names) == ["door", "10.0.0.7_554", "film"]
 
 
 # Results ---------------------------------------------------------------------------------------

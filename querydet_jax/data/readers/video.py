@@ -170,10 +170,11 @@ class Video:
             if self._damage:
                 if not self._shown:
                     yield from self._sound(None)
-                after = f"after frame {self._good - 1}" if self._good else "before the first frame"
-                self.fault = (
-                    f"{self.name}: broken off {after} ({self._damage}); the {self._good} frames before are used"
-                )
+                if not self._good:
+                    why = f"no frame can be decoded ({self._damage}); give a video that is whole and plays"
+                else:
+                    why = f"broken off after frame {self._good - 1} ({self._damage}); the frames so far are used"
+                self.fault = f"{self.name}: {why}"
 
     def _sound(self, packet: Any) -> Iterator[Any]:
         """Yield the frames that the decoder returns for a packet, or still holds (None), up to a damaged one."""
