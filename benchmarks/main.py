@@ -16,6 +16,7 @@ from benchmarks.paper.tables import Table4, Table5, Table6, table4, table5, tabl
 from benchmarks.speed.capacities import Capacities, capacities
 from benchmarks.speed.end_to_end import EndToEnd, end_to_end
 from benchmarks.speed.precision import Precision, precision
+from benchmarks.speed.runtimes import Onnx, onnx
 from benchmarks.speed.static_vs_dynamic import StaticVsDynamic, static_vs_dynamic
 from benchmarks.speed.train_step import TrainStep, train_step
 from querydet_jax.runtime import machine
@@ -27,6 +28,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "figure2": (Figure2, figure2),
     "figure4": (Figure4, figure4),
     "paper": (Paper, list_paper),
+    "onnx": (Onnx, onnx),
     "precision": (Precision, precision),
     "static-vs-dynamic": (StaticVsDynamic, static_vs_dynamic),
     "table1": (Table1, table1),

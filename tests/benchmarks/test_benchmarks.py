@@ -267,3 +267,15 @@ def test_every_command_says_what_it_is(capsys, monkeypatch):
     text = capsys.readouterr().out
     assert all(name in text for name in COMMANDS)
     assert all(kind.__doc__ for kind, _ in COMMANDS.values())
+
+
+def test_runtimes_agree_before_they_are_timed(monkeypatch, tmp_path, run_folder):
+    for package in ("onnx", "onnxruntime"):
+        pytest.importorskip(package, reason="needs requirements-onnx.txt")
+    found = call(monkeypatch, tmp_path, "onnx", "--run", str(run_folder), "--images", "2", "--threads", "1")
+    rows = {(row["runtime"], row["method"]): row for row in found["rows"]}
+    assert {("JAX", "dense"), ("JAX", "csq"), ("ONNX Runtime", "dense"), ("ONNX Runtime", "csq")} <= set(rows)
+    assert_numbers(found["rows"], "ms_p50", "ms_p90", "speed_up")
+    for method in ("dense", "csq"):
+        row = rows["ONNX Runtime", method]
+        assert row["found"] == 1 and row["scores"] <= 1e-5 and row["boxes"] <= 1e-3, row
