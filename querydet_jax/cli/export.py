@@ -13,21 +13,25 @@ from querydet_jax.config.zoo import is_packaged
 from querydet_jax.data.plan import both_orientations
 from querydet_jax.inference.detector import Detector
 from querydet_jax.inference.export.onnx_writer import write_onnx
+from querydet_jax.inference.export.web import write_page
 from querydet_jax.inference.export.writer import PLATFORMS, any_batch_size, write_artifact
-from querydet_jax.inference.min_scores import min_scores
+from querydet_jax.inference.min_scores import BEST, min_scores
 from querydet_jax.inference.runs import open_model
 from querydet_jax.runtime import machine
 from querydet_jax.runtime.errors import ConfigError
 from querydet_jax.viz.text import score_text
 from querydet_jax.weights.packaged import read_card
 
+_NAMES = {"artifact": "detector.zip", "onnx": "detector.onnx", "web": "web"}
+
 
 @dataclass(frozen=True)
 class ExportArguments:
     out: str = ""
-    """The file to write (default: detector.zip or detector.onnx in the run folder, or in runs/NAME)."""
-    format: Literal["artifact", "onnx"] = "artifact"
-    """artifact: programs for jax. onnx: one graph for ONNX Runtime, which needs no jax (requirements-onnx.txt)."""
+    """The file or folder to write (default: detector.zip, detector.onnx or web in the run folder, or in runs/NAME)."""
+    format: Literal["artifact", "onnx", "web"] = "artifact"
+    """artifact: programs for jax. onnx: one graph for ONNX Runtime, which needs no jax (requirements-onnx.txt). web: a
+    folder with a page that detects in the browser; any web server serves it (same requirements)."""
     weights: str = ""
     """Weight file (.pth .pkl .npz .safetensors) or run folder, if the source is a card."""
     platforms: tuple[Literal["cpu", "cuda", "tpu"], ...] = PLATFORMS
@@ -39,54 +43,86 @@ class ExportArguments:
     """Also accept every canvas of data.test-canvases turned on its side, as predict does."""
     min_score: str = ""
     """The score from which detections count, for whoever runs the file; the programs give all. A number; best, each
-    class's with the largest F1 in the run's last evaluation; or best,CLASS=0.4,CLASS=0.2 (default: none)."""
+    class's with the largest F1 in the run's last evaluation; or best,CLASS=0.4,CLASS=0.2 (default: none; for web, where
+    the page starts: best for packaged weights, otherwise 0.3)."""
+    examples: tuple[str, ...] = ()
+    """Pictures, or folders of them, that the page offers; an ATTRIBUTION.md beside them comes along (default: none; in a
+    checkout, those of packaged weights in examples/NAME)."""
+    runtime: str = ""
+    """For web: the npm package onnxruntime-web as a file (.tgz) or unpacked folder (default: fetched once, and kept)."""
 
 
 def export(words: Sequence[str], program: str) -> None:
-    """Compile a detector ahead of time into one file."""
+    """Compile a detector ahead of time into one file, or into a page."""
     arguments, config, source = parse(
         ExportArguments,
-        "Write a detector, weights included, as one file that runs with jax or ONNX Runtime alone: uint8 pictures to "
-        "detections. "
+        "Write a detector, weights included, as one file that runs with jax or ONNX Runtime alone, or as a page for the "
+        "browser: uint8 pictures to detections. "
         "Canvases, resize rule and inference settings are fixed in it.",
         words,
         program,
     )
+    _check(arguments)
     machine.prepare()
     model = open_model(config, source, arguments.weights or None)
     canvases = config.data.test_canvases
     if arguments.both_orientations:
         canvases = both_orientations(canvases)
-    onnx = arguments.format == "onnx"
-    if onnx and arguments.platforms != PLATFORMS:
-        raise ConfigError("--platforms: an ONNX file is for no platform in particular; leave it out")
-    if not onnx and arguments.out.endswith(".onnx"):
-        raise ConfigError(f"--out {arguments.out}: an artifact is a zip archive; add --format onnx for an ONNX file")
-    batch_sizes = arguments.batch_sizes
-    if not batch_sizes and (onnx or not any_batch_size(config.inference, config.model.detector)):
+    to = arguments.format
+    batch_sizes = (1,) if to == "web" else arguments.batch_sizes
+    if not batch_sizes and (to == "onnx" or not any_batch_size(config.inference, config.model.detector)):
         batch_sizes = (config.inference.batch_size,)
+    weights = Path(arguments.weights or source)
+    card = read_card(weights) if is_packaged(weights) else None
+    best = weights if card is None else card.min_scores
+    chosen = arguments.min_score or (BEST if to == "web" and card and card.min_scores else "")
     scores = None
-    if arguments.min_score:
-        weights = Path(arguments.weights or source)
+    if chosen or to == "web":  # a page needs some to start with
         names = config.classes or [f"class {k}" for k in range(config.model.num_classes)]
-        best = read_card(weights).min_scores if is_packaged(weights) else weights
-        scores = min_scores(arguments.min_score, names, best, query=config.inference.query)
-    file = "detector.onnx" if onnx else "detector.zip"
-    out = Path(arguments.out) if arguments.out else results_folder(source, config) / file
+        scores = min_scores(chosen, names, best, query=config.inference.query)
+    out = Path(arguments.out) if arguments.out else results_folder(source, config) / _NAMES[to]
     begun = time.perf_counter()
-    detector = Detector(model, config.inference)
-    common: dict[str, Any] = dict(canvases=canvases, batch_sizes=batch_sizes, min_scores=scores)
-    if onnx:
-        write_onnx(out, detector, config, **common)
-    else:
-        write_artifact(out, detector, config, platforms=arguments.platforms, **common)
     count = len(canvases) * max(len(batch_sizes), 1)
+    use = f"querydet predict {out} --images PICTURE_OR_FOLDER"
+    common: dict[str, Any] = dict(canvases=canvases, min_scores=scores)
+    if to == "web":
+        examples = arguments.examples or _examples(source)
+        write_page(out, model, config, card=card, examples=examples, runtime=arguments.runtime, **common)
+        count *= 1 if config.inference.query == "dense" else 2
+        use = f"python -m http.server --directory {out} 8000, and open http://localhost:8000"
+    elif to == "onnx":
+        write_onnx(out, Detector(model, config.inference), config, batch_sizes=batch_sizes, **common)
+    else:
+        detector = Detector(model, config.inference)
+        write_artifact(out, detector, config, batch_sizes=batch_sizes, platforms=arguments.platforms, **common)
+    size = sum(path.stat().st_size for path in ([out] if out.is_file() else out.rglob("*")) if path.is_file())
     shapes = ", ".join(f"{height}x{width}" for height, width in canvases)
     numbers = ", ".join(map(str, batch_sizes)) if batch_sizes else "any"
     counts = "" if scores is None else f", scores from {score_text(scores)}"
-    runtime = "ONNX Runtime" if onnx else ", ".join(arguments.platforms)
+    runtime = {"onnx": "ONNX Runtime", "web": "browsers"}.get(to, ", ".join(arguments.platforms))
     print(
-        f"{out}: {out.stat().st_size / 1e6:.1f} MB, {count} program{'s' * (count > 1)} in "
+        f"{out}: {size / 1e6:.1f} MB, {count} program{'s' * (count > 1)} in "
         f"{time.perf_counter() - begun:.1f} s; {config.inference.query}, canvases {shapes}, batch size {numbers}, for "
-        f"{runtime}{counts}\nuse it with: querydet predict {out} --images PICTURE_OR_FOLDER"
+        f"{runtime}{counts}\nuse it with: {use}"
     )
+
+
+def _check(arguments: ExportArguments) -> None:
+    """Refuse options that the format has no use for."""
+    to = arguments.format
+    if to != "artifact" and arguments.platforms != PLATFORMS:
+        kind = "an ONNX file" if to == "onnx" else "a page"
+        raise ConfigError(f"--platforms: {kind} is for no platform in particular; leave it out")
+    if to == "artifact" and arguments.out.endswith(".onnx"):
+        raise ConfigError(f"--out {arguments.out}: an artifact is a zip archive; add --format onnx for an ONNX file")
+    if to == "web" and arguments.batch_sizes:
+        raise ConfigError("--batch-sizes: a page looks at one picture at a time; leave it out")
+    for name in ("examples", "runtime"):
+        if to != "web" and getattr(arguments, name):
+            raise ConfigError(f"--{name}: is for pages; add --format web, or leave it out")
+
+
+def _examples(source: Path) -> tuple[Path, ...]:
+    """Return the folder of pictures that a checkout has for packaged weights."""
+    folder = Path(__file__).parents[2] / "examples" / source.name
+    return (folder,) if is_packaged(source) and folder.is_dir() else ()

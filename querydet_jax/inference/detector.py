@@ -165,6 +165,16 @@ class Detector:
         """Return what a call runs, on RGB: a pure function of (state, images, sizes), and its state."""
         return partial(_detect, self._graph, self.config), self._state
 
+    def traced_function(
+        self,
+    ) -> tuple[Callable[[PyTree, Array, Array, Array], tuple[Detections, QueryTrace]], PyTree]:
+        """Return a pure function of (state, images, sizes, threshold) on RGB, and its state.
+
+        It gives what a call returns and what ``trace`` does, for the query threshold float32 ``[]`` instead of the
+        configuration's. The maps of dense inference are empty.
+        """
+        return partial(_detect_and_trace, self._graph, self.config), self._state
+
     def lower(self, shape: tuple[int, int, int]) -> jax.stages.Lowered:
         """Lower the program for images ``[B, H, W, 3]``, for cost analysis or ahead-of-time compilation."""
         batch, height, width = shape
@@ -267,7 +277,18 @@ def split_for_inference(model: DenseDetector) -> tuple[nnx.GraphDef, PyTree]:
 
 
 def _detect(graph: nnx.GraphDef, config: InferenceConfig, state: PyTree, images: Array, sizes: Array) -> Detections:
-    candidates, sparse = _candidates(nnx.merge(graph, state), config, images, sizes)
+    candidates, _, sparse = _candidates(nnx.merge(graph, state), config, images, sizes, config.threshold)
+    return _detections(config, candidates, sparse)
+
+
+def _detect_and_trace(
+    graph: nnx.GraphDef, config: InferenceConfig, state: PyTree, images: Array, sizes: Array, threshold: Array
+) -> tuple[Detections, QueryTrace]:
+    candidates, start, sparse = _candidates(nnx.merge(graph, state), config, images, sizes, threshold)
+    return _detections(config, candidates, sparse), _maps(config, start, sparse)
+
+
+def _detections(config: InferenceConfig, candidates: Candidates, sparse: dict[int, LevelResult]) -> Detections:
     detections = jax.vmap(partial(_suppress, config))(*candidates)
     return Detections(*detections, stats={level: result.stats for level, result in sparse.items()})
 
@@ -275,21 +296,19 @@ def _detect(graph: nnx.GraphDef, config: InferenceConfig, state: PyTree, images:
 def _only_candidates(
     graph: nnx.GraphDef, config: InferenceConfig, state: PyTree, images: Array, sizes: Array
 ) -> Candidates:
-    return _candidates(nnx.merge(graph, state), config, images, sizes)[0]
+    return _candidates(nnx.merge(graph, state), config, images, sizes, config.threshold)[0]
 
 
 def _candidates(
-    model: DenseDetector, config: InferenceConfig, images: Array, sizes: Array
-) -> tuple[Candidates, dict[int, LevelResult]]:
-    """Return the best boxes of all levels, before NMS, and the results of the sparse levels."""
+    model: DenseDetector, config: InferenceConfig, images: Array, sizes: Array, threshold: float | Array
+) -> tuple[Candidates, Array | None, dict[int, LevelResult]]:
+    """Return the best boxes of all levels, before NMS, and what ``_run_cascade`` returns (None, {} if dense)."""
     pyramid = _pyramid(model, config, images, sizes)
-    sparse: dict[int, LevelResult] = {}
-    if config.query != "dense":
-        _, sparse = _run_cascade(model, config, pyramid, config.threshold)
+    start, sparse = (None, {}) if config.query == "dense" else _run_cascade(model, config, pyramid, threshold)
     # In the published order of levels: sparse ones coarse to fine, then dense ones fine to coarse.
     selected = [result.selected for result in sparse.values()]
     selected += [_select_densely(model, config, level, x) for level, x in pyramid.dense.items() if level not in sparse]
-    return model.refine(join_candidates(selected), pyramid.dense, sizes), sparse
+    return model.refine(join_candidates(selected), pyramid.dense, sizes), start, sparse
 
 
 def _select_densely(model: DenseDetector, config: InferenceConfig, level: int, x: Array) -> Candidates:
@@ -395,8 +414,11 @@ def _dense_part(graph: nnx.GraphDef, config: InferenceConfig, state: PyTree, ima
 def _trace(
     graph: nnx.GraphDef, config: InferenceConfig, state: PyTree, pyramid: Pyramid, threshold: Array
 ) -> QueryTrace:
-    start, results = _run_cascade(nnx.merge(graph, state), config, pyramid, threshold)
-    probability = {config.start_level: jax.nn.sigmoid(start)}
+    return _maps(config, *_run_cascade(nnx.merge(graph, state), config, pyramid, threshold))
+
+
+def _maps(config: InferenceConfig, start: Array | None, results: dict[int, LevelResult]) -> QueryTrace:
+    probability = {} if start is None else {config.start_level: jax.nn.sigmoid(start)}
     for level, result in results.items():
         if result.query_logits is not None:
             probability[level] = jax.nn.sigmoid(result.query_logits)

@@ -110,14 +110,23 @@ def compile_cache_folder(environment: Mapping[str, str]) -> Path:
     Raises:
       RuntimeError: there is no home directory.
     """
+    kind = hashlib.sha256(f"{_processor()} {_cpuinfo('flags')}".encode()).hexdigest()[:12]
+    return cache_folder(environment) / kind
+
+
+def cache_folder(environment: Mapping[str, str]) -> Path:
+    """Return the folder for what can be made or fetched again, ``~/.cache/querydet_jax`` unless set otherwise.
+
+    Raises:
+      RuntimeError: there is no home directory.
+    """
     root = Path(environment.get("XDG_CACHE_HOME", ""))
     if not root.is_absolute():  # such values are to be ignored, says the XDG specification
         home = Path.home()
         if not home.is_absolute():
             raise RuntimeError("HOME is not an absolute path")
         root = home / ".cache"
-    kind = hashlib.sha256(f"{_processor()} {_cpuinfo('flags')}".encode()).hexdigest()[:12]
-    return root / "querydet_jax" / kind
+    return root / "querydet_jax"
 
 
 def _huge_page_mode() -> str:

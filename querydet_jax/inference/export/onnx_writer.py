@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
@@ -87,7 +86,7 @@ def _add_programs(builder: Builder, detector: Detector, shapes: Sequence[tuple[i
     if len(shapes) == 1:
         ((batch, height, width),) = shapes
         images = builder.input((batch, height, width, 3), np.uint8, "images")
-        results = _program(builder, detector, images, builder.input((batch, 2), np.int32, "sizes"))
+        results = add_program(builder, detector, images, builder.input((batch, 2), np.int32, "sizes"))
     else:
         # Their sizes have names: the graph looks at the shape of its input, and runs the program for it.
         images = builder.input(("batch", "height", "width", 3), np.uint8, "images")
@@ -134,25 +133,36 @@ def _program_of_shape(
 ) -> dict[str, Value]:
     wanted, pairs = (*shape, 3), (shape[0], 2)
     images = builder.add("Reshape", [images, builder.ints(*wanted)], wanted, np.uint8)
-    return _program(builder, detector, images, builder.add("Reshape", [sizes, builder.ints(*pairs)], pairs, np.int32))
+    return add_program(
+        builder, detector, images, builder.add("Reshape", [sizes, builder.ints(*pairs)], pairs, np.int32)
+    )
 
 
-def _program(builder: Builder, detector: Detector, images: Value, sizes: Value) -> dict[str, Value]:
-    """Add what the detector computes from images ``[B, H, W, 3]``; return its outputs by name."""
-    function, state = detector.function()
+def add_program(
+    builder: Builder, detector: Detector, images: Value, sizes: Value, threshold: Value | None = None
+) -> dict[str, Value]:
+    """Add what the detector computes from images ``[B, H, W, 3]``; return its outputs by name.
+
+    Args:
+      threshold: the query threshold, float32 ``[]``, in place of the configuration's. The outputs then also are the
+        maps ``[B, h, w]`` of ``QueryTrace``: ``maps.4.probability``, ``maps.3.keys``, ``maps.3.active``, and so on.
+    """
+    function, state = detector.function() if threshold is None else detector.traced_function()
     parameters, tree = jax.tree.flatten(state)
     names: list[str] = []
 
-    def flat(parameters: list[Array], images: Array, sizes: Array) -> list[Array]:
-        found = function(tree.unflatten(parameters), images, sizes)
+    def flat(parameters: list[Array], *inputs: Array) -> list[Array]:
+        returned = function(tree.unflatten(parameters), *inputs)
+        found, maps = (returned, None) if threshold is None else returned
         results = {name: getattr(found, name) for name in _FIELDS}
         for level, counts in sorted(found.stats.items()):
             results.update({f"stats.{level}.{name}": count for name, count in counts._asdict().items()})
+        for name, levels in ({} if maps is None else maps._asdict()).items():
+            results.update({f"maps.{level}.{name}": levels[level] for level in sorted(levels)})
         names[:] = results
         return list(results.values())
 
-    traced = jax.make_jaxpr(flat)(
-        parameters, jax.ShapeDtypeStruct(images.shape, jnp.uint8), jax.ShapeDtypeStruct(sizes.shape, jnp.int32)
-    )
+    inputs = [images, sizes] if threshold is None else [images, sizes, threshold]
+    traced = jax.make_jaxpr(flat)(parameters, *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in inputs))
     weights = [builder.constant(np.asarray(x)) for x in parameters]
-    return dict(zip(names, translate_closed(builder, traced, [*weights, images, sizes]), strict=True))
+    return dict(zip(names, translate_closed(builder, traced, [*weights, *inputs]), strict=True))
