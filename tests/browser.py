@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -19,8 +20,19 @@ from typing import Any
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 _FLAGS = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync --remote-debugging-pipe"
+    "--disable-component-update --disable-sync --hide-scrollbars --remote-debugging-pipe"
 ).split()
+
+# Chromium reads commands from descriptor 3 and answers on 4.
+_ON_3_AND_4 = """
+import fcntl, os, sys
+ends = [fcntl.fcntl(int(end), fcntl.F_DUPFD, 10) for end in sys.argv[1:3]]
+for number, end in enumerate(ends, 3):
+    os.dup2(end, number)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
+REQUESTS: list[tuple[str, str]] = []
+"""(host, path) of what servers were asked for."""
 
 
 class Page:
@@ -97,10 +109,9 @@ def browser(profile: Path, *flags: str) -> Iterator[Page]:
     """Start Chromium with a new ``profile`` and give its page."""
     assert CHROMIUM is not None
     (their_in, our_out), (our_in, their_out) = os.pipe(), os.pipe()
-    # Chromium reads commands from descriptor 3 and answers on 4; the shell puts the pipes there.
-    command = f'exec "$0" "$@" 3<&{their_in} 4>&{their_out}'
     process = subprocess.Popen(
-        ["sh", "-c", command, CHROMIUM, *_FLAGS, f"--user-data-dir={profile}", *flags],
+        [sys.executable, "-ISc", _ON_3_AND_4, str(their_in), str(their_out)]
+        + [CHROMIUM, *_FLAGS, f"--user-data-dir={profile}", *flags],
         pass_fds=(their_in, their_out),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -128,4 +139,4 @@ def served(folder: Path) -> Iterator[str]:
 
 class _Quiet(http.server.SimpleHTTPRequestHandler):
     def log_message(self, format: str, *args: Any) -> None:
-        pass
+        REQUESTS.append((self.headers["Host"], self.path))

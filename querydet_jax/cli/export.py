@@ -46,18 +46,18 @@ class ExportArguments:
     class's with the largest F1 in the run's last evaluation; or best,CLASS=0.4,CLASS=0.2 (default: none; for web, where
     the page starts: best for packaged weights, otherwise 0.3)."""
     examples: tuple[str, ...] = ()
-    """Pictures, or folders of them, that the page offers; an ATTRIBUTION.md beside them comes along (default: none; in a
-    checkout, those of packaged weights in examples/NAME)."""
+    """For web: pictures, or folders of them, that the page offers; an ATTRIBUTION.md beside them comes along (default:
+    none; in a checkout, those of packaged weights in examples/NAME)."""
     runtime: str = ""
-    """For web: the npm package onnxruntime-web as a file (.tgz) or unpacked folder (default: fetched once, and kept)."""
+    """For web: the npm package onnxruntime-web as a file (.tgz) or unpacked folder (default: fetched once and kept)."""
 
 
 def export(words: Sequence[str], program: str) -> None:
     """Compile a detector ahead of time into one file, or into a page."""
     arguments, config, source = parse(
         ExportArguments,
-        "Write a detector, weights included, as one file that runs with jax or ONNX Runtime alone, or as a page for the "
-        "browser: uint8 pictures to detections. "
+        "Write a detector, weights included, as one file that runs with jax or ONNX Runtime alone, or as a page for "
+        "the browser: uint8 pictures to detections. "
         "Canvases, resize rule and inference settings are fixed in it.",
         words,
         program,

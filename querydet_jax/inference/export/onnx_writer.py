@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -147,6 +147,7 @@ def add_program(
       threshold: the query threshold, float32 ``[]``, in place of the configuration's. The outputs then also are the
         maps ``[B, h, w]`` of ``QueryTrace``: ``maps.4.probability``, ``maps.3.keys``, ``maps.3.active``, and so on.
     """
+    function: Callable[..., Any]
     function, state = detector.function() if threshold is None else detector.traced_function()
     parameters, tree = jax.tree.flatten(state)
     names: list[str] = []

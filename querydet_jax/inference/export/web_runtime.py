@@ -65,8 +65,8 @@ def _fetched() -> bytes:
         data = kept.read_bytes()
         if _is_intact(data):
             return data
-    except (OSError, RuntimeError) as error:
-        _log.info("%s is not kept here yet (%s): fetching it", PACKAGE, error)
+    except (OSError, RuntimeError):  # none yet, or no home folder
+        _log.info("fetching %s, 33 MB, once", URL)
     try:
         with urllib.request.urlopen(URL, timeout=_SECONDS) as response:
             data = response.read()

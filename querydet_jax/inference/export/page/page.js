@@ -262,7 +262,7 @@ function paint(canvas, view, density, labelled = true) {
   context.drawImage(state.picture.bitmap, 0, 0, canvas.width, canvas.height);
   const maps = state.result?.levels[level];
   if (kind === "boxes") paintBoxes(context, density, labelled);
-  else if (kind === "queries" && maps) paintQueries(context, maps, level, density);
+  else if (kind === "queries" && maps) paintQueries(context, maps, level, labelled ? density : 0);
   else if (maps) paintCells(context, maps, level);
 }
 
@@ -291,6 +291,7 @@ function paintQueries(context, maps, level, density) {
     colours[4 * i + 3] = 255 * 0.8 * Math.min(p / 0.4, 1) ** 0.7;
   });
   paintMap(context, maps, level, colours, true);
+  if (!density) return; // too small for frames
   const [x, y] = cellSize(context, level);
   context.strokeStyle = "#fff";
   context.lineWidth = density;
