@@ -68,7 +68,10 @@ def _select(b: Builder, x: list[Value], out: Any, params: dict[str, Any]) -> lis
 
 def where(b: Builder, which: Value, yes: Value, no: Value) -> Value:
     if yes.dtype != bool:
-        return b.elementwise("Where", [which, yes, no], yes.dtype)
+        if yes.dtype != np.uint32:
+            return b.elementwise("Where", [which, yes, no], yes.dtype)
+        # ONNX Runtime's build for browsers has no Where for uint32.
+        return b.cast(b.elementwise("Where", [which, *(b.cast(x, np.int64) for x in (yes, no))], np.int64), np.uint32)
     # ONNX Runtime has no Where for truth values.
     both = [b.elementwise("And", [which, yes]), b.elementwise("And", [b.elementwise("Not", [which]), no])]
     return b.elementwise("Or", both)
