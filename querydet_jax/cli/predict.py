@@ -19,6 +19,7 @@ from querydet_jax.inference.detections_file import DetectionsFile, coco_ids, ent
 from querydet_jax.inference.export.exported import names_exported, open_exported
 from querydet_jax.inference.predictor import Predictor, of_exported, of_model, parted
 from querydet_jax.inference.runs import open_model
+from querydet_jax.inference.tiling import OVERLAP, Tiles, parse_tiles
 from querydet_jax.runtime import machine
 from querydet_jax.runtime.errors import ConfigError, DataError
 from querydet_jax.runtime.files import beside, identity, write_json
@@ -56,6 +57,11 @@ class PredictArguments:
     second pass)."""
     stride: int = 1
     """Of videos, take each STRIDE-th frame."""
+    tiles: str = "off"
+    """Large pictures: auto cuts those that would be shrunk into windows at their own scale; a number cuts every picture
+    into that many windows along its longer side; off sees every picture whole."""
+    overlap: float = OVERLAP
+    """With --tiles: least share of a window that the next one shows, too; objects up to that size are seen whole."""
     save_json: str = ""
     """Also write a list of COCO results (image_id, category_id, bbox, score) of the pictures, with their file names, to
     this file."""
@@ -97,9 +103,12 @@ def _predict(predictor: Predictor, arguments: PredictArguments) -> None:
     scores = predictor.min_scores(arguments.min_score, "--min-score")
     if arguments.draw == "queries" and predictor.no_maps:
         raise ConfigError(f"--draw queries: {predictor.name} shows none, because {predictor.no_maps}")
+    tiles = parse_tiles(arguments.tiles, arguments.overlap, ("--tiles", "--overlap"))
+    if arguments.draw == "queries" and tiles:
+        raise ConfigError("--draw queries: is of whole pictures; leave out --tiles, or draw boxes")
     videos, names = parted(arguments.images)
     _check_videos(arguments, videos)
-    jobs = [partial(_predict_pictures, predictor, arguments, names, scores)] if names else []
+    jobs = [partial(_predict_pictures, predictor, arguments, names, scores, tiles)] if names else []
     for video, stem in zip(videos, video_stems(videos), strict=True):
         jobs.append(
             partial(
@@ -135,11 +144,13 @@ def _check_videos(arguments: PredictArguments, videos: Sequence[str]) -> None:
         raise ConfigError(f"--draw queries: is for pictures, and {videos[0]} is a video; choose boxes or none")
     if arguments.save_json:
         raise ConfigError(f"--save-json: is for pictures; what is found in {videos[0]} goes to a .jsonl file in --out")
+    if arguments.tiles != "off":
+        raise ConfigError(f"--tiles {arguments.tiles}: is for pictures, and {videos[0]} is a video; leave it out")
     import_av()
 
 
 def _predict_pictures(
-    predictor: Predictor, arguments: PredictArguments, names: Sequence[str], scores: np.ndarray
+    predictor: Predictor, arguments: PredictArguments, names: Sequence[str], scores: np.ndarray, tiles: Tiles | None
 ) -> None:
     pictures = predictor.open_files(names)
     files = [pictures.file_name(i) for i in range(len(pictures))]
@@ -152,6 +163,8 @@ def _predict_pictures(
     if arguments.draw != "none" and any(path.resolve().parent == out.resolve() for path in pictures.paths):
         _log.warning("--out %s holds the pictures, too: a later prediction over this folder reads what is drawn", out)
     facts = {"model": predictor.name, "query": predictor.query}
+    if tiles:
+        facts |= {"tiles": tiles.number or "auto", "overlap": tiles.overlap}
     ids, coco = coco_ids(files), []
     with DetectionsFile(out / "detections.json", facts) as listed:
 
@@ -159,7 +172,7 @@ def _predict_pictures(
             _log.warning("left out %s", message)
             listed.broken.append(message)
 
-        found = predictor.run(pictures, scores, maps=arguments.draw == "queries", on_broken=broken)
+        found = predictor.run(pictures, scores, maps=arguments.draw == "queries", tiles=tiles, on_broken=broken)
         # A line per picture is progress enough for a file or pipe.
         for result in progress(found, "predicting", "picture", total=len(files), show=sys.stderr.isatty()):
             file, stem = files[result.index], stems[result.index]

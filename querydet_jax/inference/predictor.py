@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
-from querydet_jax.config import Config, DataConfig, card_names, load_config, override
+from querydet_jax.config import Config, DataConfig, InferenceConfig, card_names, load_config, override
 from querydet_jax.config.zoo import is_packaged, zoo_folder, zoo_names
 from querydet_jax.data.plan import both_orientations
 from querydet_jax.data.readers.images import Reading
@@ -26,6 +26,7 @@ from querydet_jax.inference.min_scores import BEST, min_scores
 from querydet_jax.inference.prediction import Prediction
 from querydet_jax.inference.results import run_on_images
 from querydet_jax.inference.runs import open_model
+from querydet_jax.inference.tiling import OVERLAP, Tiles, parse_tiles, run_tiled
 from querydet_jax.inference.video import run_on_video
 from querydet_jax.models import DenseDetector
 from querydet_jax.runtime.errors import ConfigError, DataError, QueryDetError, shown
@@ -76,6 +77,8 @@ class Predictor:
       data: resize rule, canvases and reading.
       query: how the fine levels are computed: dense, csq, cq, ccq.
       batch_size: pictures per call.
+      windows: windows of a large picture per call; 0: ``batch_size``.
+      nms_iou: of NMS between windows.
       best: where ``min_score="best"`` is looked up, see ``min_scores``.
       card: the model card of packaged weights.
     """
@@ -89,11 +92,14 @@ class Predictor:
         data: DataConfig,
         query: str,
         batch_size: int = 1,
+        windows: int = 0,
+        nms_iou: float = InferenceConfig.nms_iou,
         best: Path | Exported | Mapping[str, float] | None = None,
         card: ModelCard | None = None,
     ):
         self.detector, self.name, self.classes, self.query, self.card = detector, name, classes, query, card
         self.data, self._batch_size, self._best = data, batch_size, best
+        self._windows, self._nms_iou = windows or batch_size, nms_iou
 
     def __repr__(self) -> str:
         return f"Predictor({self.name!r}, {self.query}, {len(self.classes)} classes)"
@@ -105,6 +111,8 @@ class Predictor:
         min_score: MinScore = "",
         channels: Literal["rgb", "bgr"] = "rgb",
         maps: bool = False,
+        tiles: str | int = "off",
+        overlap: float = OVERLAP,
         stride: int = 1,
         on_broken: Callable[[str], None] | None = None,
     ) -> Iterator[Prediction]:
@@ -119,16 +127,24 @@ class Predictor:
             and for exported files that hold scores, otherwise 0.3.
           channels: order of the channels of arrays; bgr as OpenCV reads them.
           maps: also return the maps of the cascade (``Prediction.queries``), which takes a second pass.
+          tiles: auto cuts pictures that would be shrunk, and that no canvas holds, into overlapping windows of a canvas
+            at their own scale. A number cuts every picture into that many windows along its longer side, scaled to
+            fit. off: every picture is seen whole.
+          overlap: least share of a window that the next one shows, too; objects up to that size are seen whole.
           stride: of a video, take each ``stride``-th frame.
           on_broken: called with a message for each picture that cannot be used, and with why a video's frames end
             early; None raises, after the frames before.
 
         Raises:
-          ConfigError: ``min_score``, ``channels`` or ``stride`` is wrong, or ``maps`` of what computes none.
+          ConfigError: ``min_score``, ``channels``, ``tiles``, ``overlap`` or ``stride`` is wrong, or ``maps`` of what
+            computes none, or with ``tiles``.
           DataError: there is no picture; one cannot be used, without ``on_broken``.
         """
         if maps and self.no_maps:
             raise ConfigError(f"maps: {self.name} has none, because {self.no_maps}")
+        cut = parse_tiles(tiles, overlap)
+        if maps and cut:
+            raise ConfigError("maps: are of whole pictures; set tiles to off")
         scores = self.min_scores(min_score)
         if channels not in ("rgb", "bgr"):
             raise ConfigError(f"channels {shown(channels)}: choose rgb or bgr")
@@ -142,6 +158,8 @@ class Predictor:
             videos, named = parted(named)
             if videos and (named or len(videos) > 1):
                 raise DataError(f"{os.fspath(videos[0])}: is a video among others; give one video, or pictures")
+            if videos and cut:
+                raise ConfigError(f"tiles {tiles}: is for pictures; leave it out for a video")
             if videos:
                 return self.run_video(self.open_video(videos[0]), scores, maps=maps, stride=stride, on_broken=on_broken)
             pictures = self.open_files(named)
@@ -151,7 +169,7 @@ class Predictor:
             pictures = Frames(items, self.classes, Reading.of(self.data), channels)
         if stride != 1:
             raise ConfigError(f"stride {stride}: is for videos; leave it out for pictures")
-        return self.run(pictures, scores, maps=maps, on_broken=on_broken)
+        return self.run(pictures, scores, maps=maps, tiles=cut, on_broken=on_broken)
 
     def open_files(self, names: Sequence[str | os.PathLike[str]]) -> Pictures:
         """Open files, folders and patterns for ``run``.
@@ -198,6 +216,7 @@ class Predictor:
         scores: np.ndarray,
         *,
         maps: bool = False,
+        tiles: Tiles | None = None,
         on_broken: Callable[[str], None] | None = None,
     ) -> Iterator[Prediction]:
         """Yield a result per picture, with the detections from ``scores [K]`` on; see ``predict``."""
@@ -210,10 +229,23 @@ class Predictor:
                 on_broken(message)
         else:
             data = dataclasses.replace(data, threads=0, processes=0)  # nothing to read ahead
-        try:
-            for result in run_on_images(
+        if tiles is None:
+            results = run_on_images(
                 self.detector, pictures, data, batch_size=self._batch_size, maps=maps, on_broken=on_broken
-            ):
+            )
+        else:
+            results = run_tiled(
+                self.detector,
+                pictures,
+                data,
+                tiles,
+                min_scores=scores,
+                nms_iou=self._nms_iou,
+                batch_size=self._windows,
+                on_broken=on_broken,
+            )
+        try:
+            for result in results:
                 path = paths[result.index] if paths else None
                 yield dataclasses.replace(result.at_least(scores), path=path)
         except EXPORT_ERRORS as error:
@@ -253,6 +285,8 @@ def of_model(model: DenseDetector, config: Config, weights: Path) -> Predictor:
         classes=config.classes or tuple(f"class {k}" for k in range(config.model.num_classes)),
         data=data,
         query=config.inference.query,
+        windows=config.inference.batch_size,
+        nms_iou=config.inference.nms_iou,
         best=weights if card is None else card.min_scores,
         card=card,
     )
@@ -276,6 +310,7 @@ def of_exported(detector: Exported) -> Predictor:
         data=data,
         query=inference["query"],
         batch_size=min(detector.batch_sizes or (1,)),
+        nms_iou=inference.get("nms_iou", InferenceConfig.nms_iou),  # artifacts of older versions may lack it
         best=detector,
     )
 

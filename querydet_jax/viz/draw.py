@@ -41,6 +41,7 @@ from querydet_jax.viz.text import score_text
 
 _KEY: Colour = (255, 176, 0)
 _ACTIVE: Colour = (64, 156, 255)
+_BAND = 2048  # rows copied at a time
 
 
 def draw_detections(
@@ -302,11 +303,13 @@ def _frames(canvas: np.ndarray, boxes: np.ndarray, classes: np.ndarray) -> None:
 def _labelled(
     canvas: np.ndarray, boxes: np.ndarray, classes: np.ndarray, values: np.ndarray | None, names: Sequence[str]
 ) -> np.ndarray:
-    """Return the canvas with a label beside each box where there is room: the name, and the score if there is one."""
+    """Draw a label beside each box where there is room, the name and any score, on the canvas, and return it."""
     texts = [_name(label, names) + ("" if values is None else f" {values[i]:.2f}") for i, label in enumerate(classes)]
     picture, colours = Image.fromarray(canvas), [class_colour(label) for label in classes]
     labels(picture, boxes, colours, texts, 1 + line_width(canvas), round(0.8 * text_size(canvas.shape[1])))
-    return np.asarray(picture)
+    for top in range(0, len(canvas), _BAND):  # Pillow's copy of all of it would take twice its memory
+        canvas[top : top + _BAND] = np.asarray(picture.crop((0, top, picture.width, min(top + _BAND, len(canvas)))))
+    return canvas
 
 
 def _name(label: int, names: Sequence[str]) -> str:
