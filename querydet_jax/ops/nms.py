@@ -18,6 +18,10 @@ from querydet_jax.ops.boxes import pairwise_iou
 _CONSIDERED = 256
 _SETTLED = 128
 
+# Scores from here down are those of absent candidates, -inf. OpenVINO turns -inf into this number, and loops that
+# compare with -inf would not end there.
+_ABSENT = jnp.finfo(jnp.float32).min
+
 # `largest` selects among groups above this many values.
 _SORTED = 32_768
 
@@ -146,13 +150,13 @@ def class_wise_nms(
 
     def unfinished(state: tuple[Array, ...]) -> Array:
         count, remaining, *_ = state
-        return (count < max_detections) & (jnp.max(remaining) > -jnp.inf)
+        return (count < max_detections) & (jnp.max(remaining) > _ABSENT)
 
     def iterate(state: tuple[Array, ...]) -> tuple[Array, ...]:
         count, remaining, keep, kept_boxes, kept_classes = state
         values, best = lax.top_k(remaining, considered)
         overlaps = suppressed_by(boxes[best], classes[best], kept_boxes, kept_classes, iou_threshold=iou_threshold)
-        free = (values > -jnp.inf) & ~jnp.any(overlaps, axis=0)
+        free = (values > _ABSENT) & ~jnp.any(overlaps, axis=0)
 
         # Positions of the first free candidates; past the end if there are fewer.
         # By comparison, because a binary search is a loop, for whose turns a GPU waits on the host.
@@ -235,7 +239,7 @@ def soft_nms(
 
     def unfinished(state: tuple[Array, ...]) -> Array:
         step, value, *_ = state
-        return (step < max_detections) & (value > -jnp.inf)
+        return (step < max_detections) & (value > _ABSENT)
 
     def iterate(state: tuple[Array, ...]) -> tuple[Array, ...]:
         step, value, best, remaining, keep, decayed = state

@@ -157,6 +157,8 @@ def test_limits_and_absent_candidates() -> None:
     assert kept(apart, [-np.inf, 0.6, -np.inf, 0.5, -np.inf, -np.inf], [0] * 6) == [1, 3]
     assert kept(apart, [-np.inf] * 6, [0] * 6) == []
     assert kept([], [], []) == []
+    # Runtimes that clamp infinities see the lowest number in place of -inf.
+    assert kept(apart, [np.finfo(np.float32).min, 0.6] + [-np.inf] * 4, [0] * 6) == [1]
     # The content of an absent candidate does not matter.
     assert kept([[-np.inf, np.nan, np.inf, 0], [0, 0, 10, 10]], [-np.inf, 0.4], [0, 0]) == [1]
 
