@@ -17,6 +17,7 @@ from querydet_jax.data import Dataset
 from querydet_jax.evaluation.metrics import nan_to_none
 from querydet_jax.evaluation.runner import Evaluation, evaluate_detectors, first_images
 from querydet_jax.inference.detector import Detector
+from querydet_jax.models import DenseDetector
 from querydet_jax.ops.anchors import level_shape
 from querydet_jax.runtime.errors import ConfigError
 
@@ -72,16 +73,23 @@ def evaluation_rows(runs: dict[str, Evaluation]) -> list[Row]:
 
 
 def _measure_random(options: RunOrRandomImage, variants: Variants) -> list[Row]:
+    _, detectors, image = random_detectors(options, variants)
+    return timed_rows(detectors, image, options.rounds)
+
+
+def random_detectors(
+    options: RunOrRandomImage, variants: Variants
+) -> tuple[DenseDetector, dict[str, Detector], jax.Array]:
+    """Return a network with random weights, its detectors at laid-out queries, and an image for them."""
     shape = (options.height, options.width)
     model = random_model(options.backbone, options.classes, options.channels)
-    image = random_image(*shape)
     queries = laid_out_queries(*shape, options.active)
     base = InferenceConfig(score_threshold=0.0)  # the worst case of NMS: every level passes on all its candidates
     detectors = {
         name: scripted_detector(model, dataclasses.replace(base, **changes), queries, shape)
         for name, changes in variants.items()
     }
-    return timed_rows(detectors, image, options.rounds)
+    return model, detectors, random_image(*shape)
 
 
 def timed_rows(detectors: dict[str, Detector], image: jax.Array, rounds: int) -> list[Row]:

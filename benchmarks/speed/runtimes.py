@@ -15,11 +15,12 @@ import jax
 import numpy as np
 
 from benchmarks import charts
+from benchmarks.measuring import Variants, random_detectors
 from benchmarks.options import RunOrRandomImage
 from benchmarks.report import Column, Report, Row, ms, share, times
-from benchmarks.subjects import laid_out_queries, open_run, random_image, random_model, scripted_detector
+from benchmarks.subjects import open_run
 from benchmarks.timing import interleaved, percentiles
-from querydet_jax.config import Config, InferenceConfig, override
+from querydet_jax.config import Config, override
 from querydet_jax.data import eval_batches
 from querydet_jax.evaluation.runner import first_images
 from querydet_jax.inference.detector import Detector
@@ -34,6 +35,7 @@ Call = Callable[[np.ndarray, np.ndarray], Any]
 JAX, ONNX_RUNTIME, OPENVINO, OPENVINO_BF16 = "JAX", "ONNX Runtime", "OpenVINO", "OpenVINO bfloat16"
 _COMPARED = 8  # images on which detections are compared with JAX's
 _NEAR = 0.5  # px
+_VARIANTS: Variants = {"dense": {"query": "dense"}, "csq": {"query": "csq"}}
 
 
 @dataclass(frozen=True)
@@ -121,22 +123,14 @@ def _of_run(arguments: Onnx) -> tuple[dict[str, Detector], Config, list[Images]]
     batches = eval_batches(dataset, config.data, batch_size=1, indices=first_images(dataset, arguments.images))
     images = [(batch["images"], batch["sizes"]) for batch in batches]
     images = [pair for pair in images if pair[0].shape == images[0][0].shape]
-    detectors = {query: Detector(model, override(config.inference, {"query": query})) for query in ("dense", "csq")}
+    detectors = {name: Detector(model, override(config.inference, changes)) for name, changes in _VARIANTS.items()}
     return detectors, config, images
 
 
 def _of_random_weights(arguments: Onnx) -> tuple[dict[str, Detector], Config, list[Images]]:
-    shape = (arguments.height, arguments.width)
-    model = random_model(arguments.backbone, arguments.classes, arguments.channels)
-    queries, base = laid_out_queries(*shape, arguments.active), InferenceConfig(score_threshold=0.0)
-    detectors = {
-        query: scripted_detector(model, override(base, {"query": query}), queries, shape) for query in ("dense", "csq")
-    }
-    return (
-        detectors,
-        Config(name="random", model=model.config),
-        [(np.asarray(random_image(*shape)), np.asarray([shape], np.int32))],
-    )
+    model, detectors, image = random_detectors(arguments, _VARIANTS)
+    images = [(np.asarray(image), np.asarray([image.shape[1:3]], np.int32))]
+    return detectors, Config(name="random", model=model.config), images
 
 
 def _openvino(file: Path, threads: int, precision: str) -> Call:

@@ -78,8 +78,7 @@ def export(words: Sequence[str], program: str) -> None:
     chosen = arguments.min_score or (BEST if to == "web" and card and card.min_scores else "")
     scores = None
     if chosen or to == "web":  # a page needs some to start with
-        names = config.classes or [f"class {k}" for k in range(config.model.num_classes)]
-        scores = min_scores(chosen, names, best, query=config.inference.query)
+        scores = min_scores(chosen, config.class_names, best, query=config.inference.query)
     out = Path(arguments.out) if arguments.out else results_folder(source, config) / _NAMES[to]
     begun = time.perf_counter()
     count = len(canvases) * max(len(batch_sizes), 1)

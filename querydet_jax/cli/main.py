@@ -15,7 +15,7 @@ SUMMARIES = {
     "train": "Train a detector on all devices, of one host or several.",
     "eval": "Evaluate a trained detector, densely and with Cascade Sparse Query.",
     "predict": "Detect objects in pictures and videos.",
-    "export": "Compile a trained detector into one file that runs with jax alone.",
+    "export": "Compile a trained detector into one file, or into a page for the browser.",
     "report": "Count what a data set asks of a configuration, before any training.",
     "prepare": "Write a data set once in the form that training reads fastest.",
     "score": "Score the result files of any detector.",

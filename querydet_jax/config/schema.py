@@ -312,3 +312,8 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     inference: InferenceConfig = field(default_factory=InferenceConfig)
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the model's K classes; ``class 0`` and so on where the configuration gives none."""
+        return self.classes or tuple(f"class {k}" for k in range(self.model.num_classes))

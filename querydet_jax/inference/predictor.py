@@ -282,7 +282,7 @@ def of_model(model: DenseDetector, config: Config, weights: Path) -> Predictor:
     return Predictor(
         Detector(model, config.inference, max_shapes=len(data.test_canvases)),
         name=config.name,
-        classes=config.classes or tuple(f"class {k}" for k in range(config.model.num_classes)),
+        classes=config.class_names,
         data=data,
         query=config.inference.query,
         windows=config.inference.batch_size,

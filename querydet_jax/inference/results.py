@@ -48,22 +48,39 @@ def run_on_images(
                 full = jax.device_get(detector.trace(batch["images"], batch["sizes"]))
             for row in np.flatnonzero(batch["valid"]):
                 i = position[int(batch["image_ids"][row])]
-                net, original = (tuple(batch[key][row].tolist()) for key in ("sizes", "original_sizes"))
-                boxes, scores, classes = in_original(result, batch, row)
-                yield Prediction(
-                    index=i,
-                    size=original,
-                    boxes=boxes,
-                    scores=scores,
-                    classes=classes,
-                    class_names=dataset.classes,
-                    queries=full and QueryTrace(*({level: x[row] for level, x in levels.items()} for levels in full)),
-                    scale=max(original[0] / net[0], original[1] / net[1]),
-                    threshold=detector.config.threshold if isinstance(detector, Detector) else 0.0,
-                    load=cache(partial(dataset.load, i)),
-                )
+                load = cache(partial(dataset.load, i))
+                yield prediction(detector, result, full, batch, row, index=i, class_names=dataset.classes, load=load)
     finally:
         batches.close()
+
+
+def prediction(
+    detector: Callable[..., Any],
+    result: Any,
+    trace: QueryTrace | None,
+    batch: dict[str, np.ndarray],
+    row: int | np.integer,
+    **known: Any,
+) -> Prediction:
+    """Return what was found in one image.
+
+    Args:
+      result, batch, row: see ``in_original``.
+      trace: the cascade's maps of the batch, on the host, if they were asked for.
+      known: the other fields of ``Prediction``: index, class_names, load and so on.
+    """
+    net, original = (tuple(batch[key][row].tolist()) for key in ("sizes", "original_sizes"))
+    boxes, scores, classes = in_original(result, batch, row)
+    return Prediction(
+        size=original,
+        boxes=boxes,
+        scores=scores,
+        classes=classes,
+        queries=trace and QueryTrace(*({level: x[row] for level, x in levels.items()} for levels in trace)),
+        scale=max(original[0] / net[0], original[1] / net[1]),
+        threshold=detector.config.threshold if isinstance(detector, Detector) else 0.0,
+        **known,
+    )
 
 
 def in_original(

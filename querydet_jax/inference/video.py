@@ -21,7 +21,7 @@ from querydet_jax.data.readers.video import Frame, Video
 from querydet_jax.data.transforms import place, resize
 from querydet_jax.inference.detector import Detector, QueryTrace
 from querydet_jax.inference.prediction import Prediction
-from querydet_jax.inference.results import in_original
+from querydet_jax.inference.results import prediction
 from querydet_jax.runtime.ahead import Ahead
 from querydet_jax.runtime.files import writing
 
@@ -100,24 +100,12 @@ def _predictions(
 ) -> Iterator[Prediction]:
     """Wait for a batch's results and yield them; ``index`` counts them."""
     result, full = jax.device_get(result), None if trace is None else jax.device_get(trace)
-    net = tuple(batch["sizes"][0].tolist())
     for row, frame in enumerate(frames):
-        boxes, scores, labels = in_original(result, batch, row)
-        yield Prediction(
-            index=next(index),
-            size=video.size,
-            boxes=boxes,
-            scores=scores,
-            classes=labels,
-            class_names=classes,
-            path=video.path,
-            frame=frame.index,
-            time=frame.time,
-            queries=full and QueryTrace(*({level: x[row] for level, x in levels.items()} for levels in full)),
-            scale=max(video.size[0] / net[0], video.size[1] / net[1]),
-            threshold=detector.config.threshold if isinstance(detector, Detector) else 0.0,
+        yield prediction(
+            detector, result, full, batch, row,
+            index=next(index), class_names=classes, path=video.path, frame=frame.index, time=frame.time,
             load=partial(_pixels, frame),
-        )
+        )  # fmt: skip
 
 
 def _pixels(frame: Frame) -> np.ndarray:

@@ -221,8 +221,8 @@ class Builder:
         self._number += 1
         return f"t{self._number}"
 
-    def model(self, metadata: dict[str, str], producer: str) -> bytes:
-        """Return the model, serialized. Needs the package onnx."""
+    def model(self, metadata: dict[str, str], producer: str) -> Any:
+        """Return the model, an ``onnx.ModelProto``. Needs the package onnx."""
         nodes, needed = _used(self._fixed.nodes + self.main.nodes, {value.name for value in self.main.outputs})
         import onnx  # pyright: ignore[reportMissingImports]  # an extra
 
@@ -236,7 +236,7 @@ class Builder:
         opset = onnx.helper.make_opsetid("", OPSET)
         model = onnx.helper.make_model(graph, opset_imports=[opset], ir_version=_IR_VERSION, producer_name=producer)
         onnx.helper.set_model_props(model, metadata)
-        return model.SerializeToString(deterministic=True)
+        return model
 
 
 Translation = Callable[[Builder, list[Value], Any, dict[str, Any]], list[Value]]

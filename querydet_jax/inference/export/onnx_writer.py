@@ -63,8 +63,7 @@ def write_onnx(
       DataError: onnx is not installed, the detector uses a primitive that has no translation, or the file cannot be
         written.
     """
-    if importlib.util.find_spec("onnx") is None:
-        raise DataError("writing ONNX needs the package onnx; pip install -r requirements-onnx.txt")
+    check_onnx()
     check_once_each(canvases=canvases, batch_sizes=batch_sizes)
     check_batch_sizes(batch_sizes)
     manifest = {
@@ -75,10 +74,16 @@ def write_onnx(
     }
     builder = Builder()
     _add_programs(builder, detector, [(batch, *canvas) for canvas in canvases for batch in batch_sizes])
-    data = builder.model({METADATA: json.dumps(manifest, allow_nan=False)}, "querydet_jax")
+    model = builder.model({METADATA: json.dumps(manifest, allow_nan=False)}, "querydet_jax")
     with file_to_write(Path(path), "detector.onnx") as aside:
-        aside.write_bytes(data)
+        aside.write_bytes(model.SerializeToString(deterministic=True))
     return manifest
+
+
+def check_onnx() -> None:
+    """Raise DataError if the package onnx is missing."""
+    if importlib.util.find_spec("onnx") is None:
+        raise DataError("writing ONNX needs the package onnx; pip install -r requirements-onnx.txt")
 
 
 def _add_programs(builder: Builder, detector: Detector, shapes: Sequence[tuple[int, int, int]]) -> None:

@@ -9,7 +9,6 @@ Shape letters: H W image, K classes.
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import shutil
 from collections.abc import Sequence
@@ -21,7 +20,7 @@ import numpy as np
 from querydet_jax.config import Config
 from querydet_jax.inference.detector import Detector
 from querydet_jax.inference.export.onnx_graph import Builder
-from querydet_jax.inference.export.onnx_writer import add_program
+from querydet_jax.inference.export.onnx_writer import add_program, check_onnx
 from querydet_jax.inference.export.web_runtime import PACKAGE, VERSION, WASM, web_runtime
 from querydet_jax.inference.export.writer import Canvas, check_once_each
 from querydet_jax.models import DenseDetector
@@ -71,15 +70,14 @@ def write_page(
         something else, an example or the runtime cannot be read, or the page cannot be written.
     """
     folder = Path(folder)
-    if importlib.util.find_spec("onnx") is None:
-        raise DataError("writing ONNX needs the package onnx; pip install -r requirements-onnx.txt")
+    check_onnx()
     check_once_each(canvases=canvases)
     _check_reading(config)
     _check_free(folder)
     pictures, attribution = _pictures(examples)
     files = web_runtime(runtime)
     programs, weights, counts = _programs(model, config, canvases)
-    classes = config.classes or [f"class {k}" for k in range(config.model.num_classes)]
+    classes = config.class_names
     about = {
         "format": FORMAT,
         "name": config.name,
@@ -167,8 +165,6 @@ def _programs(
     model: DenseDetector, config: Config, canvases: Sequence[Canvas]
 ) -> tuple[dict[str, bytes], bytes, dict[str, int]]:
     """Return the programs by name (``csq_512x640``), the file of weights, and its number of halves and of floats."""
-    import onnx  # pyright: ignore[reportMissingImports]  # an extra
-
     query = config.inference.query
     built: dict[str, Any] = {}
     for method in dict.fromkeys((query, "dense")):
@@ -180,7 +176,7 @@ def _programs(
             threshold = None if method == "dense" else builder.input((), np.float32, "threshold")
             results = add_program(builder, detector, images, sizes, threshold)
             builder.outputs(list(results.values()), list(results))
-            built[f"{method}_{height}x{width}"] = onnx.load_model_from_string(builder.model({}, "querydet_jax"))
+            built[f"{method}_{height}x{width}"] = builder.model({}, "querydet_jax")
     data, counts = _share_weights([program.graph for program in built.values()])
     return {name: program.SerializeToString(deterministic=True) for name, program in built.items()}, data, counts
 
@@ -191,7 +187,7 @@ def _share_weights(graphs: Sequence[Any]) -> tuple[bytes, dict[str, int]]:
     The file starts with those that float16 holds exactly, as float16. The graphs count in the file's float32 form,
     which the page makes when it has loaded it.
     """
-    import onnx  # pyright: ignore[reportMissingImports]
+    import onnx  # pyright: ignore[reportMissingImports]  # an extra
 
     tensors = [
         tensor

@@ -97,7 +97,7 @@ def description(
     """Return what any exported file says about its detector: classes, inputs and settings."""
     return {
         "name": config.name,
-        "classes": config.classes or [f"class {k}" for k in range(config.model.num_classes)],
+        "classes": config.class_names,
         "canvases": [list(canvas) for canvas in canvases],
         "batch_sizes": list(batch_sizes) or None,
         "preprocessing": {
