@@ -65,3 +65,36 @@ def test_large_maps_take_blocks_and_small_ones_do_not():
         return jax.jit(gradient).lower(kernel).as_text().count("stablehlo.while")
 
     assert (loops(32, 16), loops(31, 16), loops(32, 3)) == (1, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("size", "padding", "shape"),
+    [
+        (3, [(1, 1), (1, 1)], (2, 12, 7)),
+        (3, [(0, 1), (1, 0)], (1, 6, 9)),
+        (5, [(2, 2), (2, 2)], (2, 5, 8)),
+    ],
+)
+def test_bfloat16_by_rows(size, padding, shape, monkeypatch):
+    """Integers of a few bits are exact in bfloat16, and so are their sums in float32: nothing may differ."""
+    monkeypatch.setattr(conv2d, "_CHANNELS", 1)
+    rng = np.random.default_rng(size)
+    x = jnp.asarray(rng.integers(-2, 3, (*shape, 4)), jnp.bfloat16)
+    kernel = jnp.asarray(rng.integers(-1, 2, (size, size, 4, 6)), jnp.bfloat16)
+
+    def ours(x, kernel):
+        return conv2d.conv2d(x, kernel, 1, padding)
+
+    def by_xla(x, kernel):
+        return lax.conv_general_dilated(x, kernel, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    expected, pull = jax.vjp(by_xla, x.astype(jnp.float32), kernel.astype(jnp.float32))
+    g = jnp.asarray(rng.integers(-1, 2, expected.shape), jnp.bfloat16)
+    for cells, loops in ((1, 3), (10**6, 0)):
+        monkeypatch.setattr(conv2d, "_BF16_CELLS", cells)
+        found, our_pull = jax.vjp(ours, x, kernel)
+        text = jax.jit(lambda x, kernel, g: jax.vjp(ours, x, kernel)[1](g)).lower(x, kernel, g).as_text()
+        assert bool(text.count("stablehlo.while")) == bool(loops)
+        for a, b in zip((found, *our_pull(g)), (expected, *pull(g.astype(jnp.float32))), strict=True):
+            assert a.dtype == jnp.bfloat16
+            np.testing.assert_array_equal(a.astype(jnp.float32), b.astype(jnp.bfloat16).astype(jnp.float32))
