@@ -1,4 +1,4 @@
-"""2-D convolution, faster on CPU: kernel gradients in float32, everything in bfloat16.
+"""2-D convolution, faster on CPU: kernel gradients in float32, everything in bfloat16. On TPU, faster first layers.
 
 Shape letters: B batch, H W input, h w output, C input channels, O output channels, k kernel size, s stride.
 """
@@ -19,6 +19,7 @@ _BLOCK = 672  # output cells per step of the kernel gradient, so that their patc
 # Smallest number of output cells and input channels for it; below, XLA's gradient is as fast.
 _CELLS, _CHANNELS = 1000, 16
 _BF16_CELLS = 250  # smallest number of output cells for products of rows in bfloat16
+_PICTURE = 4  # most input channels of a first layer, which a TPU convolves by phases
 
 
 def conv2d(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
@@ -35,6 +36,29 @@ def conv2d(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
     instructions. There, a 3x3 convolution with stride 1 and its gradients are products of rows: see `_by_rows`.
     """
     return _conv(stride, tuple(tuple(side) for side in padding), x, kernel)
+
+
+def conv2d_by_phases(x: Array, kernel: Array, padding: Padding) -> Array:
+    """Convolve with stride 2 as ``conv2d``, by a convolution of stride 1 on the four phases of the input as channels.
+
+    Space to depth: ``[H, W, C]`` becomes ``[H/2, W/2, 4C]``, the k x k kernel ceil(k/2) x ceil(k/2). A picture's three
+    channels fill three of the 128 rows of a TPU's matrix unit, and strided rows of a picture must be copied first.
+    """
+    (_, height, width, _), size = x.shape, kernel.shape[0]
+    (top, bottom), (left, right) = padding
+    taps = (size + 1) // 2
+    # Rows and columns read; an even kernel's worth, the last one by zeros of the kernel.
+    rows = 2 * ((height + top + bottom - size) // 2 + taps)
+    columns = 2 * ((width + left + right - size) // 2 + taps)
+    # Negative padding cuts off what is not read.
+    edges = ((0, 0, 0), (top, rows - top - height, 0), (left, columns - left - width, 0), (0, 0, 0))
+    x = lax.pad(x, jnp.zeros((), x.dtype), edges)
+    even = jnp.pad(kernel, ((0, 2 * taps - size), (0, 2 * taps - size), (0, 0), (0, 0)))
+    phases = [(i, j) for i in range(2) for j in range(2)]
+    # Slices, because the reshape and transpose of six axes takes the TPU's compiler too long.
+    deep = jnp.concatenate([tap(x, i, j, rows // 2, columns // 2, 2) for i, j in phases], axis=3)
+    deep_kernel = jnp.concatenate([even[i::2, j::2] for i, j in phases], axis=2)
+    return _plain(1, ((0, 0), (0, 0)), deep, deep_kernel)
 
 
 def tap(x: Array, i: int, j: int, rows: int, columns: int, stride: int) -> Array:
@@ -58,9 +82,15 @@ def _plain(stride: int, padding: Padding, x: Array, kernel: Array) -> Array:
     )
 
 
+def _of_pictures(stride: int, x: Array) -> bool:
+    return stride == 2 and x.shape[3] <= _PICTURE
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _conv(stride: int, padding: Padding, x: Array, kernel: Array) -> Array:
     plain = partial(_plain, stride, padding)
+    if _of_pictures(stride, x):
+        return lax.platform_dependent(x, kernel, tpu=partial(conv2d_by_phases, padding=padding), default=plain)
     if not _bf16_rows(stride, padding, x, kernel):
         return plain(x, kernel)
     return lax.platform_dependent(x, kernel, cpu=partial(_by_rows, padding), default=plain)
@@ -72,11 +102,16 @@ def _forward(stride: int, padding: Padding, x: Array, kernel: Array) -> tuple[Ar
 
 def _backward(stride: int, padding: Padding, saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
     x, kernel = saved
+
+    def by_xla_alone(x: Array, kernel: Array, g: Array) -> tuple[Array, Array]:
+        return jax.vjp(partial(_plain, stride, padding), x, kernel)[1](g)
+
+    def by_phases(x: Array, kernel: Array, g: Array) -> tuple[Array, Array]:
+        return jax.vjp(partial(conv2d_by_phases, padding=padding), x, kernel)[1](g)
+
+    if _of_pictures(stride, x):
+        return lax.platform_dependent(x, kernel, g, tpu=by_phases, default=by_xla_alone)
     if _bf16_rows(stride, padding, x, kernel):
-
-        def by_xla_alone(x: Array, kernel: Array, g: Array) -> tuple[Array, Array]:
-            return jax.vjp(partial(_plain, stride, padding), x, kernel)[1](g)
-
         return lax.platform_dependent(x, kernel, g, cpu=partial(_gradients_by_rows, padding), default=by_xla_alone)
 
     _, to_input = jax.vjp(lambda x: _plain(stride, padding, x, kernel), x)

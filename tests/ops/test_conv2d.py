@@ -98,3 +98,40 @@ def test_bfloat16_by_rows(size, padding, shape, monkeypatch):
         for a, b in zip((found, *our_pull(g)), (expected, *pull(g.astype(jnp.float32))), strict=True):
             assert a.dtype == jnp.bfloat16
             np.testing.assert_array_equal(a.astype(jnp.float32), b.astype(jnp.bfloat16).astype(jnp.float32))
+
+
+FIRST_LAYERS = [(7, ((3, 3), (3, 3))), (3, ((1, 1), (1, 1))), (3, ((0, 1), (1, 1))), (4, ((1, 2), (0, 3)))]
+
+
+@pytest.mark.parametrize(("size", "padding"), FIRST_LAYERS)
+@pytest.mark.parametrize("shape", [(16, 18), (15, 18), (17, 13)])
+def test_by_phases(size, padding, shape):
+    """Values and both gradients of a first layer, on even and odd sizes."""
+    rng = np.random.default_rng(size)
+    x = jnp.asarray(rng.normal(size=(2, *shape, 3)), jnp.float32)
+    kernel = jnp.asarray(rng.normal(size=(size, size, 3, 8)), jnp.float32)
+
+    @jax.jit
+    def both(x, kernel, g):
+        ways = (conv2d.conv2d_by_phases, lambda x, kernel, padding: conv2d._plain(2, padding, x, kernel))
+        pulled = [jax.vjp(lambda x, kernel, way=way: way(x, kernel, padding), x, kernel) for way in ways]
+        return [(y, *pull(g)) for y, pull in pulled]
+
+    output = jax.eval_shape(lambda: conv2d.conv2d(x, kernel, 2, padding))
+    found, expected = both(x, kernel, jnp.asarray(rng.normal(size=output.shape), jnp.float32))
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=5e-5)
+
+
+def test_a_tpu_convolves_pictures_by_phases():
+    """Only there, only pictures, and only with stride 2; by how the convolution is lowered."""
+
+    def lowered(channels: int, stride: int, platform: str) -> str:
+        x, kernel = jnp.zeros((1, 32, 32, channels)), jnp.zeros((7, 7, channels, 8))
+        convolve = jax.jit(lambda x, kernel: conv2d.conv2d(x, kernel, stride, [(3, 3), (3, 3)]))
+        return convolve.trace(x, kernel).lower(lowering_platforms=(platform,)).as_text()
+
+    assert "tensor<4x4x12x8xf32>" in lowered(3, 2, "tpu")
+    for channels, stride, platform in ((3, 2, "cpu"), (3, 2, "cuda"), (3, 1, "tpu"), (8, 2, "tpu")):
+        text = lowered(channels, stride, platform)
+        assert "stablehlo.convolution" in text and "tensor<4x4x" not in text
