@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from PIL import Image
 
+from querydet_jax.data.resampling import enlarged
 from querydet_jax.runtime.errors import DataError
 
 MIN_SIDE = 1e-5  # px; a box with a shorter or equal side is empty
@@ -34,9 +35,16 @@ def resize_shape(h: int, w: int, short: int, maximum: int) -> tuple[int, int]:
 
 
 def resize(image: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """Resize uint8 [H, W, 3] to ``shape`` (height, width) with PIL's bilinear filter, antialiased when shrinking."""
+    """Resize uint8 [H, W, 3] to ``shape`` (height, width) with PIL's bilinear filter, antialiased when shrinking.
+
+    With numba (requirements-fast.txt), enlarging takes a fraction of PIL's time, and gives the same pixels.
+    """
     if image.shape[:2] == shape:
         return image
+    if shape[0] >= image.shape[0] and shape[1] >= image.shape[1]:
+        larger = enlarged(image, shape)
+        if larger is not None:
+            return larger
     return np.array(Image.fromarray(image).resize((shape[1], shape[0]), Image.Resampling.BILINEAR))
 
 
