@@ -42,3 +42,20 @@ def _free_compiled_programs() -> Iterator[None]:
 @pytest.fixture(scope="module", autouse=True)
 def _compile_quickly(request: pytest.FixtureRequest) -> None:
     quick.compile_quickly(request.node.get_closest_marker("compiled_as_used") is None)
+
+
+@pytest.fixture
+def memory_store(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Addresses ``s3://bucket/...`` in this process's memory, instead of a store."""
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    from querydet_jax.runtime import stores
+
+    monkeypatch.setattr(MemoryFileSystem, "store", {})
+    monkeypatch.setattr(MemoryFileSystem, "pseudo_dirs", ["", "/bucket"])
+    memory = MemoryFileSystem(skip_instance_cache=True)
+    monkeypatch.setattr(stores, "_file_system", lambda scheme: memory)
+    monkeypatch.setattr(stores, "_check_driver", lambda scheme: None)
+    stores._check_bucket.cache_clear()
+    yield
+    stores._check_bucket.cache_clear()

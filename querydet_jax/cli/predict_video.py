@@ -85,5 +85,5 @@ def predict_video(predictor: Predictor, name: str, scores: np.ndarray, out: Path
         raise DataError(fault[0])
 
 
-def _inputs(name: str) -> set[tuple[int, int] | None]:
+def _inputs(name: str) -> set[tuple[object, object] | None]:
     return {identity(Path(name))} - {None}

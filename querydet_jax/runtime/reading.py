@@ -12,6 +12,7 @@ from typing import Any
 
 from querydet_jax.runtime.errors import DataError, QueryDetError, shown
 from querydet_jax.runtime.files import reason
+from querydet_jax.runtime.stores import as_path, is_url
 
 _DIGITS = 4000  # of an integer; Python refuses to convert longer ones
 
@@ -25,13 +26,13 @@ def read_text(path: str | Path, error: type[QueryDetError] = DataError) -> str:
     Raises:
       QueryDetError: the file is missing, not a regular file, not readable, or not such text.
     """
-    path = Path(path)
+    path = as_path(path)
     try:
-        if not stat.S_ISREG(path.stat().st_mode):  # reading a FIFO would wait for ever
+        if not is_url(path) and not stat.S_ISREG(path.stat().st_mode):  # reading a FIFO would wait for ever
             raise error(f"{path}: not readable (not a regular file); give a text file")
         data = path.read_bytes()
     except (OSError, ValueError) as failure:  # ValueError: a path that the system cannot express
-        if isinstance(failure, QueryDetError):
+        if type(failure) is error:
             raise
         raise error(f"{path}: not readable ({reason(failure)}); check the file and its permissions") from None
     marked = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import logging
 import os
 import stat
@@ -16,6 +17,7 @@ from PIL import Image
 
 from querydet_jax.data.classes import plain
 from querydet_jax.runtime.errors import DataError
+from querydet_jax.runtime.stores import files_below, is_url
 
 _log = logging.getLogger("querydet_jax")
 
@@ -45,8 +47,10 @@ def list_files(folder: Path, suffixes: Collection[str], *, deep: bool = True) ->
     found: list[str] = []
     passed: Counter[str] = Counter()
     broken = ""
+    if is_url(folder):
+        found, passed = _list_objects(folder, suffixes, deep)
     seen: set[tuple[int, int]] = set()
-    folders, links = [PurePath()], deque[PurePath]()
+    folders, links = [] if is_url(folder) else [PurePath()], deque[PurePath]()
     while folders or links:
         inside = folders.pop() if folders else links.popleft()
         try:
@@ -86,6 +90,24 @@ def list_files(folder: Path, suffixes: Collection[str], *, deep: bool = True) ->
     return sorted(found)
 
 
+def _list_objects(folder: Path, suffixes: Collection[str], deep: bool) -> tuple[list[str], Counter[str]]:
+    """Return the names to take of a folder in a store, and how many others there are for each reason."""
+    found: list[str] = []
+    passed: Counter[str] = Counter()
+    for name in files_below(folder):
+        *folders, own = PurePath(name).parts
+        suffix = PurePath(name).suffix.lower()
+        if any(part.startswith(".") or part == "__MACOSX" for part in (*folders, own)):
+            passed["hidden"] += 1
+        elif folders and not deep:
+            passed["in subfolders"] += 1
+        elif suffix not in suffixes:
+            passed[(suffix if suffix.isprintable() else "") or "without suffix"] += 1
+        else:
+            found.append(name)
+    return found, passed
+
+
 def by_stem(folder: Path, suffixes: Collection[str]) -> dict[str, str]:
     """List files as ``list_files``, as {name without suffix, as ``plain``: name}.
 
@@ -109,12 +131,16 @@ def near(name: str, names: Iterable[str]) -> str:
 
 @contextlib.contextmanager
 def open_regular(path: Path) -> Iterator[IO[bytes]]:
-    """Open a regular file to read; a pipe, socket or device, which could block or never end, is refused at once.
+    """Open a regular file to read; a pipe, socket or device, which could block or never end, is refused at once. An
+    object of a store is read whole.
 
     Raises:
       DataError: the path is no regular file.
       OSError: it cannot be opened.
     """
+    if is_url(path):
+        yield io.BytesIO(path.read_bytes())
+        return
     try:
         number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
