@@ -1,4 +1,7 @@
-"""Drive a headless Chromium through its DevTools protocol, over pipes: no package, no port."""
+"""Drive a headless Chromium through its DevTools protocol, over pipes: no package, no port.
+
+`python tests/browser.py PAGE` prints the medians that an exported page measures, with one thread and with several.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -140,3 +144,26 @@ def served(folder: Path) -> Iterator[str]:
 class _Quiet(http.server.SimpleHTTPRequestHandler):
     def log_message(self, format: str, *args: Any) -> None:
         REQUESTS.append((self.headers["Host"], self.path))
+
+
+def print_times(folder: Path) -> None:
+    """Press "Compare times" on the example that an exported page shows first."""
+    about = json.loads((folder / "model.json").read_bytes())
+    if not about["examples"]:
+        raise SystemExit(f"{folder}: offers no example; export it with --examples PICTURE")
+    for bypass in (True, False):  # without its service worker, a page has one thread
+        with tempfile.TemporaryDirectory() as profile, served(folder) as url, browser(Path(profile)) as page:
+            page.command("Network.setBypassServiceWorker", bypass=bypass)
+            page.command("Page.navigate", url=url)
+            page.wait("document.body?.dataset.state == 'ready'", 600)
+            page.js("document.getElementById('compare').click()")
+            page.wait("document.getElementById('ratio').textContent.includes('medians')", 600)
+            threads = page.js("document.getElementById('status').textContent.match(/on (.*)/)[1]")
+            times = page.js("[...document.querySelectorAll('#choices label')].map((label) => label.innerText)")
+            ratio = page.js("document.getElementById('ratio').textContent")
+            rows = ", ".join(" ".join(text.split("\n")[:2]) for text in times)
+            print(f"{threads}: {rows}; {ratio}", flush=True)
+
+
+if __name__ == "__main__":
+    print_times(Path(sys.argv[1]))

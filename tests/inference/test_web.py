@@ -84,6 +84,10 @@ def test_the_page_finds_what_python_finds_and_sends_nothing(tmp_path):
         page.wait(READY)
         page.drop("#stage", picture)
         page.wait(f"{READY} && document.querySelectorAll('#boxes tbody tr').length > 0")
+        # A plain server, as here, allows one thread; the page's service worker adds what several need.
+        threads = page.js("crossOriginIsolated ? Math.min(8, navigator.hardwareConcurrency) : 1")
+        assert page.js("crossOriginIsolated || navigator.hardwareConcurrency == 1")
+        assert f" on {threads} thread" in page.js("document.getElementById('status').textContent")
         wanted = expected(of_model(model(), config(), tmp_path), picture, 0.2)
         assert len(wanted) > 3
         assert_rows(page.js(ROWS), wanted)

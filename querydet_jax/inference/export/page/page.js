@@ -3,6 +3,7 @@
 const $ = (id) => document.getElementById(id);
 const RUNS = 5; // per method in a comparison of times
 
+await isolate();
 const model = await (await fetch("model.json")).json();
 const methods = [...new Set([model.query, "dense"])];
 const state = {
@@ -14,7 +15,23 @@ const state = {
   score: null, // for all classes; null: each class its own
   view: "boxes",
   camera: null, // the running stream
+  threads: 1, // that the worker uses
 };
+
+/** Load the page again by way of isolate.js, once, where that brings several threads. */
+async function isolate() {
+  try {
+    if (crossOriginIsolated) return sessionStorage.removeItem("isolating");
+    if (!navigator.serviceWorker || !(navigator.hardwareConcurrency > 1) || sessionStorage.getItem("isolating")) return;
+    sessionStorage.setItem("isolating", "yes"); // a browser in which it fails must not load for ever
+    await navigator.serviceWorker.register("isolate.js");
+    await navigator.serviceWorker.ready;
+  } catch {
+    return; // private windows may refuse; the page says that it has one thread
+  }
+  location.reload();
+  await new Promise(() => {});
+}
 
 /* The worker */
 
@@ -25,6 +42,7 @@ const waiting = new Map();
 let number = 0;
 
 worker.addEventListener("message", ({ data }) => {
+  if (data.threads) return showThreads(data.threads);
   if (data.expected) return showProgress(data.loaded / data.expected);
   const { resolve, reject } = waiting.get(data.id);
   waiting.delete(data.id);
@@ -49,26 +67,36 @@ const run = (method, times = 1) => ask({ run: { method, threshold: state.thresho
 let turn = 0; // of the last thing asked for: results of earlier ones are dropped
 let again = false; // a setting has changed while a run was on
 let running = false;
+let coming = null; // the camera's next picture: the last one stays until this one has its boxes
 
 /** Show a picture (a Blob, or an ImageBitmap of the camera) and detect on it. */
 async function look(picture, name) {
   const mine = ++turn;
   try {
-    showStatus(`Opening ${name}`);
+    if (!state.camera) showStatus(`Opening ${name}`);
     const opened = await ask({ open: picture }, picture instanceof ImageBitmap ? [picture] : []);
     if (mine !== turn) return;
-    state.picture?.bitmap.close();
-    Object.assign(state, { picture: { ...opened, name }, result: null });
-    if (!state.camera) state.times = {};
-    if (!state.camera) draw(); // of the camera, the last boxes stay until there are new ones
+    coming = { ...opened, name };
+    if (!state.camera) {
+      state.times = {};
+      showPicture();
+      draw();
+    }
     await detect();
   } catch (error) {
     if (mine === turn) showError(error.message);
   }
 }
 
+function showPicture() {
+  if (!coming) return;
+  state.picture?.bitmap.close();
+  Object.assign(state, { picture: coming, result: null });
+  coming = null;
+}
+
 async function detect() {
-  if (!state.picture) return;
+  if (!state.picture && !coming) return;
   again = running;
   if (running) return;
   running = true;
@@ -87,14 +115,18 @@ async function detect() {
 
 function show(result) {
   const [ms] = result.durations;
+  showPicture();
   state.result = result;
   state.times[result.method] = { ms, runs: 1 };
   draw();
   const found = shown().length;
-  showStatus(`${found || "No"} object${found === 1 ? "" : "s"} in ${Math.round(ms)} ms`, "ready");
+  showStatus(`${found || "No"} object${found === 1 ? "" : "s"} in ${Math.round(ms)} ms on ${threads()}`, "ready");
 }
 
+const threads = () => `${state.threads} thread${state.threads === 1 ? "" : "s"}`;
+
 async function compare() {
+  stopCamera();
   const mine = turn;
   const durations = Object.fromEntries(methods.map((method) => [method, []]));
   $("compare").disabled = true;
@@ -113,7 +145,7 @@ async function compare() {
       state.times[method] = { ms: sorted[RUNS >> 1], runs: RUNS };
     }
     draw();
-    showStatus(`Medians of ${RUNS} runs each, in turns`, "ready");
+    showStatus(`Medians of ${RUNS} runs each, in turns, on ${threads()}`, "ready");
   } catch (error) {
     if (mine === turn) showError(error.message);
   } finally {
@@ -133,8 +165,15 @@ async function toggleCamera() {
   const stream = state.camera;
   const video = Object.assign(document.createElement("video"), { srcObject: stream, muted: true, playsInline: true });
   state.times = {};
-  await video.play();
-  while (state.camera === stream) await look(await createImageBitmap(video), "camera");
+  try {
+    await video.play();
+    while (state.camera === stream) {
+      if (!stream.active) throw new Error("the camera has stopped");
+      await look(await createImageBitmap(video), "camera");
+    }
+  } catch (error) {
+    if (state.camera === stream) showError(error.message);
+  }
 }
 
 function stopCamera() {
@@ -155,12 +194,20 @@ function take(files) {
 
 function showStatus(text, kind = "busy") {
   document.body.dataset.state = kind;
+  $("status").setAttribute("aria-live", state.camera ? "off" : "polite"); // several times a second are too often
   $("status").textContent = text;
 }
 
 function showError(text) {
+  stopCamera(); // whose next picture would end alike
   showStatus(text[0].toUpperCase() + text.slice(1), "error");
   $("progress").hidden = true;
+}
+
+function showThreads(count) {
+  state.threads = count;
+  const more = isSecureContext ? "this browser gives no more here" : "browsers give more over https or on localhost";
+  $("about-Threads").textContent = count > 1 ? `${count}` : `1 (${more})`;
 }
 
 function showProgress(share) {
@@ -184,8 +231,11 @@ function drawStage() {
   const canvas = $("picture");
   $("stage").classList.toggle("empty", !picture);
   if (!picture) return;
-  const width = canvas.clientWidth || 640;
   const density = window.devicePixelRatio || 1;
+  // The pictures to choose from, below, stay in sight.
+  const tallest = Math.max(0.62 * window.innerHeight, 240);
+  const width = Math.max(Math.min($("stage").clientWidth || 640, (tallest * picture.width) / picture.height), 1);
+  canvas.style.width = `${width}px`;
   canvas.width = Math.round(width * density);
   canvas.height = Math.round((canvas.width * picture.height) / picture.width);
   paint(canvas, state.view, density);
@@ -424,10 +474,10 @@ function fill() {
   $("name").textContent = `QueryDet: ${model.name}`;
   $("title").textContent = model.card?.title ?? `Detects ${model.classes.slice(0, 12).join(", ")}`;
   const says = {
-    csq: ["CSQ", "only where queries point"],
-    cq: ["CQ", "crops around the queries"],
-    ccq: ["CCQ", "everywhere, read where queries point"],
-    dense: ["Dense", "every cell"],
+    csq: ["CSQ", "looks closely only where small objects are likely"],
+    cq: ["CQ", "looks closely at crops around likely places"],
+    ccq: ["CCQ", "looks closely everywhere, counts likely places"],
+    dense: ["Dense", "looks closely everywhere"],
   };
   for (const method of methods) {
     const input = Object.assign(document.createElement("input"), { type: "radio", name: "method", value: method });
@@ -444,7 +494,10 @@ function fill() {
   const { card, runtime } = model;
   const facts = card ? { Limits: card.limits, Licence: card.licence, Source: card.attribution } : {};
   facts["Runs on"] = `${runtime.name} ${runtime.version} (MIT licence, ort/LICENSE.txt)`;
-  for (const [name, text] of Object.entries(facts)) $("about").append(element("dt", name), element("dd", ...linked(text)));
+  facts.Threads = "1";
+  for (const [name, text] of Object.entries(facts)) {
+    $("about").append(element("dt", name), Object.assign(element("dd", ...linked(text)), { id: `about-${name.replace(" ", "-")}` }));
+  }
   for (const [i, file] of model.examples.entries()) {
     const image = Object.assign(new Image(), { src: file, alt: `Example ${i + 1}` });
     const button = Object.assign(element("button", image), { type: "button" });

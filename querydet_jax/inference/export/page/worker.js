@@ -26,7 +26,9 @@ function start(given) {
   const folder = new URL("./ort/", import.meta.url).href;
   ort.env.wasm.wasmPaths = folder;
   // Threads share memory, which browsers allow only to pages that are isolated from other origins.
-  ort.env.wasm.numThreads = self.crossOriginIsolated ? Math.min(8, navigator.hardwareConcurrency || 1) : 1;
+  const threads = self.crossOriginIsolated ? Math.min(8, navigator.hardwareConcurrency || 1) : 1;
+  ort.env.wasm.numThreads = threads;
+  self.postMessage({ threads });
   const runtime = download(folder + model.runtime.wasm, model.runtime.bytes);
   shared = Promise.all([runtime, download(model.weights.file, model.weights.bytes)]).then(([binary, weights]) => {
     ort.env.wasm.wasmBinary = binary.buffer;
@@ -120,7 +122,9 @@ async function decode(blob) {
   try {
     return await createImageBitmap(blob, { colorSpaceConversion: "none", premultiplyAlpha: "none" });
   } catch {
-    const kind = blob.type ? `it is ${blob.type}` : "it does not look like one";
+    if (blob.size === 0) throw new Error("the file is empty; give a JPEG, PNG or WebP");
+    const usual = /^image\/(jpeg|png|webp|gif|bmp)$/.test(blob.type);
+    const kind = usual ? "it is damaged, or not what its name says" : blob.type || "it does not look like one";
     throw new Error(`this browser cannot read the file as a picture (${kind}); give a JPEG, PNG or WebP`);
   }
 }
