@@ -54,11 +54,11 @@ def load(source: str | os.PathLike[str], overrides: Mapping[str, Any] | None = N
     if not isinstance(source, str | os.PathLike):
         raise ConfigError(f"load: {shown(source)} is no name and no path; give a run, an exported file or a name")
     path = zoo_folder(source) or Path(source)
-    if path.is_file() and names_exported(path):
+    if os.path.isfile(path) and names_exported(path):  # False of a name that is too long, as the next
         if overrides:
             raise ConfigError(f"{path}: {', '.join(overrides)}: fixed in this file; export again, or load the run")
         return of_exported(open_exported(path))
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise ConfigError(_unknown(str(source), path))
     config = load_config(path, dict(overrides or {}))
     return of_model(open_model(config, path), config, path)
@@ -318,7 +318,7 @@ def of_exported(detector: Exported) -> Predictor:
 def _unknown(source: str, path: Path) -> str:
     names = zoo_names()
     known = f"packaged weights: {', '.join(names) or 'none in this installation'}"
-    if path.exists():
+    if os.path.exists(path):
         return (
             f"{source}: is neither a run folder nor an exported file (.zip, .onnx); weights in a file need their "
             "configuration: build_model, load_weights, Detector"

@@ -148,6 +148,7 @@ def test_a_picture_in_memory_is_read_as_its_file_is(tmp_path: Path) -> None:
     ("source", "options", "message"),
     [
         (RED.astype(np.float32), {}, "picture 0: pixels are 32-bit numbers from 50 to 200; set data.bit_depth"),
+        (RED * np.float32(np.nan), {}, "picture 0: no pixel is a finite number; give a picture"),
         (RED > 100, {}, r"picture 0: bool \[20, 30, 3\] is no picture; give uint8"),
         (RED[..., :2], {}, r"picture 0: uint8 \[20, 30, 2\] is no picture"),
         (RED[:0], {}, "is no picture"),
@@ -158,6 +159,7 @@ def test_a_picture_in_memory_is_read_as_its_file_is(tmp_path: Path) -> None:
         ((x for x in [RED]), {}, "pictures: <generator .* is none"),
         ([RED, "a.png"], {}, "paths and pictures in memory in one list"),
         ("nowhere.png", {}, "nowhere.png: no such picture or folder"),
+        ("n" * 300 + ".png", {}, "n.png: no such picture or folder"),
         ("nowhere*.png", {}, "nowhere.*: the pattern matches no picture"),
         (RED, {"channels": "grb"}, "channels 'grb': choose rgb or bgr"),
         ("a.png", {"channels": "bgr"}, "channels bgr: is for arrays"),
@@ -329,6 +331,7 @@ def test_the_packaged_detector_on_a_real_picture() -> None:
         ("{here}/x.pth", "x.pth: is neither a run folder nor an exported file"),
         ("{here}/x.zip", "x.zip: damaged, cut short or not an artifact"),
         ("{here}/none.zip", "none.zip: no such run folder, exported file or packaged weights"),
+        ("n" * 300 + ".zip", "n.zip: no such run folder, exported file or packaged weights"),
         (None, "load: None is no name and no path"),
     ],
 )

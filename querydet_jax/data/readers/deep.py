@@ -109,6 +109,8 @@ def to_8_bits(deep: Deep, name: str, bit_depth: str) -> np.ndarray:
 def _upper(deep: Deep, name: str) -> np.ndarray:
     low, high = _limits(deep.values)
     if not deep.full:
+        if not np.isfinite(deep.values).any():
+            raise DataError(f"{name}: no pixel is a finite number; give a picture, such as uint8 from 0 to 255")
         raise DataError(
             f"{name}: pixels are 32-bit numbers from {low:g} to {high:g}; set data.bit_depth to LOW:HIGH, "
             "1%:99% or file, to scale them to 8 bits"

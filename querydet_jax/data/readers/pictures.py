@@ -45,12 +45,12 @@ class Pictures(Dataset):
         files: list[Path] = []
         folder_of = functools.cache(os.path.realpath)
         for path in map(Path, paths):
-            if path.is_dir():
+            if os.path.isdir(path):  # as Path's own method, but False of a name that is too long
                 inside = list_files(path, SUFFIXES, deep=False)
                 if not inside:
                     raise DataError(f"{path}: no pictures directly in this folder ({', '.join(sorted(SUFFIXES))})")
                 files += [path / name for name in inside]
-            elif path.exists():
+            elif os.path.exists(path):
                 files.append(path)
             else:
                 hint = "; leave its pattern to the shell, without quotes" if set("*?[") & set(path.name) else ""
