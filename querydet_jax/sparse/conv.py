@@ -105,7 +105,8 @@ def in_chunks(
     def whole(count: Array) -> list[Array]:
         return compute(jnp.int32(0), capacity)
 
-    def in_turns(count: Array) -> list[Array]:
+    @jax.jit  # the ONNX translation knows it by its name
+    def filled_in_turns(count: Array) -> list[Array]:
         def turn(i: Array, outputs: list[Array]) -> list[Array]:
             first = i * chunk
             return [
@@ -117,7 +118,7 @@ def in_chunks(
 
     if chunk >= capacity:
         return whole(count)
-    return lax.platform_dependent(count, cpu=in_turns, default=whole)
+    return lax.platform_dependent(count, cpu=filled_in_turns, default=whole)
 
 
 def run_stacks(rows: Array, table: Array, sites: Sites, stacks: Sequence[Stack], *, chunk: int) -> list[Array]:

@@ -22,6 +22,7 @@ Shape = tuple[Any, ...]
 OPSET = 18
 # Entries up to which constants are computed here; with more, when the model is loaded, to keep the file small.
 _SHORT = 65_536
+_FEW = 3  # a tensor so many times smaller than another is transposed for its sake
 _IR_VERSION = 9  # the oldest that this opset allows, for the sake of older runtimes
 
 
@@ -34,6 +35,7 @@ class Value:
       shape: of the array that it stands for.
       stored: of the tensor; 1 along the axes on which it repeats.
       fixed: whether it depends on constants alone.
+      turned: the value that this one is with its axes in another order, and the order.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Value:
     stored: Shape
     dtype: np.dtype
     fixed: bool
+    turned: tuple[Value, tuple[int, ...]] | None = None
 
     @property
     def uniform(self) -> bool:
@@ -60,12 +63,17 @@ class Node:
 
 @dataclasses.dataclass
 class Graph:
-    """Nodes in the order of their computation. ``inputs`` and ``outputs`` are tensors with their stored shapes."""
+    """Nodes in the order of their computation. ``inputs`` and ``outputs`` are tensors with their stored shapes.
+
+    What the body of a loop computes without its own tensors stands before the loop.
+    """
 
     nodes: list[Node] = dataclasses.field(default_factory=list)
     inputs: list[Value] = dataclasses.field(default_factory=list)
     outputs: list[Value] = dataclasses.field(default_factory=list)
     known: dict[Any, list[Value]] = dataclasses.field(default_factory=dict)  # results by operator and inputs
+    is_loop: bool = False
+    own: set[str] = dataclasses.field(default_factory=set)  # tensors that are new in it
 
 
 class Builder:
@@ -77,12 +85,14 @@ class Builder:
         self._fixed = Graph()  # what depends on constants alone, before everything else
         self._open = [self._fixed, self.main]
         self._by_content: dict[Any, str] = {}
+        self._made: dict[str, tuple[str, list[Value | None]]] = {}
         self._number = 0
 
     def input(self, shape: Shape, dtype: DTypeLike, name: str | None = None) -> Value:
         """Add an input to the innermost open graph."""
         value = Value(name or self._name(), shape, shape, np.dtype(dtype), False)
         self._open[-1].inputs.append(value)
+        self._open[-1].own.add(value.name)
         return value
 
     def outputs(self, values: Sequence[Value], names: Sequence[str] | None = None) -> None:
@@ -92,14 +102,14 @@ class Builder:
         """
         graph = self._open[-1]
         for i, value in enumerate(map(self.full, values)):
-            out = dataclasses.replace(value, name=names[i] if names else self._name(), fixed=False)
+            out = dataclasses.replace(value, name=names[i] if names else self._name(), fixed=False, turned=None)
             graph.nodes.append(Node("Identity", [value.name], [out.name], {}))
             graph.outputs.append(out)
 
     @contextlib.contextmanager
-    def inner_graph(self) -> Iterator[Graph]:
+    def inner_graph(self, *, is_loop: bool = False) -> Iterator[Graph]:
         """Open a graph for a branch or the body of a loop."""
-        graph = Graph()
+        graph = Graph(is_loop=is_loop)
         self._open.append(graph)
         try:
             yield graph
@@ -165,10 +175,29 @@ class Builder:
             Value(self._name(), shape, inner, np.dtype(dtype), fixed)
             for (shape, dtype), inner in zip(results, stored or [shape for shape, _ in results], strict=True)
         ]
-        graph = self._fixed if fixed else self._open[-1]
+        graph = self._fixed if fixed else self._open[-1] if has_graph else self._place(names)
         graph.nodes.append(Node(op, names, [value.name for value in values], attributes))
+        graph.own.update(value.name for value in values)
         graph.known[key] = values
+        for value in values:
+            self._made[value.name] = (op, list(inputs))
         return values
+
+    def _place(self, names: Sequence[str]) -> Graph:
+        """Return the graph to compute in from tensors: the innermost open one, or before the loop that it is."""
+        at = len(self._open) - 1
+        while self._open[at].is_loop and self._open[at].own.isdisjoint(names):
+            at -= 1
+        return self._open[at]
+
+    def is_from_outside(self, value: Value) -> bool:
+        """Return whether the innermost open graph is a loop, and ``value`` the same in all turns."""
+        return self._open[-1].is_loop and self._place([value.name]) is not self._open[-1]
+
+    def inputs_of(self, value: Value, op: str) -> list[Value | None] | None:
+        """Return what an operator ``op`` made ``value`` from; None if another one did."""
+        made, inputs = self._made.get(value.name, ("", []))
+        return inputs if made == op else None
 
     def view(self, value: Value, shape: Shape, stored: Shape) -> Value:
         """Return the same entries in another shape; ``stored`` has as many as the tensor."""
@@ -176,7 +205,7 @@ class Builder:
         if array is not None:
             return self.constant(array.reshape(stored), shape)
         if stored == value.stored:
-            return dataclasses.replace(value, shape=shape)
+            return dataclasses.replace(value, shape=shape, turned=None)
         return self.add("Reshape", [value, self.ints(*stored)], shape, value.dtype, stored)
 
     def full(self, value: Value) -> Value:
@@ -193,6 +222,9 @@ class Builder:
         return self.view(self.full(value), shape, shape)
 
     def transpose(self, value: Value, order: Sequence[int]) -> Value:
+        if value.turned is not None:
+            source, before = value.turned
+            return self.transpose(source, [before[i] for i in order])
         if list(order) == list(range(len(order))):
             return value
         shape, stored = (tuple(sides[i] for i in order) for sides in (value.shape, value.stored))
@@ -201,21 +233,56 @@ class Builder:
         array = self.known(value)
         if array is not None:
             return self.constant(array.transpose(order), shape)
-        return self.add("Transpose", [value], shape, value.dtype, stored, perm=list(order))
+        turned = self.add("Transpose", [value], shape, value.dtype, stored, perm=list(order))
+        return dataclasses.replace(turned, turned=(value, tuple(order)))
+
+    def in_layout(self, value: Value, order: Sequence[int]) -> Value:
+        """Return ``value``, of which what follows is rather computed with its axes in ``order``."""
+        return dataclasses.replace(value, turned=(self.transpose(value, order), tuple(np.argsort(order).tolist())))
 
     def cast(self, value: Value, dtype: DTypeLike) -> Value:
         if value.dtype == np.dtype(dtype):
             return value
+        if value.turned is not None:
+            source, order = value.turned
+            return self.transpose(self.cast(source, dtype), order)
         array = self.known(value)
         if array is not None:
             return self.constant(array.astype(dtype), value.shape)
         return self.add("Cast", [value], value.shape, dtype, value.stored, to=np.dtype(dtype))
 
     def elementwise(self, op: str, inputs: Sequence[Value], dtype: DTypeLike | None = None, **attributes: Any) -> Value:
-        """Add an operator that broadcasts; ``dtype`` is the result's, where it is not the inputs'."""
+        """Add an operator that broadcasts; ``dtype`` is the result's, where it is not the inputs'.
+
+        Where inputs are transposed tensors, it works on what they were before: a transpose then wanders down to where
+        the order of axes matters, and meets another one there or is never used.
+        """
+        untransposed = self._untransposed(inputs)
+        if untransposed is not None:
+            sources, order = untransposed
+            return self.transpose(self.elementwise(op, sources, dtype, **attributes), order)
         stored = np.broadcast_shapes(*(value.stored for value in inputs))
         shape = np.broadcast_shapes(*(value.shape for value in inputs))
         return self.add(op, inputs, shape, dtype or inputs[0].dtype, stored, **attributes)
+
+    def _untransposed(self, inputs: Sequence[Value]) -> tuple[list[Value], tuple[int, ...]] | None:
+        """Return the inputs before the transpose that large ones share, and its order; None if there is no such one."""
+        orders = {value.turned[1] for value in inputs if value.turned is not None}
+        if len(orders) != 1:
+            return None
+        (order,) = orders
+        most = max(math.prod(value.stored) for value in inputs if value.turned is not None)
+        sources = []
+        for value in inputs:
+            if value.turned is not None:
+                sources.append(value.turned[0])
+            elif not value.shape:
+                sources.append(value)
+            elif len(value.shape) == len(order) and (value.fixed or _FEW * math.prod(value.stored) <= most):
+                sources.append(self.transpose(value, np.argsort(order).tolist()))
+            else:
+                return None
+        return sources, order
 
     def _name(self) -> str:
         self._number += 1

@@ -168,6 +168,8 @@ def add_program(
         names[:] = results
         return list(results.values())
 
+    # Convolutions of ONNX read [B, C, H, W].
+    images = builder.in_layout(images, (0, 3, 1, 2))
     inputs = [images, sizes] if threshold is None else [images, sizes, threshold]
     traced = jax.make_jaxpr(flat)(parameters, *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in inputs))
     weights = [builder.constant(np.asarray(x)) for x in parameters]

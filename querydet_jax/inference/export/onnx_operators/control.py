@@ -69,9 +69,60 @@ def _platform(b: Builder, x: list[Value], out: Any, params: dict[str, Any]) -> l
 def _conditional(b: Builder, x: list[Value], out: Any, params: dict[str, Any]) -> list[Value]:
     which, *operands = x
     branches, known = params["branches"], b.known(which)
+    for platforms, branch in zip(params.get("branches_platforms") or (), branches, strict=False):
+        if platforms is not None and "cpu" in platforms and _is_named(branch, "filled_in_turns"):
+            return _filled_in_turns(b, branch, operands, out)
     if known is not None:
         return translate_closed(b, branches[min(max(int(known.item()), 0), len(branches) - 1)], operands)
     return _nested(b, which, branches, operands, out)
+
+
+def _is_named(closed: Any, name: str) -> bool:
+    jaxpr = closed.jaxpr
+    return [x.params.get("name") for x in jaxpr.eqns] == [name] and list(jaxpr.outvars) == jaxpr.eqns[0].outvars
+
+
+def _filled_in_turns(b: Builder, closed: Any, x: list[Value], out: Any) -> list[Value]:
+    """``sparse.conv.in_chunks``: a loop of as many turns as needed, each of which writes the next rows of buffers.
+
+    The loop of ONNX joins the turns' rows by itself; the rest of the buffers, whose rows nobody reads, is zeros.
+    """
+    call = closed.jaxpr.eqns[0]
+    x = _translate(b, closed.jaxpr.replace(eqns=[], outvars=call.invars), x)
+    closed = call.params["jaxpr"]
+    *before, loop = closed.jaxpr.eqns
+    assert not closed.consts and loop.primitive.name == "while" and list(closed.jaxpr.outvars) == loop.outvars[2:], loop
+    inputs = _translate(b, closed.jaxpr.replace(eqns=before, outvars=loop.invars), x)
+    of_test, of_body = loop.params["cond_nconsts"], loop.params["body_nconsts"]
+    fixed, (_, count, *buffers) = inputs[of_test : of_test + of_body], inputs[of_test + of_body :]
+    body = loop.params["body_jaxpr"]
+    writes = {
+        equation.outvars[0]: equation for equation in body.jaxpr.eqns if equation.outvars[0] in body.jaxpr.outvars
+    }
+    written = [writes[name] for name in body.jaxpr.outvars[2:]]
+    assert all(equation.primitive.name == "dynamic_update_slice" for equation in written), written
+    rest = [equation for equation in body.jaxpr.eqns if equation not in written]
+    rows = body.jaxpr.replace(eqns=rest, outvars=[equation.invars[1] for equation in written])
+
+    def turn(_: list[Value], i: Value) -> tuple[list[Value], list[Value], Value | None]:
+        return [], _translate(b, rows, [*constants, *fixed, b.cast(i, np.int32), count, *buffers]), None
+
+    constants = [b.constant(np.asarray(value)) for value in body.consts]
+    # One turn at least: OpenVINO cannot join none.
+    turns = b.cast(b.elementwise("Max", [count, b.constant(np.asarray(1, np.int32))]), np.int64)
+    parts = _loop(b, turns, None, [], turn, [equation.invars[1].aval for equation in written])
+    return [_filled_up(b, part, turns, aval) for part, aval in zip(parts, out, strict=True)]
+
+
+def _filled_up(b: Builder, part: Value, turns: Value, out: Any) -> Value:
+    """Join the turns ``[turns, rows, ...]`` to a buffer ``[N, ...]`` that they fill from the front."""
+    number, *sides = out.shape
+    rows = b.add("Reshape", [part, b.ints(-1, *sides)], out.shape, out.dtype)
+    done = b.elementwise("Mul", [turns, b.constant(np.asarray(part.shape[0], np.int64))])
+    missing = b.reshape(b.elementwise("Sub", [b.constant(np.asarray(number, np.int64)), done]), (1,))
+    none, rank = [b.ints(*[0] * len(out.shape)), b.ints(*[0] * len(sides))], 2 * len(out.shape)
+    pads = b.add("Concat", [none[0], missing, *none[1:]], (rank,), np.int64, axis=0)
+    return b.add("Pad", [rows, pads, b.constant(np.zeros((), out.dtype))], out.shape, out.dtype)
 
 
 def _nested(b: Builder, which: Value, branches: Sequence[Any], operands: list[Value], out: Any) -> list[Value]:
@@ -158,16 +209,16 @@ Turn = Callable[[list[Value], Value], tuple[list[Value], list[Value], Value | No
 
 
 def _loop(
-    b: Builder, length: int | None, start: Value | None, state: list[Value], turn: Turn, out: Sequence[Any]
+    b: Builder, length: int | Value | None, start: Value | None, state: list[Value], turn: Turn, out: Sequence[Any]
 ) -> list[Value]:
     """Add a loop of ``length`` turns, or while ``turn(state, i)`` says so; its outputs are the state and the rows."""
     carried = [b.full(value) for value in state]
-    with b.inner_graph() as body:
+    with b.inner_graph(is_loop=True) as body:
         i, before = b.input((), np.int64), b.input((), bool)
         inner = [b.input(value.shape, value.dtype) for value in carried]
         state, rows, goes_on = turn(inner, i)
         b.outputs([before if goes_on is None else goes_on, *state, *rows])
-    count = None if length is None else b.constant(np.asarray(length, np.int64))
+    count = b.constant(np.asarray(length, np.int64)) if isinstance(length, int) else length
     results = [(aval.shape, aval.dtype) for aval in out]
     return b.add_several("Loop", [count, start, *carried], results, body=body)
 

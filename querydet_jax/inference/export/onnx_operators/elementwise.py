@@ -29,6 +29,18 @@ def _maximum(b: Builder, x: list[Value], out: Any, params: dict[str, Any]) -> li
     return [b.elementwise("Max", x)]
 
 
+def _minimum(b: Builder, x: list[Value], out: Any, params: dict[str, Any]) -> list[Value]:
+    for value, other in (x, x[::-1]):
+        source, order = other.turned or (other, None)
+        relu = b.inputs_of(source, "Relu")
+        if relu is not None and value.uniform and b.known(value) is not None:
+            # One operator, as for ReLU.
+            bounds = [b.constant(np.zeros((), value.dtype)), b.reshape(value, ())]
+            y = b.add("Clip", [*relu, *bounds], source.shape, source.dtype, source.stored)
+            return [y if order is None else b.transpose(y, order)]
+    return [b.elementwise("Min", x)]
+
+
 def _clamp(b: Builder, x: list[Value], out: Any, params: dict[str, Any]) -> list[Value]:
     low, value, high = x
     return [b.elementwise("Min", [b.elementwise("Max", [value, low]), high])]
@@ -115,7 +127,7 @@ ELEMENTWISE: dict[str, Translation] = {
     "lt": _plain("Less"),
     "lt_to": _plain("Less"),
     "max": _maximum,
-    "min": _plain("Min"),
+    "min": _minimum,
     "mul": _plain("Mul"),
     "ne": _not_equal,
     "neg": _plain("Neg"),

@@ -17,6 +17,8 @@ from querydet_jax.inference.export.onnx_graph import Builder, Shape, Translation
 from querydet_jax.inference.export.onnx_operators.elementwise import where
 from querydet_jax.inference.export.onnx_operators.shapes import counted, cut
 
+_TURNS = 16  # how often a loop is taken to read a table
+
 
 def _places(
     b: Builder,
@@ -73,7 +75,7 @@ def _places(
 
 def _gather(b: Builder, x: list[Value], out: Any, params: dict[str, Any]) -> list[Value]:
     operand, index = x
-    d, sizes, mode = params["dimension_numbers"], params["slice_sizes"], params["mode"]
+    d, sizes = params["dimension_numbers"], params["slice_sizes"]
     batching = list(zip(d.operand_batching_dims, d.start_indices_batching_dims, strict=True))
     windows = [a for a in range(len(sizes)) if a not in (*d.collapsed_slice_dims, *d.operand_batching_dims)]
     place, fits, indexed = _places(b, index, operand.shape, d.start_index_map, batching, sizes, windows)
@@ -83,6 +85,16 @@ def _gather(b: Builder, x: list[Value], out: Any, params: dict[str, Any]) -> lis
     cells = math.prod(operand.shape[axis] for axis in indexed)
     table = b.reshape(b.transpose(operand, [*indexed, *rest]), (cells, *(sizes[axis] for axis in rest)))
     lead = len(index.shape) - 1
+    fill = None
+    if params["mode"] == lax.GatherScatterMode.FILL_OR_DROP:
+        fill = b.constant(np.asarray(_fill(params["fill_value"], operand.dtype), operand.dtype))
+        reads = math.prod(place.shape)
+        if cells < reads or (cells < _TURNS * reads and b.is_from_outside(table)):
+            # A further row of what is read out of bounds costs less than a choice for every row that is read.
+            beyond = b.full(b.view(fill, (1, *table.shape[1:]), (1,) * len(table.shape)))
+            table = b.add("Concat", [table, beyond], (cells + 1, *table.shape[1:]), operand.dtype, axis=0)
+            place = b.full(where(b, fits, place, b.constant(np.asarray(cells, np.int32))))
+            fill = None
     y = b.add("Gather", [table, place], (*place.shape, *table.shape[1:]), operand.dtype, axis=0)
     # Its axes: the index's, the windows of indexed axes, the rest.
     have = [*(axis for axis in windows if axis in indexed), *rest]
@@ -91,9 +103,8 @@ def _gather(b: Builder, x: list[Value], out: Any, params: dict[str, Any]) -> lis
     for axis in range(len(out[0].shape)):
         order.append(lead + have.index(windows[d.offset_dims.index(axis)]) if axis in d.offset_dims else next(leads))
     y = b.transpose(y, order)
-    if mode == lax.GatherScatterMode.FILL_OR_DROP:
+    if fill is not None:
         sides = [1 if axis in d.offset_dims else side for axis, side in enumerate(out[0].shape)]
-        fill = b.constant(np.asarray(_fill(params["fill_value"], y.dtype), y.dtype))
         inside = b.reshape(b.full(b.view(fits, (*index.shape[:-1], *fits.shape[lead:]), fits.stored)), tuple(sides))
         y = where(b, inside, y, fill)
     return [y]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from querydet_jax.inference.export.onnx_graph import Builder, Shape, Translation, Value
@@ -21,7 +23,27 @@ def _broadcast(b: Builder, x: list[Value], out: Any, params: dict[str, Any]) -> 
 def _reshape(b: Builder, x: list[Value], out: Any, params: dict[str, Any]) -> list[Value]:
     if params.get("dimensions") is not None:
         raise DataError("ONNX: a reshape in another order of axes has no translation")
-    return [b.reshape(x[0], out[0].shape)]
+    return [_repeated(b, x[0], out[0].shape) or b.reshape(x[0], out[0].shape)]
+
+
+def _repeated(b: Builder, x: Value, shape: Shape) -> Value | None:
+    """Return ``jnp.repeat`` of an image that is stored as convolutions leave it, [B, C, h, w]; None of anything else.
+
+    It reaches here as the image with a further axis on which it repeats, which the reshape joins to the one before.
+    """
+    (base, _) = b.inputs_of(x, "Reshape") or (None, None)
+    if base is None or base.turned is None or len(base.shape) != 4 or base.dtype != np.float32:
+        return None
+    axis = next((i for i, (side, wanted) in enumerate(zip(base.shape, shape, strict=False)) if side != wanted), 0)
+    times = shape[axis] // base.shape[axis]
+    added, stored = ((*base.shape[: axis + 1], count, *base.shape[axis + 1 :]) for count in (times, 1))
+    if not axis or x.shape != added or x.stored != stored or math.prod(shape) != math.prod(added):
+        return None
+    source, order = base.turned
+    scales = b.constant(np.array([times if i == order[axis] else 1 for i in range(4)], np.float32))
+    mode: dict[str, Any] = dict(mode="nearest", coordinate_transformation_mode="asymmetric", nearest_mode="floor")
+    sides = tuple(shape[i] for i in np.argsort(order))
+    return b.transpose(b.add("Resize", [source, None, scales], sides, source.dtype, **mode), order)
 
 
 def _squeeze(b: Builder, x: list[Value], out: Any, params: dict[str, Any]) -> list[Value]:
@@ -53,6 +75,10 @@ def _slice(b: Builder, x: list[Value], out: Any, params: dict[str, Any]) -> list
 
 
 def cut(b: Builder, x: Value, starts: Sequence[int], ends: Sequence[int], steps: Sequence[int]) -> Value:
+    if x.turned is not None:
+        source, order = x.turned
+        bounds = ([side[i] for i in np.argsort(order)] for side in (starts, ends, steps))
+        return b.transpose(cut(b, source, *bounds), order)
     shape = tuple(len(range(*bounds)) for bounds in zip(starts, ends, steps, strict=True))
     stored = tuple(1 if have == 1 else side for have, side in zip(x.stored, shape, strict=True))
     axes = [i for i, (have, side) in enumerate(zip(x.stored, stored, strict=True)) if have != side]
@@ -79,6 +105,12 @@ def _reverse(b: Builder, x: list[Value], out: Any, params: dict[str, Any]) -> li
 def _pad(b: Builder, x: list[Value], out: Any, params: dict[str, Any]) -> list[Value]:
     value, fill = x
     config = params["padding_config"]
+    if value.turned is not None:
+        source, order = value.turned
+        sides = [out[0].shape[i] for i in np.argsort(order)]
+        inner = {"padding_config": [config[i] for i in np.argsort(order)]}
+        (padded,) = _pad(b, [source, fill], [jax.ShapeDtypeStruct(sides, value.dtype)], inner)
+        return [b.transpose(padded, order)]
     if any(between for _, _, between in config):
         raise DataError("ONNX: padding between entries has no translation")
     starts = [max(0, -before) for before, _, _ in config]
