@@ -302,6 +302,9 @@ class InferenceConfig:
     soft_prune: float = 1e-4  # drop candidates whose decayed score is not above this
     max_detections: int = 200
     batch_size: int = 1
+    # On a GPU. plain: XLA's settings. tuned: loops that the host does not drive (jax 0.12), weights laid out as the
+    # compiler asks. graph: convolutions in command buffers, too, an experiment of XLA's. See docs/accelerators.md.
+    gpu: Literal["plain", "tuned", "graph"] = "tuned"
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from flax import nnx
 from jax import Array
 
 from querydet_jax.config import InferenceConfig
+from querydet_jax.inference import compiling
 from querydet_jax.models.base import DenseDetector
 from querydet_jax.models.candidates import Candidates, join_candidates
 from querydet_jax.ops.nms import class_wise_nms, soft_nms
@@ -112,13 +113,17 @@ class Detector:
                 )
         self.config = config
         self._bgr, self._max_shapes = channels == "bgr", max_shapes
-        self._graph, self._state = split_for_inference(model)
+        self._formats: PyTree = None  # of the weights in memory, where the compiler has chosen them
         self._programs: dict[tuple[int, ...], _Programs] = {}  # by shape of the images, the last used one last
         self._lock = threading.Lock()
+        self.update(model)
 
     def update(self, model: DenseDetector) -> None:
         """Take the weights of ``model``, which must have the same configuration; nothing is recompiled."""
         self._graph, self._state = split_for_inference(model)
+        self._weights = compiling.cast_kernels(self._state, model.dtype)
+        if self._formats is not None:
+            self._weights = jax.device_put(self._weights, self._formats)
 
     def __call__(self, images: Array | np.ndarray, sizes: Array | np.ndarray | None = None) -> Detections:
         """Detect objects in pictures.
@@ -133,7 +138,7 @@ class Detector:
             canvas. Values of ``sizes`` in a device's memory are not read.
         """
         images, sizes = self._inputs(images, sizes)
-        return self._of_shape(images.shape).detect(self._state, images, sizes)
+        return self._of_shape(images.shape).detect(self._weights, images, sizes)
 
     def trace(self, images: Array | np.ndarray, sizes: Array | np.ndarray | None = None) -> QueryTrace:
         """Query probabilities, keys and active cells by level, for pictures and statistics."""
@@ -153,13 +158,13 @@ class Detector:
             raise ConfigError("inference.query dense computes no queries; use inference.query csq")
         images, sizes = self._inputs(images, sizes)
         programs = self._of_shape(images.shape)
-        pyramid = programs.dense_part(self._state, images, sizes)
-        return (programs.trace(self._state, pyramid, jnp.float32(threshold)) for threshold in thresholds)
+        pyramid = programs.dense_part(self._weights, images, sizes)
+        return (programs.trace(self._weights, pyramid, jnp.float32(threshold)) for threshold in thresholds)
 
     def candidates(self, images: Array | np.ndarray, sizes: Array | np.ndarray | None = None) -> Candidates:
         """Return the best boxes of every level, before the score threshold and NMS. Arguments as in a call."""
         images, sizes = self._inputs(images, sizes)
-        return self._of_shape(images.shape).candidates(self._state, images, sizes)
+        return self._of_shape(images.shape).candidates(self._weights, images, sizes)
 
     def function(self) -> tuple[Callable[[PyTree, Array, Array], Detections], PyTree]:
         """Return what a call runs, on RGB: a pure function of (state, images, sizes), and its state."""
@@ -177,33 +182,44 @@ class Detector:
 
     def lower(self, shape: tuple[int, int, int]) -> jax.stages.Lowered:
         """Lower the program for images ``[B, H, W, 3]``, for cost analysis or ahead-of-time compilation."""
-        batch, height, width = shape
-        return self._new_programs().detect.lower(
-            self._state,
-            jax.ShapeDtypeStruct((batch, height, width, 3), jnp.uint8),
-            jax.ShapeDtypeStruct((batch, 2), jnp.int32),
-        )
+        return self._new_programs().detect.lower(self._weights, *_shapes((*shape, 3)))
 
     def compilations(self) -> int:
         """Return how many compiled programs are kept: one per input shape, the last ``max_shapes`` of them."""
         with self._lock:
             functions: list[Any] = [programs.detect for programs in self._programs.values()]
-            return sum(function._cache_size() for function in functions)
+            return sum(1 if isinstance(f, jax.stages.Compiled) else f._cache_size() for f in functions)
 
     def _of_shape(self, shape: tuple[int, ...]) -> _Programs:
         with self._lock:
-            programs = self._programs.pop(shape, None) or self._new_programs()
+            programs = self._programs.pop(shape, None) or self._programs_of(shape)
             self._programs[shape] = programs
             while len(self._programs) > self._max_shapes:
                 del self._programs[next(iter(self._programs))]
         return programs
 
+    def _programs_of(self, shape: tuple[int, ...]) -> _Programs:
+        programs = self._new_programs()
+        if self.config.gpu == "plain" or self._formats is not None or not compiling.on_gpu():
+            return programs
+        # The first program chooses the layouts of the weights. Others take them as they lie.
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self._weights)
+        detect = jax.jit(programs.detect.__wrapped__, in_shardings=(compiling.any_layout(), None, None))
+        options = compiling.compiler_options(self.config.gpu)
+        compiled = detect.lower(abstract, *_shapes(shape)).compile(compiler_options=options)
+        self._formats = compiled.input_formats[0][0]
+        self._weights = jax.device_put(self._weights, self._formats)
+        return programs._replace(detect=compiled)
+
     def _new_programs(self) -> _Programs:
         # jax frees a program with the function that it was compiled for, so every shape has functions of its own.
+        of_images: list[Callable[..., Any]]
         of_images = [partial(f, self._graph, self.config) for f in (_detect, _only_candidates, _dense_part)]
         if self._bgr:
             of_images = [_reverse_channels(f) for f in of_images]
-        return _Programs(*map(jax.jit, of_images), jax.jit(partial(_trace, self._graph, self.config)))
+        options = compiling.compiler_options(self.config.gpu) if compiling.on_gpu() else None
+        jit = partial(jax.jit, compiler_options=options)
+        return _Programs(*map(jit, of_images), jit(partial(_trace, self._graph, self.config)))
 
     def _inputs(self, images: Array | np.ndarray, sizes: Array | np.ndarray | None) -> tuple[Array, Array]:
         if not isinstance(images, (jax.Array, np.ndarray)):
@@ -220,7 +236,7 @@ class Detector:
 class _Programs(NamedTuple):
     """Compiled functions for images of one shape."""
 
-    detect: jax.stages.Wrapped
+    detect: Any  # jax.stages.Wrapped, or Compiled where its compilation has chosen the layouts of the weights
     candidates: jax.stages.Wrapped
     dense_part: jax.stages.Wrapped
     trace: jax.stages.Wrapped
@@ -228,6 +244,10 @@ class _Programs(NamedTuple):
 
 def _reverse_channels(function: Callable[[PyTree, Array, Array], Any]) -> Callable[[PyTree, Array, Array], Any]:
     return lambda state, images, sizes: function(state, images[..., ::-1], sizes)
+
+
+def _shapes(images: tuple[int, ...]) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+    return jax.ShapeDtypeStruct(images, jnp.uint8), jax.ShapeDtypeStruct((images[0], 2), jnp.int32)
 
 
 def _checked_sizes(sizes: Array | np.ndarray | None, shape: tuple[int, ...]) -> Array | np.ndarray:

@@ -82,6 +82,11 @@ def check_devices() -> None:
             f"{named or 'jax'}: {reason[:200]}; jax finds only {jax.default_backend()} here: unset it to use that, or "
             "install jax for the device, see https://docs.jax.dev/en/latest/installation.html"
         ) from None
+    if jax.default_backend() == "gpu" and jax.__version_info__ < (0, 12):
+        _log.warning(
+            "jax %s on a GPU: its compiler aborts on some detectors with CSQ; install jax 0.12 (Python 3.12)",
+            jax.__version__,
+        )
 
 
 def keep_compiled_programs() -> None:
