@@ -22,11 +22,14 @@ from benchmarks.accelerators.chips import (
     require_libtpu,
     roofline,
 )
+from benchmarks.accelerators.gpu_counts import gpu_counts
+from benchmarks.accelerators.gpus import GpuName
 from benchmarks.accelerators.programs import inference_program, rooms_needed, train_program
 from benchmarks.options import RandomImage
 from benchmarks.report import Column, Report, Row, decimals, ms, times
 from benchmarks.subjects import laid_out_queries, random_model
 from querydet_jax.config import InferenceConfig, override
+from querydet_jax.inference.compiling import GpuMode
 from querydet_jax.models import DenseDetector
 from querydet_jax.runtime.errors import ConfigError
 from querydet_jax.training.parallel import AXIS
@@ -38,7 +41,7 @@ _log = logging.getLogger("querydet_jax")
 
 @dataclass(frozen=True)
 class Accelerator(RandomImage):
-    """Compile for TPUs without one: FLOPs, traffic, memory and roofline bound of dense, CSQ and the training step."""
+    """Compile for TPUs or GPUs without one: FLOPs, traffic and bounds on TPUs, launches and host waits on GPUs."""
 
     chips: tuple[ChipName, ...] = ("v4", "v5e", "v5p", "v6e")
     """TPUs to compile for."""
@@ -52,11 +55,20 @@ class Accelerator(RandomImage):
     """Images per chip of the training step, a row each."""
     train_chips: Literal[1, 4] = 4
     """Chips that train together; one alone needs no collectives."""
+    gpus: tuple[GpuName, ...] = ()
+    """GPUs to compile inference for, instead of TPUs."""
+    queries: tuple[Literal["dense", "csq"], ...] = ("dense", "csq")
+    """With --gpus: values of inference.query, a row each."""
+    modes: tuple[GpuMode, ...] = ("plain", "tuned", "graph")
+    """With --gpus: values of inference.gpu, a row each."""
     remat: bool = False
     """Compile the training step with train.remat. Its rows show memory only: XLA would count one image's FLOPs."""
 
 
 def accelerator(arguments: Accelerator) -> None:
+    if arguments.gpus:
+        gpu_counts(arguments)
+        return
     libtpu = require_libtpu()
     if not arguments.inference and not arguments.train_batches:
         raise ConfigError(

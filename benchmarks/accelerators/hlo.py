@@ -17,7 +17,7 @@ _INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?(\S+) = (\(.*?\)|\S+) ([a-z][\w-]*)\(
 _ON_CHIP = re.compile(r"S\([13]\)")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 # Operations that move nothing themselves. Asynchronous copies are counted at their start.
-_FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all"}
+FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all"}
 
 
 class Traffic(NamedTuple):
@@ -36,7 +36,7 @@ def traffic(text: str) -> Traffic:
     """
     sums = [0, 0]
     cycles = 0
-    for lines in _computations(text):
+    for _, lines in computations(text):
         sizes: dict[str, list[tuple[int, bool]]] = {}
         for line in lines:
             found = _INSTRUCTION.match(line)
@@ -45,7 +45,7 @@ def traffic(text: str) -> Traffic:
             name, result, operation, operands = found.groups()
             sizes[name] = _arrays(result)
             cycles += sum(map(int, _CYCLES.findall(line)))
-            if operation in _FREE or operation.endswith("-done"):
+            if operation in FREE or operation.endswith("-done"):
                 continue
             if operation in (
                 "copy-start",
@@ -61,14 +61,19 @@ def traffic(text: str) -> Traffic:
     return Traffic(sums[0], sums[1], cycles)
 
 
-def _computations(text: str) -> Iterator[list[str]]:
-    """Yield the lines of each computation that is not the inside of a fusion."""
+def computations(text: str) -> Iterator[tuple[str, list[str]]]:
+    """Yield name and lines of each computation that is not the inside of a fusion."""
     fused = set(re.findall(r"\bfusion\(.*?\bcalls=%?([\w.-]+)", text))
     for block in re.split(r"\n\s*\n", text):
         head, *lines = block.strip("\n").split("\n")
         name = re.match(r"(?:ENTRY )?%?([\w.-]+) \(", head)
         if name is not None and name[1] not in fused:
-            yield lines
+            yield name[1], lines
+
+
+def array_bytes(type_text: str) -> int:
+    """Return the bytes of the arrays of a type."""
+    return sum(size for size, _ in _arrays(type_text))
 
 
 def _arrays(type_text: str) -> list[tuple[int, bool]]:

@@ -21,6 +21,7 @@ from flax import nnx
 from benchmarks.accelerators.chips import Devices, Program
 from benchmarks.flops import sparse_level_shapes
 from querydet_jax.config import DataConfig, InferenceConfig, TrainConfig
+from querydet_jax.inference.compiling import cast_kernels
 from querydet_jax.inference.detector import Detector, sparse_options
 from querydet_jax.models import DenseDetector
 from querydet_jax.sparse import CascadeLevel, SparseOptions, Stack
@@ -49,6 +50,14 @@ def inference_program(
     array = jax.ShapeDtypeStruct
     images = (array((*shape, 3), jnp.uint8), array((shape[0], 2), jnp.int32))
     return Program(detect_with_one_buffer_per_level if rooms else detect, state, images)
+
+
+def shipped_program(model: DenseDetector, inference: InferenceConfig, shape: tuple[int, int, int]) -> Program:
+    """Return the program from images of ``shape`` (B, H, W) to detections as ``Detector`` runs it, ladder included."""
+    function, state = Detector(model, inference).function()
+    array = jax.ShapeDtypeStruct
+    images = (array((*shape, 3), jnp.uint8), array((shape[0], 2), jnp.int32))
+    return Program(function, cast_kernels(state, model.dtype), images)
 
 
 def rooms_needed(
