@@ -73,7 +73,7 @@ def rooms_needed(
     rooms = {}
     for level, _, keys in sparse_level_shapes(model, inference, (size[0], size[1]), queries):
         cells = batch * int(room_needed(keys, level.margin, options))
-        unit = inference.tile**2 if inference.kernel == "tiles" else 1
+        unit = inference.tile**2 if inference.kernel != "gather" else 1
         turn = max(1, inference.chunk // unit) * unit
         rooms[level.level] = max(1, -(-cells // turn)) * turn
     return rooms
@@ -89,7 +89,7 @@ def _csq_in_one_buffer(
 ) -> Computed:
     """Run CSQ with one buffer of ``rooms[level]`` cells and no dense rung. Cells that do not fit are lost."""
     cells = keys.size
-    if options.kernel == "tiles":
+    if options.kernel != "gather":
         batch, height, width = keys.shape
         cells = options.tile**2 * math.prod(grid_shape((batch, height, width), options.tile))
     fraction = min(1.0, (rooms[level.level] - 0.5) / cells)  # half a cell less: sizes are rounded up

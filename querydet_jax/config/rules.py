@@ -8,7 +8,7 @@ import operator
 from typing import Any
 
 from querydet_jax.config.bit_depth import parse_bit_depth
-from querydet_jax.config.schema import AugmentConfig, Config, ModelConfig
+from querydet_jax.config.schema import AugmentConfig, Config, InferenceConfig, ModelConfig
 from querydet_jax.runtime.errors import ConfigError
 
 # Networks with a single width and a single flavour of weights, and that flavour.
@@ -113,6 +113,7 @@ def check(config: Config) -> None:
             raise ConfigError(
                 f"inference.start_level {inference.start_level}: must be one of P{levels[0] + 1}..P{levels[-1]}"
             )
+    check_fused(model, inference)
     if any(not 0 < c <= 1 for c in inference.capacities) or list(inference.capacities) != sorted(
         set(inference.capacities)
     ):
@@ -174,6 +175,20 @@ def check(config: Config) -> None:
         raise ConfigError(f"train.ema {train.ema}: must be 0 (no moving average) or below 1, such as 0.999")
     if model.backbone.norm == "group" and model.backbone.width % 32:
         raise ConfigError(f"model.backbone.width {model.backbone.width}: must be a multiple of 32 with group norm")
+
+
+def check_fused(model: ModelConfig, inference: InferenceConfig) -> None:
+    """Raise ConfigError where ``inference.kernel fused`` cannot run the model's heads."""
+    if inference.kernel != "fused" or inference.query == "dense":
+        return
+    if inference.tile % 8:
+        raise ConfigError(f"inference.tile {inference.tile}: kernel fused needs a multiple of 8, such as 8")
+    for name in ("fpn", "head", "query"):
+        if getattr(model, name).channels % 128:
+            raise ConfigError(
+                f"inference.kernel fused: model.{name}.channels {getattr(model, name).channels} is no multiple of 128; "
+                "use inference.kernel tiles"
+            )
 
 
 def _check_name(name: str) -> None:

@@ -289,8 +289,8 @@ class InferenceConfig:
     overflow: Literal["dense", "cap"] = "dense"
     chunk: int = 256  # rows per step of the convolution on sites, on CPU; other devices compute the buffer at once
     # gather: single cells, least work. tiles: aligned blocks of tile x tile cells, for accelerators.
-    # Both give the same results.
-    kernel: Literal["gather", "tiles"] = "gather"
+    # fused: tiles, with each branch of the heads as one kernel; TPU v5e and v6e only. All give the same results.
+    kernel: Literal["gather", "tiles", "fused"] = "gather"
     tile: int = 8
     score_threshold: float = 1e-4
     topk: int = 1000  # candidates per level

@@ -21,6 +21,7 @@ from flax import nnx
 from jax import Array
 
 from querydet_jax.config import InferenceConfig
+from querydet_jax.config.rules import check_fused
 from querydet_jax.inference import compiling
 from querydet_jax.models.base import DenseDetector
 from querydet_jax.models.candidates import Candidates, join_candidates
@@ -111,6 +112,7 @@ class Detector:
                     f"inference.start_level {config.start_level}: the model has "
                     f"P{model.config.min_level}..P{model.config.max_level}; choose one above P{model.config.min_level}"
                 )
+            check_fused(model.config, config)
         self.config = config
         self._bgr, self._max_shapes = channels == "bgr", max_shapes
         self._formats: PyTree = None  # of the weights in memory, where the compiler has chosen them
@@ -222,6 +224,11 @@ class Detector:
         return _Programs(*map(jit, of_images), jit(partial(_trace, self._graph, self.config)))
 
     def _inputs(self, images: Array | np.ndarray, sizes: Array | np.ndarray | None) -> tuple[Array, Array]:
+        if self.config.kernel == "fused" and self.config.query != "dense" and jax.default_backend() != "tpu":
+            raise ConfigError(
+                f"inference.kernel fused: is for TPUs, and jax runs on {jax.default_backend()} here; "
+                "use inference.kernel gather"
+            )
         if not isinstance(images, (jax.Array, np.ndarray)):
             images = _array(images, "images")
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or not images.size:

@@ -28,7 +28,7 @@ class SparseOptions(NamedTuple):
     chunk: int
     method: Literal["csq", "cq", "ccq"] = "csq"
     overflow: Literal["dense", "cap"] = "dense"
-    kernel: Literal["gather", "tiles"] = "gather"  # CSQ only
+    kernel: Literal["gather", "tiles", "fused"] = "gather"  # CSQ only
     tile: int = 8  # side of a tile in cells
 
 
@@ -72,7 +72,8 @@ def cascade_sparse_query(
 
     def on_tiles(capacity: int) -> Any:
         tiles = select_tiles(active, capacity // options.tile**2, options.tile)
-        outputs = run_stacks_on_tiles(level, active, tiles, stacks, chunk=chunk)
+        fused = options.kernel == "fused"
+        outputs = run_stacks_on_tiles(level, active, tiles, stacks, chunk=chunk, fused=fused)
         return select(outputs, cells_of_tiles(tiles, keys))
 
     def densely() -> Any:
@@ -81,7 +82,7 @@ def cascade_sparse_query(
     selected, capacity, overflowed = run_ladder(
         room_needed(keys, level.margin, options),
         capacities,
-        on_tiles if options.kernel == "tiles" else on_sites,
+        on_sites if options.kernel == "gather" else on_tiles,
         densely if options.overflow == "dense" else None,
     )
     return Computed(selected, active, _count(active), capacity, overflowed)

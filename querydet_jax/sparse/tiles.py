@@ -78,6 +78,21 @@ def tile_cells(tiles: Tiles, ring: int = 0) -> Array:
     return jnp.where(inside, (image * height + y) * width + x, batch * height * width)
 
 
+def neighbour_tiles(tiles: Tiles) -> Array:
+    """Return the slots of the 3x3 tiles around each tile, int32 ``[T, 3, 3]``; T where there is none in the buffer."""
+    capacity = tiles.index.shape[0]
+    batch, rows, columns = tiles.grid
+    number = batch * rows * columns
+    slot_of_tile = jnp.full((number,), capacity, jnp.int32)
+    slot_of_tile = slot_of_tile.at[tiles.index].set(jnp.arange(capacity, dtype=jnp.int32), mode="drop")
+    move = jnp.arange(-1, 2, dtype=jnp.int32)
+    i = (tiles.index // columns % rows)[:, None, None] + move[None, :, None]
+    j = (tiles.index % columns)[:, None, None] + move[None, None, :]
+    inside = (i >= 0) & (i < rows) & (j >= 0) & (j < columns) & (tiles.index < number)[:, None, None]
+    neighbour = tiles.index[:, None, None] + move[None, :, None] * columns + move[None, None, :]
+    return slot_of_tile.at[jnp.where(inside, neighbour, number)].get(mode="fill", fill_value=capacity)
+
+
 def halo_table(tiles: Tiles) -> Array:
     """Return where each tile's cells and the ring around them lie in a buffer of the tiles' cells.
 
@@ -86,17 +101,9 @@ def halo_table(tiles: Tiles) -> Array:
       no tile in the buffer.
     """
     side, capacity = tiles.side, tiles.index.shape[0]
-    _, rows, columns = tiles.grid
-    number = tiles.grid[0] * rows * columns
-    slot_of_tile = jnp.full((number,), capacity, jnp.int32)
-    slot_of_tile = slot_of_tile.at[tiles.index].set(jnp.arange(capacity, dtype=jnp.int32), mode="drop")
     step = jnp.arange(-1, side + 1, dtype=jnp.int32)
-    move, inner = step // side, step % side  # which neighbouring tile, and where in it
-    i = (tiles.index // columns % rows)[:, None, None] + move[None, :, None]
-    j = (tiles.index % columns)[:, None, None] + move[None, None, :]
-    inside = (i >= 0) & (i < rows) & (j >= 0) & (j < columns) & (tiles.index < number)[:, None, None]
-    neighbour = tiles.index[:, None, None] + move[None, :, None] * columns + move[None, None, :]
-    slot = slot_of_tile.at[jnp.where(inside, neighbour, number)].get(mode="fill", fill_value=capacity)
+    move, inner = step // side + 1, step % side  # which neighbouring tile, and where in it
+    slot = neighbour_tiles(tiles)[:, move[:, None], move[None, :]]
     row = (slot * side + inner[None, :, None]) * side + inner[None, None, :]
     return jnp.where(slot < capacity, row, capacity * side * side)
 
@@ -112,13 +119,14 @@ def cells_of_tiles(tiles: Tiles, keys: Array) -> Cells:
 
 
 def run_stacks_on_tiles(
-    level: CascadeLevel, active: Array, tiles: Tiles, stacks: Sequence[Stack], *, chunk: int
+    level: CascadeLevel, active: Array, tiles: Tiles, stacks: Sequence[Stack], *, chunk: int, fused: bool = False
 ) -> list[Array]:
     """Run ``masked_dense_stacks`` on tiles.
 
     Args:
       active: bool ``[B, h, w]``; inactive cells are zero at every layer.
       chunk: tiles per turn (see ``in_chunks``); must divide T.
+      fused: run each stack as one TPU kernel (``querydet_jax.sparse.fused``), where the tiles fit a chip's memory.
 
     Returns:
       One float32 ``[T * s * s, O]`` per stack, rows as in ``cells_of_tiles``; defined at active cells.
@@ -126,7 +134,6 @@ def run_stacks_on_tiles(
     side, capacity = tiles.side, tiles.index.shape[0]
     cells = tile_cells(tiles)
     inside = active.reshape(-1).at[cells].get(mode="fill", fill_value=False)[..., None]
-    table = halo_table(tiles)
 
     def masked(first: Array, x: Array) -> Array:
         return jnp.where(lax.dynamic_slice_in_dim(inside, first, len(x)), x, 0)
@@ -142,6 +149,17 @@ def run_stacks_on_tiles(
 
     channels = (level.features if level.output is None else level.output.kernel).shape[-1]
     (start,) = in_chunks(tiles.count, chunk, [buffer(channels, level.features)], head_input)
+    if fused:
+        # Here, because Pallas is a sixth of the package's import time, and only TPUs need it.
+        from querydet_jax.sparse.fused import fits, tile_stack
+
+        widest = max(conv.kernel.shape[2] for stack in stacks for conv in stack)
+        if fits(capacity, side, widest, start.dtype):
+            neighbours = neighbour_tiles(tiles).reshape(-1, 9)
+            padded = jnp.concatenate([start, jnp.zeros_like(start[:1])])
+            found = [tile_stack(padded, neighbours, inside[..., 0], stack) for stack in stacks]
+            return [x.reshape(-1, x.shape[-1]) for x in found]
+    table = halo_table(tiles)
     outputs = []
     for stack in stacks:
         x = start

@@ -26,6 +26,7 @@ from querydet_jax.inference.export.onnx_operators import translate_closed
 from querydet_jax.inference.export.writer import (
     Canvas,
     check_batch_sizes,
+    check_kernel,
     check_once_each,
     description,
     file_to_write,
@@ -59,13 +60,15 @@ def write_onnx(
       The manifest.
 
     Raises:
-      ConfigError: canvases or batch sizes are empty, repeat a value, or a batch size is invalid.
+      ConfigError: canvases or batch sizes are empty, repeat a value, a batch size is invalid, or the kernel is for
+        TPUs.
       DataError: onnx is not installed, the detector uses a primitive that has no translation, or the file cannot be
         written.
     """
     check_onnx()
     check_once_each(canvases=canvases, batch_sizes=batch_sizes)
     check_batch_sizes(batch_sizes)
+    check_kernel(detector.config, ["ONNX"], "")
     manifest = {
         "format": FORMAT,
         "format_version": VERSION,

@@ -189,6 +189,14 @@ def named_parameters(detector: Detector) -> tuple[list[str], list[Array]]:
     return names, [leaf for _, leaf in leaves]
 
 
+def check_kernel(inference: InferenceConfig, runtimes: Sequence[str], remedy: str) -> None:
+    """Raise ConfigError if the kernel for TPUs would be written for other runtimes."""
+    if inference.kernel == "fused" and inference.query != "dense" and tuple(runtimes) != ("tpu",):
+        raise ConfigError(
+            f"inference.kernel fused: is for TPUs, not for {', '.join(runtimes)}; {remedy}set inference.kernel gather"
+        )
+
+
 def _check(
     inference: InferenceConfig,
     model: str,
@@ -200,6 +208,7 @@ def _check(
         raise DataError("exporting needs flatbuffers; pip install -r requirements-export.txt")
     check_once_each(optional="batch_sizes", canvases=canvases, batch_sizes=batch_sizes, platforms=platforms)
     check_batch_sizes(batch_sizes)
+    check_kernel(inference, platforms, "export with --platforms tpu, or ")
     if not batch_sizes and not any_batch_size(inference, model):
         remedy = ", or set inference.query dense" if model != "faster_rcnn" else ""
         raise ConfigError(
