@@ -12,6 +12,7 @@ import tyro
 from querydet_jax.config import Config, check, config_path, load_config
 from querydet_jax.config.zoo import is_packaged, zoo_folder
 from querydet_jax.runtime.errors import ConfigError, QueryDetError
+from querydet_jax.runtime.stores import as_path
 
 Arguments = TypeVar("Arguments")
 SOURCE = "CARD_OR_RUN"
@@ -52,7 +53,7 @@ def parse(
     )
     check(parsed.config)
     packaged = None if name is None else zoo_folder(name)
-    given = packaged or (Path(name) if name is not None and Path(name).is_dir() else path)
+    given = packaged or (as_path(name) if name is not None and as_path(name).is_dir() else path)
     return parsed.command, parsed.config, given
 
 

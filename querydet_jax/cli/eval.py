@@ -36,6 +36,7 @@ from querydet_jax.runtime.errors import ConfigError
 from querydet_jax.runtime.files import beside, check_writable, identity, write_json
 from querydet_jax.runtime.hosts import Hosts, is_first, join, on_every
 from querydet_jax.runtime.names import result_stems
+from querydet_jax.runtime.stores import as_path
 from querydet_jax.viz.draw import save_image
 from querydet_jax.viz.stages import cascade_pictures, overview
 
@@ -76,10 +77,10 @@ def evaluate(words: Sequence[str], program: str) -> None:
     join(arguments.hosts)
     machine.prepare()
     model = open_model(config, source, arguments.weights or None)
-    weights = Path(arguments.weights or source)
+    weights = as_path(arguments.weights or source)
     step = newest_step(weights)  # a training may write further ones meanwhile
     dataset = on_every(lambda: open_split(config, "val", str(source)))
-    out = Path(arguments.out or results_folder(source, config))
+    out = as_path(arguments.out or results_folder(source, config))
     if is_first():
         check_writable(out)
         if arguments.worst:

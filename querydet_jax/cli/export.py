@@ -19,6 +19,7 @@ from querydet_jax.inference.min_scores import BEST, min_scores
 from querydet_jax.inference.runs import open_model
 from querydet_jax.runtime import machine
 from querydet_jax.runtime.errors import ConfigError
+from querydet_jax.runtime.stores import as_path, size_of
 from querydet_jax.viz.text import score_text
 from querydet_jax.weights.packaged import read_card
 
@@ -72,14 +73,14 @@ def export(words: Sequence[str], program: str) -> None:
     batch_sizes = (1,) if to == "web" else arguments.batch_sizes
     if not batch_sizes and (to == "onnx" or not any_batch_size(config.inference, config.model.detector)):
         batch_sizes = (config.inference.batch_size,)
-    weights = Path(arguments.weights or source)
+    weights = as_path(arguments.weights or source)
     card = read_card(weights) if is_packaged(weights) else None
     best = weights if card is None else card.min_scores
     chosen = arguments.min_score or (BEST if to == "web" and card and card.min_scores else "")
     scores = None
     if chosen or to == "web":  # a page needs some to start with
         scores = min_scores(chosen, config.class_names, best, query=config.inference.query)
-    out = Path(arguments.out) if arguments.out else results_folder(source, config) / _NAMES[to]
+    out = as_path(arguments.out) if arguments.out else results_folder(source, config) / _NAMES[to]
     begun = time.perf_counter()
     count = len(canvases) * max(len(batch_sizes), 1)
     use = f"querydet predict {out} --images PICTURE_OR_FOLDER"
@@ -94,7 +95,7 @@ def export(words: Sequence[str], program: str) -> None:
     else:
         detector = Detector(model, config.inference)
         write_artifact(out, detector, config, batch_sizes=batch_sizes, platforms=arguments.platforms, **common)
-    size = sum(path.stat().st_size for path in ([out] if out.is_file() else out.rglob("*")) if path.is_file())
+    size = size_of(out)
     shapes = ", ".join(f"{height}x{width}" for height, width in canvases)
     numbers = ", ".join(map(str, batch_sizes)) if batch_sizes else "any"
     counts = "" if scores is None else f", scores from {score_text(scores)}"

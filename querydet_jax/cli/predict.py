@@ -7,7 +7,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -26,6 +25,7 @@ from querydet_jax.runtime.files import beside, identity, write_json
 from querydet_jax.runtime.names import one_line, result_stems
 from querydet_jax.runtime.progress import progress
 from querydet_jax.runtime.pyav import import_av
+from querydet_jax.runtime.stores import as_path, is_url
 from querydet_jax.viz.draw import save_image
 from querydet_jax.weights.packaged import packaged_path
 
@@ -72,7 +72,7 @@ def predict(words: Sequence[str], program: str) -> None:
     source = source_of(words)
     if any(word.split("=")[0] == "--artifact" for word in words):
         raise ConfigError("--artifact: name the file in place of a run: predict FILE.zip --images PICTURE_OR_FOLDER")
-    if source is not None and names_exported(Path(source)):
+    if source is not None and names_exported(as_path(source)):
         arguments = parse_alone(
             PredictArguments,
             _DESCRIPTION,
@@ -83,14 +83,14 @@ def predict(words: Sequence[str], program: str) -> None:
         machine.prepare()
         if arguments.weights:
             raise ConfigError(f"--weights {arguments.weights}: an exported file holds its own; export again with these")
-        predictor = of_exported(open_exported(Path(source)))
+        predictor = of_exported(open_exported(as_path(source)))
     else:
         arguments, config, path = parse(
             PredictArguments, _DESCRIPTION, words, program, source="CARD_OR_RUN_OR_EXPORTED_FILE"
         )
         machine.prepare()
         model = open_model(config, path, arguments.weights or None)
-        weights = packaged_path(arguments.weights) or Path(arguments.weights or path)
+        weights = packaged_path(arguments.weights) or as_path(arguments.weights or path)
         predictor = of_model(model, config, weights)
     _predict(predictor, arguments)
 
@@ -116,7 +116,7 @@ def _predict(predictor: Predictor, arguments: PredictArguments) -> None:
                 predictor,
                 video,
                 scores,
-                Path(arguments.out) / stem,
+                as_path(arguments.out) / stem,
                 arguments.draw == "boxes",
                 arguments.stride,
             )
@@ -144,6 +144,9 @@ def _check_videos(arguments: PredictArguments, videos: Sequence[str]) -> None:
         raise ConfigError(f"--draw queries: is for pictures, and {videos[0]} is a video; choose boxes or none")
     if arguments.save_json:
         raise ConfigError(f"--save-json: is for pictures; what is found in {videos[0]} goes to a .jsonl file in --out")
+    for name in (arguments.out, *videos):
+        if is_url(name):
+            raise ConfigError(f"{name}: videos are read and written on this machine; copy it, and give a path here")
     if arguments.tiles != "off":
         raise ConfigError(f"--tiles {arguments.tiles}: is for pictures, and {videos[0]} is a video; leave it out")
     import_av()
@@ -155,7 +158,7 @@ def _predict_pictures(
     pictures = predictor.open_files(names)
     files = [pictures.file_name(i) for i in range(len(pictures))]
     stems, inputs = result_stems(files), {identity(path) for path in pictures.paths} - {None}
-    out, results = Path(arguments.out), Path(arguments.save_json)
+    out, results = as_path(arguments.out), as_path(arguments.save_json)
     if identity(out / "detections.json") in inputs:
         raise ConfigError(f"--out {out}: its detections.json is one of the pictures; choose another folder")
     if arguments.save_json and (identity(results) in inputs or results == out / "detections.json"):

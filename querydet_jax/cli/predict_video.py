@@ -21,6 +21,7 @@ from querydet_jax.runtime.errors import DataError
 from querydet_jax.runtime.files import beside, check_writable, identity
 from querydet_jax.runtime.names import one_line, result_stems
 from querydet_jax.runtime.progress import progress
+from querydet_jax.runtime.stores import as_path
 from querydet_jax.viz.draw import draw_on_frame
 from querydet_jax.viz.video import SUFFIX, VideoWriter
 
@@ -86,4 +87,4 @@ def predict_video(predictor: Predictor, name: str, scores: np.ndarray, out: Path
 
 
 def _inputs(name: str) -> set[tuple[object, object] | None]:
-    return {identity(Path(name))} - {None}
+    return {identity(as_path(name) if not is_address(name) else Path(name))} - {None}

@@ -19,6 +19,7 @@ from querydet_jax.runtime import machine
 from querydet_jax.runtime.errors import ConfigError
 from querydet_jax.runtime.files import write_csv, write_json, writing
 from querydet_jax.runtime.names import printable
+from querydet_jax.runtime.stores import as_path
 from querydet_jax.viz.draw import save_image
 from querydet_jax.viz.plots import NEEDS, save_plot
 from querydet_jax.viz.training_curves import save_curves
@@ -48,10 +49,10 @@ def report(words: Sequence[str], program: str) -> None:
     )
     machine.prepare()
     if arguments.curves:
-        _draw_curves(source, config, Path(arguments.out) if arguments.out else source)
+        _draw_curves(source, config, as_path(arguments.out) if arguments.out else source)
         return
     above = source if source.is_dir() else Path("runs") / config.name
-    out = Path(arguments.out) if arguments.out else above / f"data-{arguments.split}"
+    out = as_path(arguments.out) if arguments.out else above / f"data-{arguments.split}"
     if arguments.augmented < 0 or (arguments.augmented and arguments.split != "train"):
         raise ConfigError(f"--augmented {arguments.augmented}: give a number of images, with --split train")
     dataset = open_dataset(config.data, arguments.split)

@@ -21,6 +21,7 @@ from querydet_jax.evaluation.visdrone_results import VisDroneMetrics
 from querydet_jax.evaluation.worst import PAGE, check_apart, find_worst, write_worst
 from querydet_jax.runtime.errors import ConfigError
 from querydet_jax.runtime.files import write_json
+from querydet_jax.runtime.stores import as_path
 from querydet_jax.viz.plots import save_plot
 
 _Out = Annotated[str, tyro.conf.arg(metavar="FOLDER")]
@@ -85,12 +86,12 @@ def _coco(
     truth, found, names = read_coco(results, annotations)
     pictures = read_pictures(truth, names[0], images) if worst else None
     if pictures is not None:
-        check_apart(Path(out), Path(images))
+        check_apart(as_path(out), as_path(images))
     metrics = evaluate(truth, found, max_detections=max_detections, names=names, judge=judge)
     explained = attribute(truth, found, names=names) if errors or worst else None
     _publish(metrics, "coco", metrics.curves, out, results, explained if errors else None)
     if pictures is not None and explained is not None:
-        count = write_worst(Path(out), find_worst(truth, found, explained, worst), *pictures)
+        count = write_worst(as_path(out), find_worst(truth, found, explained, worst), *pictures)
         print(f"wrote {out}/{PAGE} with {count} pictures")
 
 
@@ -107,8 +108,10 @@ def _publish(
         print(f"\n{errors.table()}")
     if out:
         explained = {} if errors is None else {"errors": errors.to_dict()}
-        write_json(Path(out) / "report.json", metrics.to_dict() | explained, indent=2)
+        write_json(as_path(out) / "report.json", metrics.to_dict() | explained, indent=2)
         written = write_curves(out, {protocol: {Path(results).stem: curves}})
-        if errors is not None and save_plot(partial(draw_errors, report=errors), Path(out) / "errors.png", (14, 4.4)):
+        if errors is not None and save_plot(
+            partial(draw_errors, report=errors), as_path(out) / "errors.png", (14, 4.4)
+        ):
             written.append("errors.png")
         print(f"\nwrote to {out}: {', '.join(['report.json', *written])}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 
@@ -23,6 +22,7 @@ from querydet_jax.models import DenseDetector
 from querydet_jax.runtime import machine
 from querydet_jax.runtime.errors import ConfigError
 from querydet_jax.runtime.hosts import Hosts, is_first, join
+from querydet_jax.runtime.stores import as_path
 from querydet_jax.training import train as run_training
 
 
@@ -45,7 +45,7 @@ def train(words: Sequence[str], program: str) -> None:
     config = length_as_given(config, words)
     join(arguments.hosts, preemptible=True)
     machine.prepare()
-    run = Path(arguments.run or results_folder(source, config))
+    run = as_path(arguments.run or results_folder(source, config))
 
     detectors: dict[str, Detector] = {}
 

@@ -24,6 +24,7 @@ from querydet_jax.config.zoo import CONFIG, zoo_folder
 from querydet_jax.runtime.errors import ConfigError
 from querydet_jax.runtime.files import write_json
 from querydet_jax.runtime.reading import read_json
+from querydet_jax.runtime.stores import StoreError, as_path, local_copy
 
 Group = TypeVar("Group")
 
@@ -67,7 +68,8 @@ def load_card(path: str | Path) -> Card:
 def _run(path: Path) -> dict[str, Any]:
     """Run an experiment file and return its variables."""
     with _user_code(path):
-        return runpy.run_path(str(path))
+        with local_copy(path) as here:
+            return runpy.run_path(str(here))
 
 
 @contextlib.contextmanager
@@ -110,9 +112,11 @@ def config_path(source: str | Path) -> Path:
     packaged = zoo_folder(source)
     if packaged is not None:
         return packaged / CONFIG
-    name, source = str(source), Path(source)
+    name, source = str(source), as_path(source)
     try:
         is_folder, exists = source.is_dir(), source.exists()
+    except StoreError:
+        raise
     except OSError as error:
         raise ConfigError(
             f"{name[:200]}: {error.strerror}; give a card's name, a configuration file or a run folder"

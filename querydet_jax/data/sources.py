@@ -14,6 +14,7 @@ from querydet_jax.data.readers.images import Reading
 from querydet_jax.data.readers.visdrone import VisDroneDataset
 from querydet_jax.data.readers.yolo import YoloDataset, labels_beside, read_names
 from querydet_jax.runtime.errors import DataError
+from querydet_jax.runtime.stores import as_path
 
 _log = logging.getLogger("querydet_jax")
 
@@ -70,7 +71,7 @@ def images_folder(data: DataConfig, split: Literal["train", "val"]) -> Path | No
     if data.source not in _IMAGES:
         return None
     named = data.train_images if split == "train" else data.val_images
-    folder = Path(data.root) / (named or _IMAGES[data.source].format(split))
+    folder = as_path(data.root) / (named or _IMAGES[data.source].format(split))
     return folder / "images" if data.source == "visdrone" else folder
 
 
@@ -101,7 +102,7 @@ def _open(data: DataConfig, split: Literal["train", "val"]) -> Dataset:
         from querydet_jax.data.readers.tfds_coco import TfdsCocoDataset  # as above
 
         return TfdsCocoDataset(data.root, data.tfds_name, split, reading=reading)
-    root = Path(data.root)
+    root = as_path(data.root)
     images, annotations = (
         (data.train_images, data.train_annotations) if split == "train" else (data.val_images, data.val_annotations)
     )

@@ -14,6 +14,7 @@ from querydet_jax.evaluation.errors import ErrorReport
 from querydet_jax.evaluation.scoring import Scores
 from querydet_jax.evaluation.visdrone_files import write_result_files
 from querydet_jax.runtime.files import folder_written_aside, write_csv
+from querydet_jax.runtime.stores import as_path
 from querydet_jax.viz.plots import NEEDS, save_plot
 from querydet_jax.viz.text import percent, shorten
 
@@ -32,7 +33,7 @@ def write_scores(out: str | Path, scores: Mapping[str, Scores]) -> list[str]:
     Returns:
       The names of what was written or left out, for a message.
     """
-    out, written = Path(out), []
+    out, written = as_path(out), []
     for name, of_method in scores.items():
         save_results(out / f"detections_{name}.json", of_method.results)
         if of_method.visdrone is not None:
@@ -55,7 +56,7 @@ def write_curves(out: str | Path, curves: Mapping[str, Mapping[str, Curves]]) ->
     Returns:
       The names of what was written or left out, for a message.
     """
-    plotted = [_write_curves(Path(out) / f"curves_{protocol}", protocol, curves[protocol]) for protocol in curves]
+    plotted = [_write_curves(as_path(out) / f"curves_{protocol}", protocol, curves[protocol]) for protocol in curves]
     kinds = (".csv", ".png") if all(plotted) else (".csv",)
     written = [f"curves_{protocol}{kind}" for protocol in curves for kind in kinds]
     return written if all(plotted) else [*written, f"no .png of the curves, which {NEEDS}"]

@@ -22,6 +22,7 @@ from querydet_jax.evaluation.visdrone_files import read_result_file
 from querydet_jax.evaluation.visdrone_results import VisDroneMetrics
 from querydet_jax.runtime.errors import DataError
 from querydet_jax.runtime.reading import read_text
+from querydet_jax.runtime.stores import as_path
 
 # An image size beyond any box, so that no region or box is cut at the image's edge.
 _BOUNDLESS = (1 << 30, 1 << 30)
@@ -50,7 +51,7 @@ def score_visdrone(
       DataError: a folder is missing or empty; a line is malformed; a result file has no annotation file, or an
         annotation file no image.
     """
-    results, annotations = Path(results), Path(annotations)
+    results, annotations = as_path(results), as_path(annotations)
     if (annotations / "annotations").is_dir():
         annotations = annotations / "annotations"
     found, truth = _text_files(results, "results"), _text_files(annotations, "annotations")
@@ -63,7 +64,7 @@ def score_visdrone(
     beside = annotations.parent / "images"
     sizes, notes = [_BOUNDLESS] * len(truth), []
     if images is not None or beside.is_dir():
-        headers = _headers(Path(images or beside), annotations, truth)
+        headers = _headers(as_path(images or beside), annotations, truth)
         sizes = [header.size(upright=exif == "apply") for header in headers]
     else:
         notes.append("no images, so no sizes: ignored regions and boxes are not cut at an image's edge; add --images")
@@ -116,7 +117,7 @@ def read_pictures(
     Raises:
       DataError: there is no such folder, or an image has no file name; the function: a picture cannot be read.
     """
-    folder = Path(folder)
+    folder = as_path(folder)
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; give the folder of the images")
     names: dict[int, str] = {}

@@ -13,6 +13,7 @@ from querydet_jax.evaluation.metrics import as_numbers
 from querydet_jax.runtime.errors import DataError, shown
 from querydet_jax.runtime.files import writing, written_aside
 from querydet_jax.runtime.reading import numbers, read_text
+from querydet_jax.runtime.stores import as_path
 
 _COLUMNS = "x,y,w,h,score,category"
 _LARGEST = 1e9  # areas of larger boxes would not fit float32, in which the protocol computes
@@ -73,8 +74,8 @@ def write_result_files(folder: str | Path, detections: Mapping[str, ArrayLike]) 
             for x, y, w, h, score, category in as_written(rows, name).tolist()
         )
     with writing(folder):
-        Path(folder).mkdir(parents=True, exist_ok=True)
-    paths = [Path(folder) / f"{stem}.txt" for stem in texts]
+        as_path(folder).mkdir(parents=True, exist_ok=True)
+    paths = [as_path(folder) / f"{stem}.txt" for stem in texts]
     for path, text in zip(paths, texts.values(), strict=True):
         with writing(path), written_aside(path) as aside:
             aside.write_text(text, encoding="utf-8")

@@ -12,37 +12,37 @@ from types import TracebackType
 from typing import Any
 
 from querydet_jax.inference.prediction import Prediction
-from querydet_jax.runtime.files import writing
+from querydet_jax.runtime.files import writing, written_aside
+from querydet_jax.runtime.stores import is_url
 
 
 class DetectionsFile:
     """Writes detections picture by picture; after each, the file is complete JSON.
 
     The file holds ``facts``, ``images`` (see ``entry``) and ``broken``, a message for each picture that could not be
-    used. A former file stays until the first picture is added.
+    used. A former file stays until the first picture is added. In a store it appears at the end.
 
     Raises:
       QueryDetError: it cannot be written.
     """
 
     def __init__(self, path: Path, facts: dict[str, Any]):
-        self.path, self.broken = path, []
+        self.path, self.broken, self._held = path, [], contextlib.ExitStack()
         self._head = json.dumps(facts, allow_nan=False)[:-1] + ', "images": [\n'
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.touch()
-            self._file = path.open("r+b", buffering=0)  # changes nothing yet
+            here = self._held.enter_context(written_aside(path)) if is_url(path) else path
+            here.touch()
+            self._file = self._held.enter_context(here.open("r+b", buffering=0))  # changes nothing yet
         self._end, self._tail = -1, b""  # where the next picture goes, and what is there
 
     def __enter__(self) -> DetectionsFile:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None):
-        try:
+        with self._held:
             if kind is None:
                 self._write("")
-        finally:
-            self._file.close()
 
     def add(self, entry: dict[str, Any]) -> None:
         """Append a picture."""

@@ -14,6 +14,7 @@ from querydet_jax.data.classes import plain
 from querydet_jax.inference.export.exported import Exported
 from querydet_jax.runtime.errors import ConfigError, shown
 from querydet_jax.runtime.reading import numbers, read_json
+from querydet_jax.runtime.stores import as_path, is_url
 
 DEFAULT = 0.3
 """For a class of which nothing is known."""
@@ -129,7 +130,7 @@ def _best(classes: Sequence[str], source: Any, query: str, name: str) -> np.ndar
             f"{name} {BEST}: these weights come from no run folder, so no evaluation of them is known; give numbers"
         )
     else:
-        where, of_class = str(source), _of_run(Path(source), query, name)
+        where, of_class = str(source), _of_run(as_path(source), query, name)
     known = {plain(key): _score(value, f"{where}: {key}:") for key, value in of_class.items() if value is not None}
     lacking = [c for c in classes if plain(c) not in known]
     if lacking:
@@ -176,7 +177,7 @@ def _warn_of_other_weights(weights: Path, path: Path, report: dict[str, Any], ag
     evaluated = f"{shown(report.get('weights'))}" if step is None else f"step {shown(step)}"
     if weights.is_file():
         same = step is None and Path(str(report.get("weights"))).name == weights.name
-        if not same or weights.stat().st_mtime > path.stat().st_mtime:
+        if not same or (not is_url(weights) and weights.stat().st_mtime > path.stat().st_mtime):
             known = f"{evaluated}, not of {weights.name}" if not same else f"an earlier {weights.name}"
             _log.warning("%s: the best scores are those of %s; %s --weights %s again", path, known, again, weights)
     elif step != (newest := newest_step(weights)):

@@ -17,6 +17,7 @@ from querydet_jax.inference.detector import QueryTrace
 from querydet_jax.runtime.errors import DataError, QueryDetError
 from querydet_jax.runtime.files import identity
 from querydet_jax.runtime.names import result_stems
+from querydet_jax.runtime.stores import as_path
 from querydet_jax.viz.draw import save_image
 from querydet_jax.viz.stages import cascade_pictures, overview
 
@@ -113,7 +114,7 @@ class Prediction:
           DataError: the file is the picture itself, or its suffix is another.
           QueryDetError: it cannot be written.
         """
-        path = Path(path)
+        path = as_path(path)
         if path.is_dir() or not path.suffix:
             path = path / f"{result_stems([self._name])[0]}_detections.jpg"
         if self.path is not None and identity(path) is not None and identity(path) == identity(self.path):

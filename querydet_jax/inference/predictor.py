@@ -30,6 +30,7 @@ from querydet_jax.inference.tiling import OVERLAP, Tiles, parse_tiles, run_tiled
 from querydet_jax.inference.video import run_on_video
 from querydet_jax.models import DenseDetector
 from querydet_jax.runtime.errors import ConfigError, DataError, QueryDetError, shown
+from querydet_jax.runtime.stores import as_path, is_file, is_folder, is_there, is_url, matching
 from querydet_jax.weights.packaged import ModelCard, read_card
 
 Picture = str | os.PathLike[str] | np.ndarray | Image.Image
@@ -53,12 +54,12 @@ def load(source: str | os.PathLike[str], overrides: Mapping[str, Any] | None = N
     """
     if not isinstance(source, str | os.PathLike):
         raise ConfigError(f"load: {shown(source)} is no name and no path; give a run, an exported file or a name")
-    path = zoo_folder(source) or Path(source)
-    if os.path.isfile(path) and names_exported(path):  # False of a name that is too long, as the next
+    path = zoo_folder(source) or as_path(source)
+    if is_file(path) and names_exported(path):
         if overrides:
             raise ConfigError(f"{path}: {', '.join(overrides)}: fixed in this file; export again, or load the run")
         return of_exported(open_exported(path))
-    if not os.path.isdir(path):
+    if not is_folder(path):
         raise ConfigError(_unknown(str(source), path))
     config = load_config(path, dict(overrides or {}))
     return of_model(open_model(config, path), config, path)
@@ -222,7 +223,7 @@ class Predictor:
         """Yield a result per picture, with the detections from ``scores [K]`` on; see ``predict``."""
         data, paths = self.data, []
         if isinstance(pictures, Pictures):
-            paths = [Path(pictures.file_name(i)) for i in range(len(pictures))]
+            paths = [as_path(pictures.file_name(i)) for i in range(len(pictures))]
             for message in pictures.broken:
                 if on_broken is None:
                     raise DataError(message)
@@ -318,7 +319,7 @@ def of_exported(detector: Exported) -> Predictor:
 def _unknown(source: str, path: Path) -> str:
     names = zoo_names()
     known = f"packaged weights: {', '.join(names) or 'none in this installation'}"
-    if os.path.exists(path):
+    if is_there(path):
         return (
             f"{source}: is neither a run folder nor an exported file (.zip, .onnx); weights in a file need their "
             "configuration: build_model, load_weights, Detector"
@@ -348,7 +349,7 @@ def _expanded(paths: Sequence[str]) -> list[str]:
         if set("*?[").isdisjoint(path) or os.path.lexists(path) or is_address(path):
             found.append(path)
             continue
-        matched = sorted(glob.glob(path, recursive=True))
+        matched = sorted(map(str, matching(path)) if is_url(path) else glob.glob(path, recursive=True))
         if not matched:
             raise DataError(f"{path}: the pattern matches no picture and no folder")
         found += matched

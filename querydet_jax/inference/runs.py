@@ -8,6 +8,7 @@ from querydet_jax.config import Config
 from querydet_jax.config.zoo import zoo_folder
 from querydet_jax.models import DenseDetector, build_model
 from querydet_jax.runtime.errors import ConfigError
+from querydet_jax.runtime.stores import as_path
 from querydet_jax.weights import load_weights
 
 
@@ -21,14 +22,14 @@ def open_model(config: Config, source: str | Path, weights: str | Path | None = 
       WeightsError: the weights do not belong to this model.
     """
     if weights is None:
-        if not Path(source).is_dir():
+        if not as_path(source).is_dir():
             raise ConfigError(f"{source}: a configuration holds no weights; add --weights, or give a run folder")
         weights = source
     else:
         weights = zoo_folder(weights) or weights
     model = build_model(config.model)
     # Another run may number the classes otherwise.
-    named = config.classes if weights != source and Path(weights).is_dir() else ()
+    named = config.classes if weights != source and as_path(weights).is_dir() else ()
     report = load_weights(model, weights, classes=named or None)
     if report.fresh:
         raise ConfigError(

@@ -1,8 +1,9 @@
 """Checkpoints on disk: trees of arrays by step and item name, complete or absent. The only file that names orbax.
 
 A folder holds ``<step>/<item>/``. A step is written under another name, with the checksums of its files, and renamed
-when it is complete. Reading an item compares its files with their checksums; steps without any, which version 0.1.0
-wrote, are read as they are.
+when it is complete. In an object store, where nothing can be renamed, it is written on this machine first, then
+uploaded, the checksums last: a step without them is not finished. Reading an item compares its files with their
+checksums; steps without any, which version 0.1.0 wrote, are read as they are.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ import os
 import re
 import shutil
 import sys
+import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -25,8 +27,10 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.options import MultiprocessingOptions
 
+from querydet_jax.runtime import stores
 from querydet_jax.runtime.errors import QueryDetError, WeightsError
 from querydet_jax.runtime.files import reason, writing
+from querydet_jax.runtime.stores import StoreError, as_path, is_url
 
 FOLDER = "checkpoints"  # in a run's folder
 _UNFINISHED = ".orbax-checkpoint-tmp"  # in the names of folders that are not finished
@@ -80,6 +84,11 @@ class CheckpointStore:
         (step, size, written), self._pending = self._pending, None
         try:
             written.result()
+        except StoreError as error:  # asking the store for more may fail as well
+            raise QueryDetError(
+                f"{self.folder}: checkpoint {step} could not be uploaded ({reason(error)}): mend that, then add "
+                "--resume to go on from the one before"
+            ) from error
         except Exception as error:  # of orbax, tensorstore or the system
             self.remove_unfinished()
             newest = max(_steps(self.folder), default=None)
@@ -100,6 +109,10 @@ class CheckpointStore:
 
     def remove_unfinished(self) -> None:
         """Delete what a killed run or a full disk has left of checkpoints."""
+        if is_url(self.folder):
+            for name in _unfinished(self.folder):
+                stores.remove(self.folder / name)
+            return
         for path in self.folder.glob(f"*{_UNFINISHED}*"):
             deadline = time.monotonic() + 5
             while path.exists() and time.monotonic() < deadline:
@@ -115,6 +128,9 @@ class CheckpointStore:
             self._checkpointer.close()
 
     def _write(self, step: int, items: Mapping[str, Any]) -> None:
+        if is_url(self.folder):
+            self._upload(step, items)
+            return
         arguments = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
         path, aside = self.folder / str(step), self.folder / f"{step}{_UNFINISHED}-checksums"
         shutil.rmtree(aside, ignore_errors=True)  # of a run that was killed
@@ -128,6 +144,22 @@ class CheckpointStore:
             # Renamed first: a step that is half deleted must not look complete.
             shutil.rmtree((self.folder / str(old)).rename(self.folder / f"{old}{_UNFINISHED}"), ignore_errors=True)
 
+    def _upload(self, step: int, items: Mapping[str, Any]) -> None:
+        """Write a step on this machine, and upload it; then delete old ones."""
+        arguments = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
+        path = self.folder / str(step)
+        with tempfile.TemporaryDirectory(prefix="querydet-") as folder:
+            here = Path(folder) / str(step)
+            self._checkpointer.save(here, args=ocp.args.Composite(**arguments))
+            _write_checksums(here)
+            stores.remove(path)  # what a killed run has left
+            checksums = (here / _CHECKSUMS).rename(Path(folder) / _CHECKSUMS)
+            stores.upload(here, path)
+            stores.upload(checksums, path / _CHECKSUMS)
+        for old in sorted(_steps(self.folder))[: -self.keep]:
+            (self.folder / str(old) / _CHECKSUMS).unlink(missing_ok=True)  # first: half a step must not look complete
+            stores.remove(self.folder / str(old))
+
 
 def read_checkpoint(path: str | Path, item: str) -> Any:
     """Return an item of a run's newest checkpoint as a tree of NumPy arrays.
@@ -139,7 +171,7 @@ def read_checkpoint(path: str | Path, item: str) -> Any:
     Raises:
       WeightsError: there is no checkpoint, or it is damaged.
     """
-    path = Path(path).resolve()
+    path = as_path(path).resolve()
     if not path.is_dir():
         raise WeightsError(f"{path}: no such folder; give a run folder or a weight file")
     if _step(path) is not None:
@@ -148,7 +180,8 @@ def read_checkpoint(path: str | Path, item: str) -> Any:
         folder = path / FOLDER if (path / FOLDER).is_dir() else path
         step = _newest(folder)
     if step is None:
-        found = "no finished checkpoint" if list(folder.glob(f"*{_UNFINISHED}*")) else "no checkpoint"
+        left = _unfinished(folder) if is_url(folder) else list(folder.glob(f"*{_UNFINISHED}*"))
+        found = "no finished checkpoint" if left else "no checkpoint"
         raise WeightsError(f"{folder}: holds {found}; give a run folder of a training that has saved one")
     with contextlib.closing(_checkpointer()) as checkpointer:
         try:
@@ -161,7 +194,8 @@ def read_checkpoint(path: str | Path, item: str) -> Any:
 
 def newest_step(path: str | Path) -> int | None:
     """Return the step that ``read_checkpoint`` reads of a run folder, None if there is none; raise WeightsError."""
-    return _newest(Path(path).resolve() / FOLDER) if (Path(path) / FOLDER).is_dir() else None
+    path = as_path(path)
+    return _newest(path.resolve() / FOLDER) if (path / FOLDER).is_dir() else None
 
 
 def _newest(folder: Path) -> int | None:
@@ -170,6 +204,8 @@ def _newest(folder: Path) -> int | None:
     Raises:
       WeightsError: the folder cannot be read.
     """
+    if is_url(folder):
+        return max(_steps(folder), default=None)
     try:
         strays = [child for child in sorted(folder.iterdir()) if child.name.isdecimal() and _step(child) is None]
         strays = [child.name for child in strays if os.path.lexists(child)]  # else a training has just removed it
@@ -195,7 +231,27 @@ def _step(path: Path) -> int | None:
     """Return the number of the step that a folder holds, None for anything else."""
     if not re.fullmatch("0|[1-9][0-9]{0,8}", path.name) or path.is_symlink() or not path.is_dir():
         return None
+    if is_url(path):
+        return int(path.name) if (path / _CHECKSUMS).is_file() else None
     return int(path.name) if any(any(path.glob(name)) for name in (_CHECKSUMS, *_METADATA)) else None
+
+
+def _unfinished(folder: Path) -> list[str]:
+    """Return the names of steps in a store that have no checksums."""
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    return [name for name in names if name.isdecimal() and _step(folder / name) is None]
+
+
+@contextlib.contextmanager
+def _on_this_machine(step: Path, item: str) -> Iterator[Path]:
+    """Yield the folder of a step, or a copy that has this item."""
+    if not is_url(step):
+        yield step
+        return
+    with tempfile.TemporaryDirectory(prefix="querydet-") as folder:
+        copy = Path(folder) / step.name
+        stores.download(step, copy, lambda name: "/" not in name or name.startswith(f"{item}/"))
+        yield copy
 
 
 def _checkpointer() -> ocp.Checkpointer:
@@ -209,8 +265,11 @@ def _read(checkpointer: ocp.Checkpointer, folder: Path, step: int, item: str) ->
     arguments = ocp.args.Composite(**{item: ocp.args.StandardRestore()})
     # Whichever layer of orbax meets damage first reports it; a user needs the name of the folder.
     try:
-        _verify(folder / str(step), item)
-        return checkpointer.restore(folder / str(step), args=arguments)[item]
+        with _on_this_machine(folder / str(step), item) as here:
+            _verify(here, item)
+            return checkpointer.restore(here, args=arguments)[item]
+    except StoreError:
+        raise
     except Exception as error:
         before = any(other < step for other in _steps(folder))
         raise WeightsError(

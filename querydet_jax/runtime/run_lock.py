@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import logging
 import os
 import platform
@@ -14,6 +15,8 @@ from pathlib import Path
 
 from querydet_jax.runtime.errors import ConfigError
 from querydet_jax.runtime.files import reason, writing
+from querydet_jax.runtime.machine import cache_folder
+from querydet_jax.runtime.stores import is_url
 
 FILE = "training.lock"  # in a run's folder
 
@@ -29,15 +32,22 @@ def run_lock(run: Path) -> Iterator[None]:
     """Hold the run folder, which is created, so that no other process trains in it meanwhile.
 
     The system's lock on ``RUN/training.lock`` decides, and ends with the process, however that ends. The file's text,
-    the holder's host, process and start, is only for messages. On a file system without locks a warning says so.
+    the holder's host, process and start, is only for messages. On a file system without locks a warning says so. An
+    object store has none: for a URL the file is in this machine's cache folder, and a training on another machine is
+    not noticed.
 
     Raises:
       ConfigError: another process holds it.
       QueryDetError: the file cannot be written.
     """
     path = run / FILE
-    with writing(run):
-        run.mkdir(parents=True, exist_ok=True)
+    if is_url(run):
+        with writing(run):
+            run.mkdir(parents=True, exist_ok=True)
+        name = hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:16]
+        path = cache_folder(os.environ) / "locks" / name
+    with writing(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
     with writing(path):
         # Not through a link; not waiting for the other end of a pipe.
         flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)

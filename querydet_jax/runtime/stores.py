@@ -21,7 +21,7 @@ import random
 import re
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, TypeVar, cast
@@ -84,6 +84,38 @@ def as_path(given: str | os.PathLike[str]) -> Path:
     return cast(Path, StorePath(scheme, PurePosixPath(rest)))
 
 
+def is_folder(path: Path) -> bool:
+    """Return ``path.is_dir()``, but False of a local name that is too long, which pathlib raises for."""
+    return path.is_dir() if is_url(path) else os.path.isdir(path)
+
+
+def is_file(path: Path) -> bool:
+    """Return ``path.is_file()``, but False of a local name that is too long."""
+    return path.is_file() if is_url(path) else os.path.isfile(path)
+
+
+def is_there(path: Path) -> bool:
+    """Return ``path.exists()``, but False of a local name that is too long."""
+    return path.exists() if is_url(path) else os.path.exists(path)
+
+
+def local_path(given: str | os.PathLike[str]) -> Path:
+    """Return what a user gave as a path on this machine.
+
+    Raises:
+      ConfigError: it is a URL.
+    """
+    path = as_path(given)
+    if is_url(path):
+        raise ConfigError(f"{path}: must be on this machine; copy what is there, and give its path here")
+    return path
+
+
+def same_parts(path: Path, parts: Sequence[str]) -> Path:
+    """Return the path, where ``path`` is, that has these ``parts`` in place of its own."""
+    return as_path(f"{path.scheme}://{'/'.join(parts)}") if isinstance(path, StorePath) else Path(*parts)
+
+
 @contextlib.contextmanager
 def local_copy(path: Path) -> Iterator[Path]:
     """Yield a path of the same name on this machine for what reads files alone: the path itself, or a copy that lasts
@@ -101,14 +133,17 @@ def local_copy(path: Path) -> Iterator[Path]:
         yield copy
 
 
-def download(path: Path, to: Path) -> None:
+def download(path: Path, to: Path, chosen: Callable[[str], bool] = bool) -> None:
     """Copy a file, or a folder's files, from a store to this machine, where it replaces what has this name.
+
+    Args:
+      chosen: of a folder, whether to copy the file of this name relative to it.
 
     Raises:
       StoreError: the store does not answer, refuses or has no such object.
     """
     if path.is_dir():
-        names = files_below(path)
+        names = list(filter(chosen, files_below(path)))
         _each(lambda name: _fetch(path / name, to / name), names)
         to.mkdir(parents=True, exist_ok=True)
     else:
@@ -133,6 +168,19 @@ def files_below(folder: Path) -> list[str]:
     """List the files in a folder of a store and below it by their names relative to it, sorted."""
     found: list[str] = _of(folder).ask("find")
     return sorted(name.lstrip("/").removeprefix(f"{_of(folder).key}/") for name in found if not name.endswith("/"))
+
+
+def matching(pattern: str) -> list[Path]:
+    """Return what a URL with ``*``, ``?``, ``[...]`` or ``**`` in its last parts matches."""
+    folder = as_path(re.split(r"[^/]*[*?\[]", pattern)[0])
+    return list(folder.glob(str(pattern).removeprefix(f"{folder}/")))
+
+
+def size_of(path: Path) -> int:
+    """Return the bytes of a file, or of all files in a folder and below it."""
+    if isinstance(path, StorePath):
+        return path.size() if path.is_file() else sum((path / name).size() for name in files_below(path))
+    return sum(file.stat().st_size for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file())
 
 
 def remove(path: Path) -> None:
@@ -196,6 +244,10 @@ class StorePath:
     @property
     def parent(self) -> StorePath:
         return StorePath(self.scheme, self.key.parent) if len(self.key.parts) > 1 else self
+
+    @property
+    def parents(self) -> list[StorePath]:
+        return [StorePath(self.scheme, key) for key in self.key.parents if key.parts]
 
     def with_name(self, name: str) -> StorePath:
         return StorePath(self.scheme, self.key.with_name(name))

@@ -25,6 +25,7 @@ from querydet_jax.models.base import DenseDetector
 from querydet_jax.runtime.errors import ConfigError, DataError
 from querydet_jax.runtime.files import reason, write_json, writing, written_aside
 from querydet_jax.runtime.hosts import from_first
+from querydet_jax.runtime.stores import local_copy
 from querydet_jax.weights import state_dict
 from querydet_jax.weights.writers import AUTHOR
 
@@ -124,7 +125,7 @@ class Best:
         if not self.path.is_file():
             return None
         try:
-            with safe_open(self.path, framework="np") as file:
+            with local_copy(self.path) as here, safe_open(here, framework="np") as file:
                 about = json.loads(file.metadata()[_KEY])
             step, value = int(about["step"]), about["scores"].get(self.metric)
         except (SafetensorError, OSError, KeyError, ValueError, TypeError, AttributeError) as error:

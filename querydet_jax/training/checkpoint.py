@@ -23,6 +23,7 @@ from querydet_jax.runtime.checkpoint_store import FOLDER, CheckpointStore
 from querydet_jax.runtime.errors import QueryDetError, WeightsError
 from querydet_jax.runtime.hosts import from_first, is_first
 from querydet_jax.runtime.run_lock import run_lock
+from querydet_jax.runtime.stores import as_path
 from querydet_jax.training.step import TrainState, init_state, merge_into
 from querydet_jax.weights import load_weights, state_dict
 
@@ -41,10 +42,10 @@ class Checkpoints:
     """
 
     def __init__(self, run: str | Path, keep: int = 3):
-        self.folder = Path(run).resolve() / FOLDER
+        self.folder = as_path(run).resolve() / FOLDER
         self._store: CheckpointStore | None = None
         with contextlib.ExitStack() as held:
-            from_first(lambda: held.enter_context(run_lock(Path(run))))
+            from_first(lambda: held.enter_context(run_lock(as_path(run))))
             if is_first():
                 self._store = CheckpointStore(self.folder, keep)
             self._held = held.pop_all()

@@ -46,7 +46,7 @@ class RunLog:
         if is_first():
             _set_damaged_lines_aside(path)
         self.file = LineFile(path if is_first() else Path(os.devnull))
-        self.evaluated = _evaluated(path) if is_first() else set[int]()
+        self.evaluated = _evaluated(self.file.local) if is_first() else set[int]()
         self.loggers: Loggers | None = None
         from_first(lambda: self._open_loggers(path.parent))
         self._curves, self._undrawn = True, False
@@ -98,6 +98,7 @@ class RunLog:
     def write_evaluation(self, step: int, scores: dict[str, float]) -> None:
         """Write the scores of the evaluation after a step."""
         self.write(step, scores)
+        self.file.upload()  # on resume it decides whether to evaluate again
         self.evaluated.add(step)
 
     def has_evaluation(self, step: int) -> bool:
@@ -111,7 +112,7 @@ class RunLog:
         self._undrawn = False
         path = self.file.path.with_name("curves.png")
         try:
-            self._curves = save_curves(self.file.path, path, self.config.train.best_metric)
+            self._curves = save_curves(self.file.local, path, self.config.train.best_metric)
             if not self._curves:
                 _log.info("no %s, which %s", path, NEEDS)
         except Exception as error:  # of matplotlib or the disk
@@ -133,6 +134,10 @@ class RunLog:
             f"{step - self.first} steps in {_duration(elapsed)}, {images / elapsed:.1f} images/s, "
             f"{self.total_waited / elapsed:.1%} of the time waiting for data"
         )
+
+    def upload(self) -> None:
+        """Begin to bring a store's ``metrics.jsonl`` up to date, before a checkpoint."""
+        self.file.upload(wait=False)
 
     def close(self, skipped: int) -> None:
         """Close the files, and report how many images were ``skipped``."""
@@ -159,8 +164,8 @@ def _set_damaged_lines_aside(path: Path) -> None:
         (good if _is_whole(line) else bad if line.strip() else []).append(line + b"\n")
     if bad:
         aside = path.with_name(f"{path.stem}.damaged{path.suffix}")
-        with writing(aside), aside.open("ab") as file:
-            file.writelines(bad)
+        with writing(aside), written_aside(aside) as new:
+            new.write_bytes(b"".join([aside.read_bytes() if aside.is_file() else b"", *bad]))
         _log.warning("%s: %d damaged line(s) moved to %s", path, len(bad), aside.name)
     if b"".join(good) != before:
         with writing(path), written_aside(path) as new:

@@ -10,6 +10,7 @@ import dataclasses
 import logging
 import math
 import os
+import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any, Protocol
 from querydet_jax.config import Config
 from querydet_jax.runtime.errors import ConfigError, QueryDetError
 from querydet_jax.runtime.files import reason, writing, written_aside
+from querydet_jax.runtime.stores import is_url
 from querydet_jax.training.tensorboard import TensorBoardFile
 
 _log = logging.getLogger("querydet_jax")
@@ -50,6 +52,13 @@ class Loggers:
         self._open: dict[str, Logger] = {}
         for name in config.train.loggers:
             kind = "tensorboard" if name == "auto" else name
+            if kind == "tensorboard" and is_url(run):
+                if name != "auto":
+                    raise ConfigError(
+                        f"train.loggers tensorboard: its files grow, which {run} does not allow; leave it out, or take "
+                        "a --run on this machine"
+                    )
+                continue
             if kind in self._open:
                 continue
             try:
@@ -92,7 +101,7 @@ class WandbRun:
         self._run: Any = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "querydet"),
             name=run.resolve().name,
-            dir=str(run),
+            dir=tempfile.mkdtemp(prefix="querydet-") if is_url(run) else str(run),
             id=number or _remember(run / "wandb.id", uuid.uuid4().hex),
             resume="allow",
             config=dataclasses.asdict(config),

@@ -23,6 +23,7 @@ from querydet_jax.data.plan import eval_plan, images_per_epoch
 from querydet_jax.models import DenseDetector, build_model
 from querydet_jax.runtime.errors import ConfigError, DataError, Preempted, QueryDetError
 from querydet_jax.runtime.hosts import from_first, is_first, on_every
+from querydet_jax.runtime.stores import as_path, is_url
 from querydet_jax.training.best import Best
 from querydet_jax.training.checkpoint import Checkpoints
 from querydet_jax.training.compiled import CompileWatch, Programs
@@ -74,7 +75,11 @@ def train(
       Preempted: SIGTERM has come, to this host or another (Interrupted: Ctrl-C); the step under way was finished and
         saved, an evaluation under way was given up.
     """
-    run, settings = Path(run), config.train
+    run, settings = as_path(run), config.train
+    if profile and is_url(run):
+        raise ConfigError(
+            f"{run}: a trace is written on this machine alone; leave out --profile, or give a folder here"
+        )
     check_batch_size(settings.batch_size, settings.accumulate)
     with (
         Checkpoints(run, keep=settings.keep_checkpoints) as checkpoints,
@@ -155,6 +160,7 @@ def train(
 
         def save(state: TrainState, *, wait: bool) -> None:
             loss.check()
+            log.upload()
             with watch.during("saving"):
                 checkpoints.save(model, devices.unreplicate(state), wait=wait)
 

@@ -17,6 +17,7 @@ from PIL import Image
 
 from querydet_jax.runtime.errors import DataError
 from querydet_jax.runtime.files import written_aside
+from querydet_jax.runtime.stores import as_path
 from querydet_jax.viz.primitives import (
     BLACK,
     FAINT,
@@ -273,7 +274,7 @@ def save_image(path: str | Path, image: ArrayLike) -> None:
     Raises:
       DataError: the suffix is another, or the picture is not uint8 RGB.
     """
-    path = Path(path)
+    path = as_path(path)
     formats = {
         ".png": ("PNG", {}),
         ".jpg": ("JPEG", {"quality": 92}),

@@ -28,6 +28,7 @@ from querydet_jax.config.zoo import CARD, CONFIG, WEIGHTS, zoo_folder
 from querydet_jax.runtime.errors import WeightsError, shown
 from querydet_jax.runtime.files import folder_written_aside, reason, write_json, writing
 from querydet_jax.runtime.reading import read_json
+from querydet_jax.runtime.stores import as_path
 
 FORMAT, VERSION = "querydet_jax weights", 1
 Row = Mapping[str, float | None]
@@ -78,7 +79,7 @@ def packaged_path(source: str | Path) -> Path | None:
     Raises:
       WeightsError: a network's package or its file is missing.
     """
-    return zoo_folder(source) or (None if Path(source).exists() else _network_file(str(source)))
+    return zoo_folder(source) or (None if as_path(source).exists() else _network_file(str(source)))
 
 
 def verified(folder: Path) -> Path:

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from querydet_jax.config.zoo import is_packaged
 from querydet_jax.runtime.errors import WeightsError
+from querydet_jax.runtime.stores import StoreError, as_path, local_copy
 from querydet_jax.weights.packaged import verified
 from querydet_jax.weights.pickles import Inert, NumpyArray, Storage, TorchTensor, itemsize, load_pickle
 
@@ -51,7 +52,7 @@ def read_tensors(path: str | Path) -> dict[str, np.ndarray]:
       WeightsError: there is no such file; its suffix is unknown; it is damaged or holds no tensors; its pickle asks
         for anything but tensors.
     """
-    path = Path(path)
+    path = as_path(path)
     if path.is_dir() and is_packaged(path):
         path = verified(path)
     elif path.is_dir():
@@ -65,24 +66,29 @@ def read_tensors(path: str | Path) -> dict[str, np.ndarray]:
         found = "is no regular file" if path.exists() else "no such weight file"
         raise WeightsError(f"{path}: {found}; check the path")
     try:
-        if suffix == ".safetensors":
-            tensors = _read_safetensors(path)
-        elif suffix == ".npz":
-            with path.open("rb") as file:
-                tensors = _read_npz(file)
-        else:
-            with path.open("rb") as file:
-                zipped = file.read(4) == b"PK\x03\x04"
-                file.seek(0)
-                tensors = _read_torch_zip(file) if zipped else _read_pickle(file)
+        with local_copy(path) as here:
+            tensors = _read_file(here)
         if not tensors:
             raise WeightsError("no tensors in it; save the model's state dict")
     except WeightsError as error:
         raise WeightsError(f"{path}: {_one_line(error)}") from None
+    except StoreError:
+        raise
     except _DAMAGE as error:
         reason = _one_line(error)
         raise WeightsError(f"{path}: damaged, or no weight file at all ({reason}); fetch or write it again") from None
     return tensors
+
+
+def _read_file(path: Path) -> dict[str, np.ndarray]:
+    if path.suffix.lower() == ".safetensors":
+        return _read_safetensors(path)
+    with path.open("rb") as file:
+        if path.suffix.lower() == ".npz":
+            return _read_npz(file)
+        zipped = file.read(4) == b"PK\x03\x04"
+        file.seek(0)
+        return _read_torch_zip(file) if zipped else _read_pickle(file)
 
 
 def _one_line(error: Exception) -> str:

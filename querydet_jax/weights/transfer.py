@@ -13,6 +13,7 @@ from flax import nnx
 
 from querydet_jax.config.rules import backbone_flavors
 from querydet_jax.runtime.errors import WeightsError
+from querydet_jax.runtime.stores import as_path
 from querydet_jax.weights.classes import class_names, fit_classes, in_class_layer
 from querydet_jax.weights.names import (
     ModelPath,
@@ -92,7 +93,7 @@ def load_weights(
     if isinstance(source, Mapping):
         where, tensors = "weights", {str(name): value for name, value in source.items()}
     else:
-        where, source = str(source), packaged_path(source) or Path(source)
+        where, source = str(source), packaged_path(source) or as_path(source)
         tensors = read_tensors(source)
     variables = _variables(model)
     named, unexpected = _match(tensors, variables, where)

@@ -12,6 +12,7 @@ from safetensors.numpy import save
 
 from querydet_jax.runtime.errors import WeightsError
 from querydet_jax.runtime.files import written_aside
+from querydet_jax.runtime.stores import as_path, is_url
 
 AUTHOR = "querydet_jax"
 
@@ -26,12 +27,12 @@ def write_tensors(tensors: dict[str, np.ndarray], path: str | Path) -> None:
     Raises:
       WeightsError: the suffix is another, or the folder is missing or cannot be written.
     """
-    path = Path(path)
+    path = as_path(path)
     write = _WRITERS.get(path.suffix)
     if write is None:
         hint = "; PyTorch reads .safetensors, detectron2 .pkl" if path.suffix in (".pth", ".pt") else ""
         raise WeightsError(f"{path}: cannot write such a file; give one ending in {', '.join(_WRITERS)}{hint}")
-    if not path.parent.is_dir():
+    if not is_url(path) and not path.parent.is_dir():
         raise WeightsError(f"{path}: no folder {path.parent}; create it first")
     try:
         with written_aside(path) as aside:

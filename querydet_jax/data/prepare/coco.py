@@ -30,6 +30,7 @@ from querydet_jax.runtime.errors import DataError, shown
 from querydet_jax.runtime.files import folder_written_aside, reason, write_json
 from querydet_jax.runtime.progress import progress
 from querydet_jax.runtime.reading import read_json
+from querydet_jax.runtime.stores import local_path
 
 NAME, VERSION = "coco/2017", "1.1.0"
 _INFO = "dataset_info.json"
@@ -68,7 +69,7 @@ def prepare_coco(
     Raises:
       DataError: the source is invalid, a copy exists already, or ``out`` cannot be written.
     """
-    source, root = Path(source).resolve(), Path(out).resolve()
+    source, root = local_path(source).resolve(), local_path(out).resolve()
     folder = root / NAME / VERSION
     if not source.is_dir():
         raise DataError(f"{source}: no such folder; name the folder of COCO, or of a copy that TFDS made")

@@ -16,6 +16,7 @@ from querydet_jax.data.readers.visdrone import PATCHES, PREPARED, VisDroneDatase
 from querydet_jax.runtime.errors import DataError
 from querydet_jax.runtime.files import folder_written_aside, write_json
 from querydet_jax.runtime.progress import progress
+from querydet_jax.runtime.stores import local_path
 
 _CONTENTS = {PREPARED, "images", "annotations"}
 _QUALITY = 95  # JPEG quality: OpenCV's default, which the published code uses for its patches
@@ -50,7 +51,7 @@ def prepare_visdrone(
     Raises:
       DataError: the split is invalid, ``out`` is not empty, or ``out`` cannot be written.
     """
-    out, source = Path(out).resolve(), Path(folder).resolve()
+    out, source = local_path(out).resolve(), local_path(folder).resolve()
     _check_target(out, source, overwrite)
     dataset = VisDroneDataset(folder, patches=patches, reading=reading)
     try:

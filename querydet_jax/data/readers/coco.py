@@ -24,6 +24,7 @@ from querydet_jax.data.readers.orientation import decide, spread
 from querydet_jax.data.readers.plausible import say_what_is_odd
 from querydet_jax.data.transforms import MIN_SIDE
 from querydet_jax.runtime.errors import DataError, shown
+from querydet_jax.runtime.stores import as_path, is_url
 
 _log = logging.getLogger("querydet_jax")
 
@@ -63,7 +64,7 @@ class CocoDataset(Dataset):
         root: str | Path | None = None,
         outside_root: bool = False,
     ):
-        self._path, self._folder = Path(annotations), Path(images)
+        self._path, self._folder = as_path(annotations), as_path(images)
         if not self._path.exists():
             raise DataError(
                 f"{self._path}: no such annotation file; correct data.root and data.train_annotations or "
@@ -82,7 +83,7 @@ class CocoDataset(Dataset):
         self._ids = list(position)
         self._names = [image.file_name for image in content.images]
         self._say_listed_again()
-        self._check_names(None if outside_root else {self._folder, Path(root or self._folder)})
+        self._check_names(None if outside_root else {self._folder, as_path(root or self._folder)})
         self._sizes = [(image.height, image.width) for image in content.images]
         categories = sorted(content.categories, key=lambda category: category.id)
         self.category_ids = category_ids = tuple(check_ids(categories, f"{self._path}: categories"))
@@ -102,13 +103,18 @@ class CocoDataset(Dataset):
 
     def _check_names(self, folders: Collection[Path] | None) -> None:
         """Raise DataError for a name that no file can have, or that leads out of ``folders``; None allows any place."""
-        above = {side for folder in folders or () for side in (os.path.abspath(folder), os.path.realpath(folder))}
+        above = {
+            side
+            for folder in folders or ()
+            if not is_url(folder)
+            for side in (os.path.abspath(folder), os.path.realpath(folder))
+        }
         for n, name in enumerate(self._names):
             problem = ""
             if not _possible(name):
                 problem = "which no file can have; give the file's name"
             elif folders is not None and (".." in name or os.path.isabs(name)):
-                target = self._place(name)
+                target = "" if is_url(self._folder) else self._place(name)
                 if not any(Path(target).is_relative_to(folder) for folder in above):
                     problem = "outside the data set; move the picture below data.root, or set data.outside_root"
             if problem:
@@ -207,6 +213,9 @@ class CocoDataset(Dataset):
 
     def _found(self, i: int) -> Path | None:
         name = self._names[i]
+        if is_url(self._folder):  # one listing instead of a request a picture
+            stored = name if name in self._stored else self._on_disk.get(_key(name))
+            return None if stored is None else self._folder / stored
         path = Path(self._place(name)) if ".." in name else self._folder / name
         if os.path.exists(path):
             return path
@@ -216,6 +225,10 @@ class CocoDataset(Dataset):
     @functools.cached_property
     def _on_disk(self) -> dict[str, str]:
         return {_key(name): name for name in list_files(self._folder, SUFFIXES)}
+
+    @functools.cached_property
+    def _stored(self) -> frozenset[str]:
+        return frozenset(self._on_disk.values())
 
     @functools.cached_property
     def _in_any_case(self) -> dict[str, str]:

@@ -16,6 +16,7 @@ from querydet_jax.data.readers.folders import SUFFIXES, list_files
 from querydet_jax.data.readers.images import DEFAULT, Reading, read_image, try_headers
 from querydet_jax.data.readers.orientation import decide
 from querydet_jax.runtime.errors import DataError
+from querydet_jax.runtime.stores import as_path, is_folder, is_there, is_url
 
 _log = logging.getLogger("querydet_jax")
 
@@ -43,14 +44,14 @@ class Pictures(Dataset):
         self.classes = classes
         self.category_ids = tuple(range(1, len(classes) + 1))
         files: list[Path] = []
-        folder_of = functools.cache(os.path.realpath)
-        for path in map(Path, paths):
-            if os.path.isdir(path):  # as Path's own method, but False of a name that is too long
+        folder_of = functools.cache(lambda folder: str(folder) if is_url(folder) else os.path.realpath(folder))
+        for path in map(as_path, paths):
+            if is_folder(path):
                 inside = list_files(path, SUFFIXES, deep=False)
                 if not inside:
                     raise DataError(f"{path}: no pictures directly in this folder ({', '.join(sorted(SUFFIXES))})")
                 files += [path / name for name in inside]
-            elif os.path.exists(path):
+            elif is_there(path):
                 files.append(path)
             else:
                 hint = "; leave its pattern to the shell, without quotes" if set("*?[") & set(path.name) else ""

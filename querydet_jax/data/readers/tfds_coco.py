@@ -24,6 +24,7 @@ from querydet_jax.data.transforms import MIN_SIDE
 from querydet_jax.runtime.errors import DataError
 from querydet_jax.runtime.files import written_aside
 from querydet_jax.runtime.progress import progress
+from querydet_jax.runtime.stores import local_path
 
 _log = logging.getLogger("querydet_jax")
 
@@ -70,7 +71,7 @@ class TfdsCocoDataset(Dataset):
     """
 
     def __init__(self, root: str | Path, name: str, split: Literal["train", "val"], *, reading: Reading = DEFAULT):
-        self._folder = _version_folder(Path(root or DATA_DIR), name)
+        self._folder = _version_folder(local_path(root or DATA_DIR), name)
         self._split, self._name, self.reading = SPLITS[split], name, reading
         try:
             with quiet():

@@ -23,6 +23,7 @@ from querydet_jax.data.readers.images import DEFAULT, Reading
 from querydet_jax.data.readers.memory import check_size
 from querydet_jax.runtime.errors import DataError
 from querydet_jax.runtime.pyav import import_av
+from querydet_jax.runtime.stores import is_url
 
 _log = logging.getLogger("querydet_jax")
 
@@ -99,6 +100,8 @@ class Video:
         source = os.fspath(name)
         self.name = re.sub(r"(://[^/@:]*):[^/@]*@", r"\1:***@", source)
         camera, address = _CAMERA.fullmatch(source), is_address(source)
+        if is_url(source):
+            raise DataError(f"{source}: videos are read from files on this machine; copy it here first")
         self.path = None if camera or address else Path(source)
         self.live = bool(camera or (address and not source.lower().startswith("http")))
         self.fault = ""

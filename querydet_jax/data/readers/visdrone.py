@@ -22,6 +22,7 @@ from querydet_jax.data.readers.orientation import decide
 from querydet_jax.data.transforms import clip
 from querydet_jax.runtime.errors import DataError
 from querydet_jax.runtime.reading import read_text
+from querydet_jax.runtime.stores import as_path
 
 _log = logging.getLogger("querydet_jax")
 
@@ -65,7 +66,7 @@ class VisDroneDataset(Dataset):
     category_ids = tuple(range(1, len(CLASSES) + 1))
 
     def __init__(self, folder: str | Path, *, patches: bool = False, reading: Reading = DEFAULT):
-        self.folder, self.patches, self.origin = Path(folder), patches, str(folder)
+        self.folder, self.patches, self.origin = as_path(folder), patches, str(folder)
         for name in ("images", "annotations"):
             if not (self.folder / name).is_dir():
                 raise DataError(

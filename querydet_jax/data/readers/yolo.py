@@ -22,6 +22,7 @@ from querydet_jax.data.transforms import clip
 from querydet_jax.runtime.errors import DataError, shown
 from querydet_jax.runtime.files import reason
 from querydet_jax.runtime.reading import numbers, read_text
+from querydet_jax.runtime.stores import as_path, same_parts
 
 _log = logging.getLogger("querydet_jax")
 
@@ -52,7 +53,7 @@ class YoloDataset(Dataset):
     """
 
     def __init__(self, images: str | Path, labels: str | Path, classes: tuple[str, ...], *, reading: Reading = DEFAULT):
-        self._folder, labels = Path(images), Path(labels)
+        self._folder, labels = as_path(images), as_path(labels)
         self.classes, self.category_ids, self.origin = classes, tuple(range(len(classes))), str(labels)
         if not self._folder.is_dir():
             raise DataError(
@@ -132,7 +133,7 @@ def labels_beside(images: Path) -> Path:
             "data.train_annotations or val_annotations"
         )
     parts[len(parts) - 1 - parts[::-1].index("images")] = "labels"
-    return Path(*parts)
+    return same_parts(images, parts)
 
 
 def read_names(root: str | Path) -> tuple[str, ...]:
@@ -141,7 +142,7 @@ def read_names(root: str | Path) -> tuple[str, ...]:
     Raises:
       DataError: neither file exists, or the names of classes 0, 1, ... are incomplete.
     """
-    path, plain = Path(root) / "data.yaml", Path(root) / _NAMES
+    path, plain = as_path(root) / "data.yaml", as_path(root) / _NAMES
     if path.is_file():
         return _yaml_names(path)
     if not plain.is_file():

@@ -22,6 +22,7 @@ from querydet_jax.data.readers.records import Records, quiet
 from querydet_jax.data.scenes.layouts import CLASSES, draw_scene
 from querydet_jax.runtime.errors import ConfigError, DataError
 from querydet_jax.runtime.progress import progress
+from querydet_jax.runtime.stores import local_path
 
 _log = logging.getLogger("querydet_jax")
 
@@ -119,7 +120,7 @@ class ScenesDataset(Dataset):
     def __init__(self, root: str | Path, split: str, config: SceneConfig):
         self._split, self._count = split, getattr(config, split)
         self._size = getattr(config, f"{split}_size")
-        self._folder = prepare(Path(root), config)
+        self._folder = prepare(local_path(root), config)
         self._records = Records(self._folder, split)
         try:
             self._annotations = [_annotation(record) for record in self._records]

@@ -7,6 +7,7 @@ from pathlib import Path
 from querydet_jax.inference.export.artifact import Artifact, ArtifactError
 from querydet_jax.inference.export.onnx_detector import OnnxDetector, OnnxError
 from querydet_jax.runtime.errors import QueryDetError
+from querydet_jax.runtime.stores import local_copy
 
 Exported = Artifact | OnnxDetector
 EXPORT_ERRORS = (ArtifactError, OnnxError)
@@ -25,7 +26,10 @@ def open_exported(path: Path) -> Exported:
     Raises:
       QueryDetError: it is missing, damaged, of another program or version, or does not run here.
     """
-    try:
-        return _READERS[path.suffix](path)
-    except EXPORT_ERRORS as error:
-        raise QueryDetError(str(error)) from error
+    with local_copy(path) as here:
+        try:
+            detector = _READERS[path.suffix](here)
+        except EXPORT_ERRORS as error:
+            raise QueryDetError(str(error).replace(str(here), str(path))) from error
+    detector.path = path
+    return detector

@@ -32,6 +32,7 @@ from querydet_jax.inference.export.writer import (
     file_to_write,
 )
 from querydet_jax.runtime.errors import DataError
+from querydet_jax.runtime.stores import as_path
 
 _FIELDS = ("boxes", "scores", "classes", "valid")
 
@@ -78,7 +79,7 @@ def write_onnx(
     builder = Builder()
     _add_programs(builder, detector, [(batch, *canvas) for canvas in canvases for batch in batch_sizes])
     model = builder.model({METADATA: json.dumps(manifest, allow_nan=False)}, "querydet_jax")
-    with file_to_write(Path(path), "detector.onnx") as aside:
+    with file_to_write(as_path(path), "detector.onnx") as aside:
         aside.write_bytes(model.SerializeToString(deterministic=True))
     return manifest
 

@@ -26,6 +26,7 @@ from querydet_jax.inference.export.writer import Canvas, check_once_each
 from querydet_jax.models import DenseDetector
 from querydet_jax.runtime.errors import ConfigError, DataError
 from querydet_jax.runtime.files import folder_written_aside
+from querydet_jax.runtime.stores import as_path, is_url
 from querydet_jax.viz.primitives import class_colour, heat_colours
 from querydet_jax.weights.packaged import ModelCard
 
@@ -69,7 +70,9 @@ def write_page(
       DataError: onnx is not installed, the detector uses a primitive that has no translation, the folder holds
         something else, an example or the runtime cannot be read, or the page cannot be written.
     """
-    folder = Path(folder)
+    folder = as_path(folder)
+    if is_url(folder):
+        raise DataError(f"{folder}: a page is written on this machine; give a folder here, and copy it")
     check_onnx()
     check_once_each(canvases=canvases)
     _check_reading(config)

@@ -16,6 +16,7 @@ from querydet_jax.runtime.errors import DataError
 from querydet_jax.runtime.files import written_aside
 from querydet_jax.runtime.machine import cache_folder
 from querydet_jax.runtime.reading import read_json
+from querydet_jax.runtime.stores import local_path
 
 PACKAGE, VERSION = "onnxruntime-web", "1.30.0"
 INTEGRITY = "q0y+JrrtukXSzsBWEMccVfqX25LRmosXHF+CaRJmg8pZClzcV7svNc4rKY3jL02Vb7QmRMDs1SigqR4CXAfKYQ=="
@@ -43,7 +44,7 @@ def web_runtime(source: str | Path = "") -> dict[str, bytes]:
     """
     if not source:
         return _unpacked(_fetched())
-    path = Path(source)
+    path = local_path(source)
     try:
         if path.is_dir():
             return _of_folder(path)

@@ -30,6 +30,7 @@ from querydet_jax.inference.detector import Detector
 from querydet_jax.inference.export.artifact import FORMAT, MANIFEST, VERSION, WEIGHTS
 from querydet_jax.runtime.errors import ConfigError, DataError
 from querydet_jax.runtime.files import written_aside
+from querydet_jax.runtime.stores import StoreError, as_path
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 Canvas = tuple[int, int]
@@ -83,7 +84,7 @@ def write_artifact(
             part: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for part, data in parts.items()
         },
     }
-    _write(Path(path), {MANIFEST: json.dumps(manifest, indent=2, allow_nan=False).encode(), **parts})
+    _write(as_path(path), {MANIFEST: json.dumps(manifest, indent=2, allow_nan=False).encode(), **parts})
     return manifest
 
 
@@ -141,6 +142,8 @@ def file_to_write(path: Path, example: str) -> Iterator[Path]:
     try:
         with written_aside(path) as aside:
             yield Path(aside)
+    except StoreError:
+        raise
     except OSError as error:
         raise DataError(f"{path}: not writable ({error}); give a file in a writable folder") from None
 
