@@ -279,3 +279,14 @@ def test_runtimes_agree_before_they_are_timed(monkeypatch, tmp_path, run_folder)
     for method in ("dense", "csq"):
         row = rows["ONNX Runtime", method]
         assert row["found"] == 1 and row["scores"] <= 1e-5 and row["boxes"] <= 1e-3, row
+
+
+def test_the_loader_is_timed_by_parts_and_cores_follow(monkeypatch, tmp_path):
+    words = "--number 2 --rounds 2 --short 320 --devices 4 --rates 10"
+    found = call(monkeypatch, tmp_path, "loader", *words.split())
+    assert_numbers(found["rows"], "ms_p50", "ms_p90", "per_second")
+    whole = found["rows"][-1]
+    assert whole["part"] == "all, loader"
+    assert found["cores"]["10"] == pytest.approx(40 / whole["per_second"])
+    with pytest.raises(ConfigError, match="--short 900"):
+        call(monkeypatch, tmp_path, "loader", "--number", "1", "--short", "900")
