@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -14,8 +16,10 @@ from tqdm import tqdm
 
 from querydet_jax.cli.arguments import parse, parse_alone, source_of
 from querydet_jax.cli.predict_video import predict_video, video_stems
+from querydet_jax.config import Config
 from querydet_jax.inference.detections_file import DetectionsFile, coco_ids, entry
 from querydet_jax.inference.export.exported import names_exported, open_exported
+from querydet_jax.inference.many import predict_many
 from querydet_jax.inference.predictor import Predictor, of_exported, of_model, parted
 from querydet_jax.inference.runs import open_model
 from querydet_jax.inference.tiling import OVERLAP, Tiles, parse_tiles
@@ -25,7 +29,7 @@ from querydet_jax.runtime.files import beside, identity, write_json
 from querydet_jax.runtime.names import one_line, result_stems
 from querydet_jax.runtime.progress import progress
 from querydet_jax.runtime.pyav import import_av
-from querydet_jax.runtime.stores import as_path, is_url
+from querydet_jax.runtime.stores import as_path, is_url, local_path
 from querydet_jax.viz.draw import save_image
 from querydet_jax.weights.packaged import packaged_path
 
@@ -62,6 +66,11 @@ class PredictArguments:
     into that many windows along its longer side; off sees every picture whole."""
     overlap: float = OVERLAP
     """With --tiles: least share of a window that the next one shows, too; objects up to that size are seen whole."""
+    engine: Literal["local", "ray"] = "local"
+    """local: this process. ray: workers of Ray, here or on the cluster that RAY_ADDRESS names, for very many pictures;
+    writes part-00000.jsonl and so on to --out, a line per picture, and a second start goes on where the first ended."""
+    workers: int = 0
+    """With --engine ray: number of workers (0: one per GPU or TPU chip, or one)."""
     save_json: str = ""
     """Also write a list of COCO results (image_id, category_id, bbox, score) of the pictures, with their file names, to
     this file."""
@@ -83,16 +92,60 @@ def predict(words: Sequence[str], program: str) -> None:
         machine.prepare()
         if arguments.weights:
             raise ConfigError(f"--weights {arguments.weights}: an exported file holds its own; export again with these")
-        predictor = of_exported(open_exported(as_path(source)))
+        make = partial(_exported, as_path(source))
     else:
         arguments, config, path = parse(
             PredictArguments, _DESCRIPTION, words, program, source="CARD_OR_RUN_OR_EXPORTED_FILE"
         )
         machine.prepare()
-        model = open_model(config, path, arguments.weights or None)
-        weights = packaged_path(arguments.weights) or as_path(arguments.weights or path)
-        predictor = of_model(model, config, weights)
-    _predict(predictor, arguments)
+        make = partial(_trained, config, path if is_url(path) else path.resolve(), arguments.weights)
+    if arguments.engine == "ray":
+        _predict_many(make, arguments, [*words])
+    else:
+        if arguments.workers:
+            raise ConfigError(f"--workers {arguments.workers}: is for --engine ray; leave it out")
+        _predict(make(), arguments)
+
+
+def _exported(path: Path) -> Predictor:
+    return of_exported(open_exported(path))
+
+
+def _trained(config: Config, path: Path, weights: str) -> Predictor:
+    model = open_model(config, path, weights or None)
+    return of_model(model, config, packaged_path(weights) or as_path(weights or path))
+
+
+def _predict_many(make: Callable[[], Predictor], arguments: PredictArguments, words: list[str]) -> None:
+    for flag, differs in {
+        "--draw none": arguments.draw != "none",
+        "no --save-json": bool(arguments.save_json),
+        "no --stride": arguments.stride != 1,
+    }.items():
+        if differs:
+            raise ConfigError(f"--engine ray: writes lines of JSON alone; give {flag}")
+    if arguments.workers < 0:
+        raise ConfigError(f"--workers {arguments.workers}: give a number from 0 on")
+    if not arguments.images or "" in arguments.images:
+        raise DataError("--images: name at least one picture or folder")
+    tiles = parse_tiles(arguments.tiles, arguments.overlap, ("--tiles", "--overlap"))
+    videos, names = parted(arguments.images)
+    if videos:
+        raise ConfigError(f"--engine ray: is for pictures, and {videos[0]} is a video; leave it out")
+    given = dataclasses.asdict(arguments) | {"images": (), "out": "", "workers": 0}
+    settings = [words[0], *(f"{name} {value}" for name, value in given.items())]
+    number, broken = predict_many(
+        make,
+        names,
+        local_path(arguments.out),
+        facts={"asked": settings},
+        min_score=arguments.min_score,
+        tiles=tiles,
+        workers=arguments.workers,
+    )
+    print(f"wrote {arguments.out}/part-*.jsonl: {number - len(broken)} pictures", flush=True)
+    if broken:
+        raise DataError(f"{len(broken)} of {number} pictures could not be used, the first: {broken[0]}")
 
 
 def _predict(predictor: Predictor, arguments: PredictArguments) -> None:
