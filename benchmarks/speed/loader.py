@@ -48,7 +48,7 @@ def loader(arguments: Loader) -> None:
         raise ConfigError("--rates: give images per second and device, each above 0")
     files = _pictures(arguments)
     images = [read_image(data, name) for name, data in files]
-    shapes = [resize_shape(*image.shape[:2], arguments.short, 1333) for image in images]
+    shapes = [resize_shape(image.shape[0], image.shape[1], arguments.short, 1333) for image in images]
     canvases = [(800, 1344) if h <= w else (1344, 800) for h, w in shapes]
     if any(h > canvas[0] or w > canvas[1] for (h, w), canvas in zip(shapes, canvases, strict=True)):
         raise ConfigError(f"--short {arguments.short}: must be at most 800, the short side of the canvas")

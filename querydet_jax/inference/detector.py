@@ -215,13 +215,18 @@ class Detector:
 
     def _new_programs(self) -> _Programs:
         # jax frees a program with the function that it was compiled for, so every shape has functions of its own.
-        of_images: list[Callable[..., Any]]
-        of_images = [partial(f, self._graph, self.config) for f in (_detect, _only_candidates, _dense_part)]
-        if self._bgr:
-            of_images = [_reverse_channels(f) for f in of_images]
         options = compiling.compiler_options(self.config.gpu) if compiling.on_gpu() else None
-        jit = partial(jax.jit, compiler_options=options)
-        return _Programs(*map(jit, of_images), jit(partial(_trace, self._graph, self.config)))
+
+        def of_images(function: Callable[..., Any]) -> jax.stages.Wrapped:
+            function = partial(function, self._graph, self.config)
+            return jax.jit(_reverse_channels(function) if self._bgr else function, compiler_options=options)
+
+        return _Programs(
+            detect=of_images(_detect),
+            candidates=of_images(_only_candidates),
+            dense_part=of_images(_dense_part),
+            trace=jax.jit(partial(_trace, self._graph, self.config), compiler_options=options),
+        )
 
     def _inputs(self, images: Array | np.ndarray, sizes: Array | np.ndarray | None) -> tuple[Array, Array]:
         if self.config.kernel == "fused" and self.config.query != "dense" and jax.default_backend() != "tpu":

@@ -63,7 +63,7 @@ class CuttingProxy:
 
 @pytest.fixture(scope="module")
 def server():
-    import boto3
+    import boto3  # pyright: ignore[reportMissingImports]
 
     server = moto_server.ThreadedMotoServer("127.0.0.1", 0)
     server.start()
