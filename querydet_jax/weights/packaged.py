@@ -137,7 +137,9 @@ def write_packaged(
       QueryDetError: the folder cannot be written.
     """
     stored = {name: _stored(name, x, np.dtype(storage)) for name, x in tensors.items()}
-    start = config.train.init if config.train.init.isidentifier() else ""
+    # A path says nothing elsewhere, and the weights' own name would be their former version.
+    init = config.train.init
+    start = init if init.isidentifier() and init != folder.name else ""
     config = override(config, {"name": folder.name, "data.root": "", "train.init": start})
     with writing(folder), folder_written_aside(folder) as aside:
         (aside / WEIGHTS).write_bytes(save(stored, metadata={"format": "pt"}))

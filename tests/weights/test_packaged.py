@@ -73,6 +73,15 @@ def folder(written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     return Path(shutil.copytree(written, tmp_path / "zoo" / "toy"))
 
 
+@pytest.mark.parametrize(("init", "kept"), [("toy", ""), ("efficientnet_lite0", "efficientnet_lite0")])
+def test_starting_weights(init: str, kept: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights that went on from their own former version do not name themselves as their start."""
+    monkeypatch.setattr(zoo, "ZOO", tmp_path)
+    config = override(Config(name="run", classes=CLASSES, model=MODEL, inference=INFERENCE), {"train.init": init})
+    packaged.write_packaged(tmp_path / "toy", state_dict(build_model(MODEL, seed=1)), config, CARD)
+    assert load_config("toy").train.init == kept
+
+
 def test_what_is_stored_and_read_back(folder: Path) -> None:
     """Kernels rounded to 16 bits, the rest bit for bit, all float32 in the model."""
     model = build_model(MODEL, seed=1)
