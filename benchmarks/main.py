@@ -15,6 +15,7 @@ from benchmarks.paper.listing import Paper, list_paper
 from benchmarks.paper.tables import Table4, Table5, Table6, table4, table5, table6
 from benchmarks.speed.capacities import Capacities, capacities
 from benchmarks.speed.end_to_end import EndToEnd, end_to_end
+from benchmarks.speed.gpu_report import GpuReport, gpu_report
 from benchmarks.speed.loader import Loader, loader
 from benchmarks.speed.precision import Precision, precision
 from benchmarks.speed.runtimes import Onnx, onnx
@@ -28,6 +29,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "end-to-end": (EndToEnd, end_to_end),
     "figure2": (Figure2, figure2),
     "figure4": (Figure4, figure4),
+    "gpu-report": (GpuReport, gpu_report),
     "loader": (Loader, loader),
     "paper": (Paper, list_paper),
     "onnx": (Onnx, onnx),
