@@ -15,14 +15,15 @@ card = Card(
     command=("python train.py configs/hituav_querydet.py --data.root HIT_UAV && python eval.py runs/hituav_querydet"),
     pod="the same command on every host with --hosts.auto; at most 8 devices in all",
     measured="""\
-2 cores of an AMD EPYC, jax 0.10.2, Python 3.11.7; seed 0. Two trainings, 206 min in all (other jobs beside, 0.1 % of it
-waiting for data): this card (its first 122 steps followed a schedule of 1,700), then from its weights
---train.init RUN --train.steps 2200 --train.learning-rate 8e-4 --train.seed 10.
-All 407 validation images at 512x640, batch 1, methods in turn, medians.
+Seed 0. Three trainings on 2 cores, 277 min in all (other jobs beside, 0.1 % of it waiting for data): this card (its
+first 122 steps followed a schedule of 1,700), then twice from the weights so far, with --train.learning-rate 8e-4:
+2,200 steps with seed 10; 1,800 with seed 11, --train.init hituav and --model.dtype bfloat16.
+2 cores of an Intel Xeon, jax 0.10.2, Python 3.11.7: all 407 validation images at 512x640, float32, batch 1, methods in
+turn, medians.
 
   model                    AP   AP50    APs  AP<16  AR100  ms/image  active cells
-  QueryDet, dense       29.46  60.81  21.76  20.59  53.18     360    all
-  QueryDet, CSQ         29.41  60.71  21.70  20.41  53.36     140    P3 19.4 %, P2 7.8 %
+  QueryDet, dense       30.79  61.21  21.97  17.80  53.16     255    all
+  QueryDet, CSQ         30.75  61.15  21.92  17.72  52.83     110    P3 20.0 %, P2 7.6 %
 """,
 )
 config = load_config(
