@@ -18,7 +18,8 @@ from flax import nnx
 
 from benchmarks.query_layout import LAYOUT_LEVEL, at_level
 from querydet_jax.config import InferenceConfig, override
-from querydet_jax.inference.detector import Detector, cascade_levels, sparse_options, split_for_inference
+from querydet_jax.inference.detector import Detector
+from querydet_jax.inference.pipeline import cascade_levels, sparse_options, split_for_inference
 from querydet_jax.models import DenseDetector
 from querydet_jax.ops.anchors import level_shape
 from querydet_jax.runtime.errors import QueryDetError

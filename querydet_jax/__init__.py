@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from querydet_jax.config import Config, InferenceConfig, ModelConfig, load_config
-    from querydet_jax.inference.detector import Detections, Detector
+    from querydet_jax.inference.detector import Detector
+    from querydet_jax.inference.pipeline import Detections
     from querydet_jax.inference.prediction import Prediction
     from querydet_jax.inference.predictor import Predictor, load
     from querydet_jax.models import Losses, Outputs, build_model
@@ -41,8 +42,10 @@ def __getattr__(name: str) -> Any:
     """Import public names on first use: `querydet --help` needs neither jax nor flax."""
     if name in {"Config", "InferenceConfig", "ModelConfig", "load_config"}:
         from querydet_jax import config as module
-    elif name in {"Detections", "Detector"}:
+    elif name == "Detector":
         from querydet_jax.inference import detector as module
+    elif name == "Detections":
+        from querydet_jax.inference import pipeline as module
     elif name == "Prediction":
         from querydet_jax.inference import prediction as module
     elif name in {"Predictor", "load"}:

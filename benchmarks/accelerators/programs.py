@@ -22,7 +22,8 @@ from benchmarks.accelerators.chips import Devices, Program
 from benchmarks.flops import sparse_level_shapes
 from querydet_jax.config import DataConfig, InferenceConfig, TrainConfig
 from querydet_jax.inference.compiling import cast_kernels
-from querydet_jax.inference.detector import Detector, sparse_options
+from querydet_jax.inference.detector import Detector
+from querydet_jax.inference.pipeline import sparse_options
 from querydet_jax.models import DenseDetector
 from querydet_jax.sparse import CascadeLevel, SparseOptions, Stack
 from querydet_jax.sparse.methods import METHODS, Computed, cascade_sparse_query, room_needed

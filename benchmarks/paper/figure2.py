@@ -22,7 +22,7 @@ from benchmarks.report import Column, Report, Row, ms
 from benchmarks.subjects import laid_out_queries, random_image, random_model
 from benchmarks.timing import interleaved
 from querydet_jax.config import InferenceConfig
-from querydet_jax.inference.detector import sparse_options, split_for_inference
+from querydet_jax.inference.pipeline import sparse_options, split_for_inference
 from querydet_jax.models import DenseDetector
 from querydet_jax.sparse import Cells, SparseOptions, children, grow
 from querydet_jax.sparse.methods import cascade_sparse_query

@@ -26,7 +26,8 @@ from querydet_jax.config import InferenceConfig
 from querydet_jax.data import eval_batches
 from querydet_jax.data.loader import EvalBatches
 from querydet_jax.evaluation.runner import first_images
-from querydet_jax.inference.detector import Detector, QueryTrace, cascade_levels, sparse_options
+from querydet_jax.inference.detector import Detector
+from querydet_jax.inference.pipeline import QueryTrace, cascade_levels, sparse_options
 from querydet_jax.models import DenseDetector
 from querydet_jax.runtime.errors import ConfigError
 from querydet_jax.runtime.progress import progress

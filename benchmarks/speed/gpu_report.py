@@ -20,7 +20,8 @@ from benchmarks.subjects import laid_out_queries, random_image, random_model, sc
 from benchmarks.timing import interleaved
 from querydet_jax.config import InferenceConfig, override
 from querydet_jax.inference.compiling import GpuMode
-from querydet_jax.inference.detector import Detections, Detector
+from querydet_jax.inference.detector import Detector
+from querydet_jax.inference.pipeline import Detections
 from querydet_jax.runtime import machine
 from querydet_jax.runtime.errors import ConfigError
 from querydet_jax.runtime.files import write_json, written_aside

@@ -19,7 +19,7 @@ from querydet_jax.analysis.views import Group, Truth, View, groups
 from querydet_jax.config import Config, ModelConfig
 from querydet_jax.evaluation.metrics import SizeBin
 from querydet_jax.evaluation.query import query_recall
-from querydet_jax.inference.detector import sparse_options
+from querydet_jax.inference.pipeline import sparse_options
 from querydet_jax.models.loss_terms import query_scale_range
 from querydet_jax.ops.anchors import level_shape
 from querydet_jax.runtime.progress import progress

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from querydet_jax.inference.detector import QueryTrace
+from querydet_jax.inference.pipeline import QueryTrace
 from querydet_jax.runtime.errors import DataError, QueryDetError
 from querydet_jax.runtime.files import identity
 from querydet_jax.runtime.names import result_stems

@@ -12,8 +12,9 @@ import numpy as np
 from querydet_jax.config import DataConfig
 from querydet_jax.data import Dataset, eval_batches
 from querydet_jax.data.transforms import rescale_to_original
-from querydet_jax.inference.detector import Detector, QueryTrace
+from querydet_jax.inference.detector import Detector
 from querydet_jax.inference.export.exported import Exported
+from querydet_jax.inference.pipeline import QueryTrace
 from querydet_jax.inference.prediction import Prediction
 
 

@@ -19,7 +19,8 @@ from querydet_jax.config import DataConfig
 from querydet_jax.data.plan import fit
 from querydet_jax.data.readers.video import Frame, Video
 from querydet_jax.data.transforms import place, resize
-from querydet_jax.inference.detector import Detector, QueryTrace
+from querydet_jax.inference.detector import Detector
+from querydet_jax.inference.pipeline import QueryTrace
 from querydet_jax.inference.prediction import Prediction
 from querydet_jax.inference.results import prediction
 from querydet_jax.runtime.ahead import Ahead

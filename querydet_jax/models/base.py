@@ -1,7 +1,7 @@
 """The base class of all dense detectors: pixels to pyramid, the query head, which parameters are trained.
 
 A detector subclasses ``DenseDetector`` and adds its head, its targets and losses, and how head outputs at some
-cells become candidates. The query cascade and compiled inference (`querydet_jax.inference.detector`) need no more.
+cells become candidates. The query cascade and compiled inference (`querydet_jax.inference.pipeline`) need no more.
 Shape letters: B batch, H W image, h w map, A anchors per cell, K classes, G padded boxes, R anchors or points of all
 levels, N rows, C channels, O output channels.
 """

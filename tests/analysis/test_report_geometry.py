@@ -23,7 +23,7 @@ from querydet_jax.analysis.queries import (
 from querydet_jax.analysis.views import Truth, inference_view, training_view, unfit_for_training
 from querydet_jax.config import AnchorConfig, Config, DataConfig
 from querydet_jax.evaluation.metrics import DEFAULT_BINS
-from querydet_jax.inference.detector import _pyramid
+from querydet_jax.inference.pipeline import make_pyramid
 from querydet_jax.models.anchored import level_anchors
 from querydet_jax.ops.anchors import grid_anchors, level_shape
 from querydet_jax.ops.boxes import pairwise_iou
@@ -160,7 +160,7 @@ def test_margins_equal_the_models():
     network, images, sizes = model(), jnp.asarray(pictures(1, 64, 96)), jnp.asarray([[64, 96]])
 
     def levels() -> dict[int, CascadeLevel]:
-        pyramid = _pyramid(network, BASE, images, sizes)
+        pyramid = make_pyramid(network, BASE, images, sizes)
         return {level: network.fpn.sparse_level(level, pyramid.stages, pyramid.merged) for level in (2, 3)}
 
     margins = {level: made.margin for level, made in jax.eval_shape(levels).items()}

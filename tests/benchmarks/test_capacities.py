@@ -24,7 +24,8 @@ from benchmarks.speed.capacities import (
 from benchmarks.subjects import open_run
 from querydet_jax.cli.arguments import parse
 from querydet_jax.data import eval_batches
-from querydet_jax.inference.detector import Detector, sparse_options
+from querydet_jax.inference.detector import Detector
+from querydet_jax.inference.pipeline import sparse_options
 from querydet_jax.runtime.errors import ConfigError
 from querydet_jax.sparse import SparseOptions, run_ladder
 

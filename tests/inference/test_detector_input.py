@@ -14,6 +14,7 @@ from small_detector import BASE, pictures
 
 from querydet_jax import Detections, Detector
 from querydet_jax.inference import detector as detector_module
+from querydet_jax.inference import pipeline
 from querydet_jax.models import RetinaNet
 from querydet_jax.runtime.errors import ConfigError, DataError
 
@@ -29,8 +30,8 @@ def _what_it_sees(monkeypatch):
         means = jnp.mean(images.astype(jnp.float32), axis=(1, 2))
         return Detections(images, means, sizes, means > 0, {})
 
-    monkeypatch.setattr(detector_module, "_detect", see)
-    monkeypatch.setattr(detector_module, "_dense_part", see)
+    monkeypatch.setattr(pipeline, "detect", see)
+    monkeypatch.setattr(pipeline, "dense_part", see)
 
 
 @functools.cache
