@@ -11,7 +11,7 @@ import stat
 from collections import Counter, deque
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path, PurePath
-from typing import IO
+from typing import IO, NamedTuple
 
 from PIL import Image
 
@@ -31,6 +31,14 @@ SUFFIXES = frozenset(suffix for suffix, kind in Image.EXTENSION.items() if kind 
 _REASONS = 6  # named in one line
 
 
+class _Listing(NamedTuple):
+    """Names to take, how many others there are for each reason, and the first broken link."""
+
+    found: list[str]
+    passed: Counter[str]
+    broken: str
+
+
 def list_files(folder: Path, suffixes: Collection[str], *, deep: bool = True) -> list[str]:
     """List the files below ``folder`` with one of ``suffixes`` (in any case), relative to it, sorted by name.
 
@@ -44,13 +52,23 @@ def list_files(folder: Path, suffixes: Collection[str], *, deep: bool = True) ->
     Raises:
       DataError: a folder cannot be read.
     """
+    list_inside = _list_objects if is_url(folder) else _walk
+    found, passed, broken = list_inside(folder, suffixes, deep)
+    if passed:
+        reasons = [f"{count:,} {reason}" for reason, count in passed.most_common(_REASONS)]
+        if len(passed) > _REASONS:
+            reasons.append(f"{sum(passed.values()) - sum(n for _, n in passed.most_common(_REASONS)):,} others")
+        named = f" (first broken link: {broken})" if broken else ""
+        _log.info("%s: passed over %s; took %s%s", folder, ", ".join(reasons), f"{len(found):,}", named)
+    return sorted(found)
+
+
+def _walk(folder: Path, suffixes: Collection[str], deep: bool) -> _Listing:
     found: list[str] = []
     passed: Counter[str] = Counter()
     broken = ""
-    if is_url(folder):
-        found, passed = _list_objects(folder, suffixes, deep)
     seen: set[tuple[int, int]] = set()
-    folders, links = [] if is_url(folder) else [PurePath()], deque[PurePath]()
+    folders, links = [PurePath()], deque[PurePath]()
     while folders or links:
         inside = folders.pop() if folders else links.popleft()
         try:
@@ -68,44 +86,45 @@ def list_files(folder: Path, suffixes: Collection[str], *, deep: bool = True) ->
             name, suffix = inside / entry.name, PurePath(entry.name).suffix.lower()
             # entry.is_dir would raise for a link to itself; for other entries it asks nothing of the file system.
             is_folder = os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
-            if entry.name.startswith(".") or entry.name == "__MACOSX":
+            if _is_hidden(entry.name):
                 passed["hidden"] += 1
             elif is_folder and not deep:
                 passed["subfolder"] += 1
             elif is_folder:
                 (links if entry.is_symlink() else folders).append(name)
             elif suffix not in suffixes:
-                passed[(suffix if suffix.isprintable() else "") or "without suffix"] += 1
+                passed[_of_suffix(suffix)] += 1
             elif entry.is_symlink() and not os.path.exists(entry.path):
                 passed["broken link"] += 1
                 broken = broken or name.as_posix()
             else:
                 found.append(name.as_posix())
-    if passed:
-        reasons = [f"{count:,} {reason}" for reason, count in passed.most_common(_REASONS)]
-        if len(passed) > _REASONS:
-            reasons.append(f"{sum(passed.values()) - sum(n for _, n in passed.most_common(_REASONS)):,} others")
-        named = f" (first broken link: {broken})" if broken else ""
-        _log.info("%s: passed over %s; took %s%s", folder, ", ".join(reasons), f"{len(found):,}", named)
-    return sorted(found)
+    return _Listing(found, passed, broken)
 
 
-def _list_objects(folder: Path, suffixes: Collection[str], deep: bool) -> tuple[list[str], Counter[str]]:
-    """Return the names to take of a folder in a store, and how many others there are for each reason."""
+def _list_objects(folder: Path, suffixes: Collection[str], deep: bool) -> _Listing:
     found: list[str] = []
     passed: Counter[str] = Counter()
     for name in files_below(folder):
         *folders, own = PurePath(name).parts
         suffix = PurePath(name).suffix.lower()
-        if any(part.startswith(".") or part == "__MACOSX" for part in (*folders, own)):
+        if any(map(_is_hidden, (*folders, own))):
             passed["hidden"] += 1
         elif folders and not deep:
             passed["in subfolders"] += 1
         elif suffix not in suffixes:
-            passed[(suffix if suffix.isprintable() else "") or "without suffix"] += 1
+            passed[_of_suffix(suffix)] += 1
         else:
             found.append(name)
-    return found, passed
+    return _Listing(found, passed, "")
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def _of_suffix(suffix: str) -> str:
+    return (suffix if suffix.isprintable() else "") or "without suffix"
 
 
 def by_stem(folder: Path, suffixes: Collection[str]) -> dict[str, str]:
