@@ -13,7 +13,9 @@ from typing import NamedTuple
 
 _BITS = {"pred": 8, "bf16": 16}
 _ARRAY = re.compile(r"\b(pred|bf16|[fsuc]\d+)\[([\d,]*)\](?:\{([^}]*)\})?")
-_INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?(\S+) = (\(.*?\)|\S+) ([a-z][\w-]*)\(([^)]*)\)")
+# Name, type, operation, operands, and what follows them.
+INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?(\S+) = (\(.*?\)|\S+) ([a-z][\w-]*)\(([^)]*)\)(.*)")
+NAME = re.compile(r"%([\w.-]+)")  # of an operand
 _ON_CHIP = re.compile(r"S\([13]\)")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 # Operations that move nothing themselves. Asynchronous copies are counted at their start.
@@ -39,10 +41,10 @@ def traffic(text: str) -> Traffic:
     for _, lines in computations(text):
         sizes: dict[str, list[tuple[int, bool]]] = {}
         for line in lines:
-            found = _INSTRUCTION.match(line)
+            found = INSTRUCTION.match(line)
             if found is None:
                 continue
-            name, result, operation, operands = found.groups()
+            name, result, operation, operands, _ = found.groups()
             sizes[name] = _arrays(result)
             cycles += sum(map(int, _CYCLES.findall(line)))
             if operation in FREE or operation.endswith("-done"):
@@ -54,7 +56,7 @@ def traffic(text: str) -> Traffic:
                 (one, here), (other, there) = sizes[name][:2]
                 moved = [(min(one, other), here), (min(one, other), there)]
             else:
-                moved = [size for operand in re.findall(r"%([\w.-]+)", operands) for size in sizes.get(operand, [])]
+                moved = [size for operand in NAME.findall(operands) for size in sizes.get(operand, [])]
                 moved += sizes[name]
             for size, on_chip in moved:
                 sums[on_chip] += size

@@ -10,12 +10,10 @@ from __future__ import annotations
 import re
 from typing import Any, NamedTuple
 
-from benchmarks.accelerators.hlo import FREE, array_bytes, computations
+from benchmarks.accelerators.hlo import FREE, INSTRUCTION, NAME, array_bytes, computations
 
 _THUNK = re.compile(r"( *)\d+: (k\w+)\b")
 _WAITS = {"kConditional", "kWhile"}
-_OPERATION = re.compile(r"\s+(?:ROOT )?%?([\w.-]+) = (\(.*?\)|\S+) ([a-z][\w-]*)\(([^)]*)\)(.*)")
-_NAME = re.compile(r"%([\w.-]+)")
 _SORT = re.compile(r"= \(?\w+\[(?:\d+,)*(\d+)\]\S* .*?(?:\bsort\(|custom_call_target=\"__cub\$)")
 
 
@@ -90,11 +88,11 @@ def _preparing(blocks: dict[str, list[str]], name: str, arguments: list[Any] | N
     sizes: dict[str, int] = {}
     total = 0
     for line in blocks[name]:
-        found = _OPERATION.match(line)
+        found = INSTRUCTION.match(line)
         if found is None:
             continue
         result, kind, operation, inside, rest = found.groups()
-        operands = _NAME.findall(inside)
+        operands = NAME.findall(inside)
         known = [fixed.get(operand) for operand in operands]
         sizes[result] = array_bytes(kind)
         if operation == "parameter":
