@@ -94,6 +94,7 @@ def test_parts_of_several_hosts_add_up():
     first = Evaluation(ms=[1.0], active={3: [0.25]}, dense_rungs={3: 1}, recall={3: parts[0]})
     first.add(Evaluation(ms=[3.0, 3.0], active={3: [0.75], 2: [0.5]}, dense_rungs={3: 0, 2: 2}, recall={3: parts[1]}))
     assert first.recall[3].to_dict() == whole.to_dict() and first.ms_median == 3.0
+    assert Evaluation(ms=[*range(1, 12)]).ms_p90 == 10.0
     assert first.active_share() == {3: 0.5, 2: 0.5} and first.dense_rungs == {3: 1, 2: 2}
     empty = Evaluation()
     empty.add(first)
