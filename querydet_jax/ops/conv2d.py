@@ -11,6 +11,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.typing import DTypeLike
 
 Padding = Sequence[tuple[int, int]]
 """Zeros (before, after) for rows, then for columns."""
@@ -36,6 +37,23 @@ def conv2d(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
     instructions. There, a 3x3 convolution with stride 1 and its gradients are products of rows: see `_by_rows`.
     """
     return _conv(stride, tuple(tuple(side) for side in padding), x, kernel)
+
+
+def conv2d_sums(x: Array, kernel: Array, padding: Padding) -> Array:
+    """Convolve with stride 1 as ``conv2d``, for inference, and return the sums in float32, whatever the type of ``x``.
+
+    cuDNN has no convolution from bfloat16 to float32: XLA would convert input and kernel to float32 first. So a GPU
+    rounds the sums to bfloat16, as ``conv2d`` does.
+    """
+    plain = partial(_plain, 1, padding, dtype=jnp.float32)
+    if x.dtype != jnp.bfloat16:
+        return plain(x, kernel)
+
+    def rounded(x: Array, kernel: Array) -> Array:
+        return _plain(1, padding, x, kernel).astype(jnp.float32)
+
+    by_rows = partial(_by_rows, padding, dtype=jnp.float32) if _bf16_rows(1, padding, x, kernel) else plain
+    return lax.platform_dependent(x, kernel, cpu=by_rows, cuda=rounded, rocm=rounded, default=plain)
 
 
 def conv2d_by_phases(x: Array, kernel: Array, padding: Padding) -> Array:
@@ -72,13 +90,14 @@ def tap(x: Array, i: int, j: int, rows: int, columns: int, stride: int) -> Array
     )
 
 
-def _plain(stride: int, padding: Padding, x: Array, kernel: Array) -> Array:
+def _plain(stride: int, padding: Padding, x: Array, kernel: Array, dtype: DTypeLike | None = None) -> Array:
     return lax.conv_general_dilated(
         x,
         kernel,
         window_strides=(stride, stride),
         padding=padding,
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        preferred_element_type=dtype,
     )
 
 
@@ -197,11 +216,11 @@ def _output_sides(padding: Padding, x: Array, size: int) -> tuple[int, int]:
     return height, width
 
 
-def _by_rows(padding: Padding, x: Array, kernel: Array) -> Array:
+def _by_rows(padding: Padding, x: Array, kernel: Array, dtype: DTypeLike = jnp.bfloat16) -> Array:
     """Convolve in bfloat16 with stride 1: per image and kernel row, one product ``[h * w, k * C] [k * C, O]``.
 
     XLA's CPU backend moves and joins bfloat16 values by way of float32, so they are moved as integers here. Sums are
-    float32, rounded once.
+    float32, rounded once to ``dtype``, bfloat16 or float32.
     """
     size, _, channels, outputs = kernel.shape
     height, width = _output_sides(padding, x, size)
@@ -210,9 +229,10 @@ def _by_rows(padding: Padding, x: Array, kernel: Array) -> Array:
     def of_image(pairs: Array) -> Array:
         columns = _join_columns(padding, pairs, size, width)
         products = [jnp.dot(_row(columns, i, height), rows[i], preferred_element_type=jnp.float32) for i in range(size)]
-        return lax.bitcast_convert_type(sum(products[1:], products[0]).astype(jnp.bfloat16), jnp.uint16)
+        return lax.bitcast_convert_type(sum(products[1:], products[0]).astype(dtype), moved)
 
-    found = lax.bitcast_convert_type(lax.map(of_image, _pairs(x)), jnp.bfloat16)
+    moved = jnp.uint16 if dtype == jnp.bfloat16 else jnp.uint32
+    found = lax.bitcast_convert_type(lax.map(of_image, _pairs(x)), dtype)
     return found.reshape(x.shape[0], height, width, outputs)
 
 

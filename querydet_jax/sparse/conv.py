@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
 
+from querydet_jax.ops.conv2d import conv2d_sums
 from querydet_jax.sparse.sites import Sites
 
 
@@ -208,16 +209,9 @@ def dense_conv(
     """Convolve densely, 3x3, ``[B, h, w, C]`` to ``[B, h, w, O]`` (``padding`` 0: ``[B, h - 2, w - 2, O]``).
 
     Accumulate and add the bias in float32 like ``conv_rows``, so that bfloat16 rounds at the same places
-    however a level is run.
+    however a level is run. A GPU rounds once more, before the bias (``conv2d_sums``).
     """
-    y = lax.conv_general_dilated(
-        x,
-        conv.kernel.astype(x.dtype),
-        window_strides=(1, 1),
-        padding=[(padding, padding)] * 2,
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        preferred_element_type=jnp.float32,
-    )
+    y = conv2d_sums(x, conv.kernel.astype(x.dtype), [(padding, padding)] * 2)
     y = y + conv.bias.astype(jnp.float32)[None, None, None]
     return (jax.nn.relu(y) if relu else y).astype(out_dtype or x.dtype)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -98,6 +100,31 @@ def test_bfloat16_by_rows(size, padding, shape, monkeypatch):
         for a, b in zip((found, *our_pull(g)), (expected, *pull(g.astype(jnp.float32))), strict=True):
             assert a.dtype == jnp.bfloat16
             np.testing.assert_array_equal(a.astype(jnp.float32), b.astype(jnp.bfloat16).astype(jnp.float32))
+
+
+@pytest.mark.parametrize("cells", [1, 10**6])
+def test_sums_stay_in_float32(cells, monkeypatch):
+    """By rows and by XLA: sums of small integers are exact, and bfloat16 would round those above 256."""
+    monkeypatch.setattr(conv2d, "_BF16_CELLS", cells)
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.integers(0, 8, (2, 12, 7, 16)), jnp.bfloat16)
+    kernel = jnp.asarray(rng.integers(0, 5, (3, 3, 16, 6)), jnp.bfloat16)
+    padding = [(1, 1), (1, 1)]
+    found = jax.jit(lambda x, kernel: conv2d.conv2d_sums(x, kernel, padding))(x, kernel)
+    expected = conv2d._plain(1, padding, x.astype(jnp.float32), kernel.astype(jnp.float32))
+    assert found.dtype == jnp.float32 and np.any(expected != expected.astype(jnp.bfloat16))
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_a_gpu_convolves_in_bfloat16_and_a_tpu_sums_in_float32():
+    x, kernel = jnp.zeros((1, 32, 32, 16), jnp.bfloat16), jnp.zeros((3, 3, 16, 8), jnp.bfloat16)
+
+    def outputs(platform: str) -> list[str]:
+        traced = jax.jit(lambda x, kernel: conv2d.conv2d_sums(x, kernel, [(1, 1), (1, 1)])).trace(x, kernel)
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        return re.findall(r"stablehlo.convolution.*-> tensor<.*x(\w+)>", text)
+
+    assert (outputs("cuda"), outputs("tpu"), outputs("cpu")) == (["bf16"], ["f32"], [])
 
 
 FIRST_LAYERS = [(7, ((3, 3), (3, 3))), (3, ((1, 1), (1, 1))), (3, ((0, 1), (1, 1))), (4, ((1, 2), (0, 3)))]
