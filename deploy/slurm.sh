@@ -1,6 +1,6 @@
 #!/bin/sh
 # Trains on 4 machines of 8 GPUs, a process per GPU: sbatch deploy/slurm.sh COCO RUN
-# Both folders must be on a disk that every machine sees. Submitted again, it goes on from the newest checkpoint.
+# Both folders must be on a disk that every machine sees. Submitted again, it goes on from the newest checkpoint, if there is one.
 #SBATCH --job-name=querydet
 #SBATCH --nodes=4
 #SBATCH --ntasks-per-node=8
@@ -11,6 +11,4 @@
 set -eu
 data=${1:?usage: sbatch deploy/slurm.sh COCO RUN}
 run=${2:?usage: sbatch deploy/slurm.sh COCO RUN}
-set --
-if ls "$run/checkpoints" 2>/dev/null | grep -qxE '[0-9]+'; then set -- --resume; fi
-exec srun querydet train coco_querydet_r50 --run "$run" --data.root "$data" --hosts.auto "$@"
+exec srun querydet train coco_querydet_r50 --run "$run" --data.root "$data" --hosts.auto --resume

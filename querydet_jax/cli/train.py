@@ -31,7 +31,7 @@ class TrainArguments:
     run: str = ""
     """Folder of the run: configuration, metrics, checkpoints (default: runs/NAME, or the run folder given)."""
     resume: bool = False
-    """Continue from the run's newest checkpoint."""
+    """Continue from the run's newest checkpoint; without one, start. So a job can be started again as it is."""
     profile: bool = False
     """Also write a trace of a few steps to RUN/profile, for TensorBoard's profiler and ui.perfetto.dev."""
     hosts: Hosts = field(default_factory=Hosts)

@@ -8,8 +8,9 @@ import operator
 from typing import Any
 
 from querydet_jax.config.bit_depth import parse_bit_depth
-from querydet_jax.config.schema import AugmentConfig, Config, InferenceConfig, ModelConfig
+from querydet_jax.config.schema import AugmentConfig, Config, DataConfig, InferenceConfig, ModelConfig
 from querydet_jax.runtime.errors import ConfigError
+from querydet_jax.runtime.stores import is_url
 
 # Networks with a single width and a single flavour of weights, and that flavour.
 _LIGHT_FLAVORS = {
@@ -28,6 +29,7 @@ _RANGES = (
     (0, 1, "model.loss.focal_alpha model.loss.query_alpha model.loss.normalizer_momentum"),
     (0, 1, "model.loss.iou_background model.loss.iou_foreground"),
     (0, 1, "data.repeat_below inference.threshold inference.score_threshold inference.nms_iou inference.soft_prune"),
+    (0, math.inf, "data.cache_gb"),
     (1e-6, math.inf, "model.anchors.scale model.anchors.ratios model.loss.normalizer_init"),
 )
 
@@ -141,13 +143,15 @@ def check(config: Config) -> None:
             f"data.train_annotations {data.train_annotations!r}, val_annotations {data.val_annotations!r}: source "
             "visdrone reads the annotations/ beside its images/; leave them empty"
         )
-    if data.source == "tfds" and (
+    if data.source in ("tfds", "shards") and (
         data.train_annotations or data.train_images or data.val_annotations or data.val_images
     ):
+        reads = "data.tfds_name under data.root" if data.source == "tfds" else "the shards in data.root"
         raise ConfigError(
-            "data.train_annotations, train_images, val_annotations, val_images: source tfds reads data.tfds_name under "
-            "data.root; leave them empty"
+            f"data.train_annotations, train_images, val_annotations, val_images: source {data.source} reads {reads}; "
+            "leave them empty"
         )
+    _check_cache(data)
     parse_bit_depth(data.bit_depth)
     if data.max_pixels < 0:
         raise ConfigError(f"data.max_pixels {data.max_pixels}: must be 0 (any number) or more")
@@ -189,6 +193,18 @@ def check_fused(model: ModelConfig, inference: InferenceConfig) -> None:
                 f"inference.kernel fused: model.{name}.channels {getattr(model, name).channels} is no multiple of 128; "
                 "use inference.kernel tiles"
             )
+
+
+def _check_cache(data: DataConfig) -> None:
+    if data.cache_gb and not data.cache:
+        raise ConfigError(f"data.cache_gb {data.cache_gb:g}: needs data.cache, a folder on this machine; or leave it 0")
+    if is_url(data.cache):
+        raise ConfigError(f"data.cache {data.cache}: must be a folder on this machine")
+    if data.cache and not is_url(data.root):
+        raise ConfigError(
+            f"data.cache {data.cache}: data.root {data.root or '(empty)'} is on this machine, and nothing is kept of "
+            "it a second time; leave data.cache empty, or give a gs:// or s3:// root"
+        )
 
 
 def _check_name(name: str) -> None:

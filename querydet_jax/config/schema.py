@@ -183,9 +183,12 @@ class DataConfig:
     """
 
     # coco: JSON and images. visdrone: the official folders. yolo: text files and data.yaml.
-    # tfds: a prepared ArrayRecord copy of coco/2017. scenes: generated images.
-    source: Literal["coco", "visdrone", "yolo", "tfds", "scenes"] = "scenes"
+    # tfds: a prepared ArrayRecord copy of coco/2017. shards: what `querydet prepare shards` has written.
+    # scenes: generated images.
+    source: Literal["coco", "visdrone", "yolo", "tfds", "shards", "scenes"] = "scenes"
     root: str = ""
+    cache: str = ""  # folder on this machine that keeps what is read of a root in a store; empty: none is kept
+    cache_gb: float = 0.0  # most GB (1e9 bytes) there: what was not used for longest goes; 0: no limit
     tfds_name: str = "coco/2017"  # tfds: builder/configuration with splits train and validation
     # Paths relative to root. Annotations: a JSON file (coco) or the folder of labels (yolo). Images: their
     # folder (coco, yolo) or the split's folder (visdrone). Empty: the layout in which the data set is

@@ -13,8 +13,9 @@ from querydet_jax.data.readers.coco import CocoDataset
 from querydet_jax.data.readers.images import Reading
 from querydet_jax.data.readers.visdrone import VisDroneDataset
 from querydet_jax.data.readers.yolo import YoloDataset, labels_beside, read_names
+from querydet_jax.runtime.cache import Cache
 from querydet_jax.runtime.errors import DataError
-from querydet_jax.runtime.stores import as_path
+from querydet_jax.runtime.stores import as_path, is_url, through
 
 _log = logging.getLogger("querydet_jax")
 
@@ -28,13 +29,15 @@ def open_dataset(data: DataConfig, split: Literal["train", "val"]) -> Dataset:
     Args:
       data: ``source`` "coco", "visdrone" and "yolo" read the split's folders under ``root`` ("" is
         the current directory); "tfds" reads ``tfds_name`` in the TFDS data directory ``root`` ("" is
-        TFDS's default); "scenes" reads generated images under ``root`` ("" is ``datasets``) and
-        draws them first if they are missing. Categories in ``ignore_classes`` are left out.
+        TFDS's default); "shards" reads what ``prepare_shards`` has written to ``root``; "scenes" reads
+        generated images under ``root`` ("" is ``datasets``) and draws them first if they are missing.
+        Categories in ``ignore_classes`` are left out. With ``cache``, objects of a store are read through it.
       split: "train" or "val".
 
     Raises:
       ConfigError, DataError: see ``CocoDataset``, ``VisDroneDataset``, ``YoloDataset``, ``read_names``,
-        ``TfdsCocoDataset`` and ``ScenesDataset``.
+        ``TfdsCocoDataset``, ``ShardsDataset`` and ``ScenesDataset``.
+      QueryDetError: ``cache`` cannot be written.
     """
     return without(_open(data, split), data.ignore_classes)
 
@@ -98,11 +101,17 @@ def _open(data: DataConfig, split: Literal["train", "val"]) -> Dataset:
         config = scene_config(data.scenes_train, data.scenes_val, data.scenes_size, val_size, data.scenes_seed)
         return ScenesDataset(data.root or "datasets", split, config)
     reading = Reading.of(data)
+    root = as_path(data.root)
+    if data.cache and is_url(root):
+        root = through(root, Cache.open(data.cache, round(1e9 * data.cache_gb)))
     if data.source == "tfds":
         from querydet_jax.data.readers.tfds_coco import TfdsCocoDataset  # as above
 
-        return TfdsCocoDataset(data.root, data.tfds_name, split, reading=reading)
-    root = as_path(data.root)
+        return TfdsCocoDataset(root if data.root else "", data.tfds_name, split, reading=reading)
+    if data.source == "shards":
+        from querydet_jax.data.readers.shards import ShardsDataset  # as above
+
+        return ShardsDataset(root, split, reading=reading)
     images, annotations = (
         (data.train_images, data.train_annotations) if split == "train" else (data.val_images, data.val_annotations)
     )

@@ -3,28 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import logging
 import os
 import platform
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from querydet_jax.runtime.errors import ConfigError
 from querydet_jax.runtime.files import reason, writing
+from querydet_jax.runtime.locks import HELD, NO_LOCKS, lock
 from querydet_jax.runtime.machine import cache_folder
 from querydet_jax.runtime.stores import is_url
 
 FILE = "training.lock"  # in a run's folder
 
 _log = logging.getLogger("querydet_jax")
-
-# What the system answers where a file is locked already, and where the file system has no locks.
-_HELD = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES, errno.EDEADLK)
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)
 
 
 @contextlib.contextmanager
@@ -54,14 +49,14 @@ def run_lock(run: Path) -> Iterator[None]:
         file = os.fdopen(os.open(path, flags, 0o666), "r+b", buffering=0)
     with file:
         try:
-            _lock(file.fileno())
+            lock(file.fileno())
         except OSError as error:
-            if error.errno in _HELD:
+            if error.errno in HELD:
                 raise ConfigError(
                     f"{run}: in use by another training ({_holder(file.read(200))}): wait until it ends, stop it, or "
                     "choose another --run"
                 ) from None
-            if error.errno not in _NO_LOCKS:
+            if error.errno not in NO_LOCKS:
                 raise ConfigError(f"{path}: cannot be locked ({reason(error)}); remove it if it is no file") from None
             _log.warning("%s: this file system has no locks, so a second training here would not be noticed", run)
         with writing(path):
@@ -78,18 +73,3 @@ def run_lock(run: Path) -> Iterator[None]:
 def _holder(text: bytes) -> str:
     line = text.decode(errors="replace").partition("\n")[0]
     return line if line and line.isprintable() else "not known which"
-
-
-if sys.platform == "win32":
-    import msvcrt
-
-    def _lock(file: int) -> None:
-        os.lseek(file, 1 << 30, os.SEEK_SET)  # beyond the text, which others may then read
-        msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
-        os.lseek(file, 0, os.SEEK_SET)
-
-else:
-    import fcntl
-
-    def _lock(file: int) -> None:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

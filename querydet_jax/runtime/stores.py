@@ -19,14 +19,18 @@ import os
 import posixpath
 import random
 import re
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, TypeVar, cast
+from typing import IO, TYPE_CHECKING, Any, TypeVar, cast
 
 from querydet_jax.runtime.errors import ConfigError, QueryDetError
+
+if TYPE_CHECKING:
+    from querydet_jax.runtime.cache import Cache
 
 _log = logging.getLogger("querydet_jax")
 
@@ -113,7 +117,42 @@ def local_path(given: str | os.PathLike[str]) -> Path:
 
 def same_parts(path: Path, parts: Sequence[str]) -> Path:
     """Return the path, where ``path`` is, that has these ``parts`` in place of its own."""
-    return as_path(f"{path.scheme}://{'/'.join(parts)}") if isinstance(path, StorePath) else Path(*parts)
+    return path.at(PurePosixPath(*parts)) if isinstance(path, StorePath) else Path(*parts)
+
+
+def through(path: Path, cache: Cache) -> Path:
+    """Return a URL as a path whose objects, and those of every path made from it, are read through a cache."""
+    return cast(Path, StorePath(_of(path).scheme, _of(path).key, cache))
+
+
+def with_file(path: Path, do: Callable[[Path], Value]) -> Value:
+    """Return ``do(file)`` of what reads files alone, where ``file`` is the path itself or its copy in the cache.
+
+    Raises:
+      ConfigError: a URL that is not read through a cache.
+      QueryDetError: see ``Cache.use``.
+    """
+    if not is_url(path):
+        return do(path)
+    check_cache(path, 0)
+    return cast("Cache", _of(path).cache).use(_of(path), do)
+
+
+def check_cache(path: Path, size: int) -> None:
+    """Raise ConfigError unless files of ``size`` bytes, which are read at random, fit in a URL's cache."""
+    if not is_url(path):
+        return
+    cache = _of(path).cache
+    if cache is None:
+        raise ConfigError(
+            f"{path}: is read from a store through copies on this machine alone; set data.cache to a folder with "
+            f"{size / 1e9:.1f} GB of room, and data.cache_gb if there must be a limit"
+        )
+    if 0 < cache.limit < size:
+        raise ConfigError(
+            f"data.cache_gb {cache.limit / 1e9:g}: {path} is read at random and takes {size / 1e9:.3g} GB; give at "
+            "least as much"
+        )
 
 
 @contextlib.contextmanager
@@ -166,8 +205,16 @@ def upload(local: Path, to: Path) -> None:
 
 def files_below(folder: Path) -> list[str]:
     """List the files in a folder of a store and below it by their names relative to it, sorted."""
-    found: list[str] = _of(folder).ask("find")
-    return sorted(name.lstrip("/").removeprefix(f"{_of(folder).key}/") for name in found if not name.endswith("/"))
+    return sorted(sizes_below(folder))
+
+
+def sizes_below(folder: Path) -> dict[str, int]:
+    """Return the bytes of the files in a folder of a store and below it, by their names relative to it."""
+    found: dict[str, dict[str, Any]] = _of(folder).ask("find", detail=True)
+    above = f"{_of(folder).key}/"
+    return {
+        name.lstrip("/").removeprefix(above): about["size"] for name, about in found.items() if not name.endswith("/")
+    }
 
 
 def matching(pattern: str) -> list[Path]:
@@ -196,7 +243,10 @@ def _of(path: Path) -> StorePath:
 
 def _fetch(path: Path, to: Path) -> None:
     to.parent.mkdir(parents=True, exist_ok=True)
-    _of(path).ask("get_file", str(to))
+    if (cache := _of(path).cache) is not None:
+        cache.use(_of(path), lambda copy: shutil.copyfile(copy, to))
+    else:
+        _of(path).ask("get_file", str(to))
 
 
 def _each(do: Callable[[Value], None], values: list[Value]) -> None:
@@ -208,11 +258,15 @@ def _each(do: Callable[[Value], None], values: list[Value]) -> None:
 class StorePath:
     """An object, or all whose names begin with this one's and a slash: a folder. Has what is used of ``Path``.
 
-    It has no ``__fspath__``, so that what is for files alone refuses it instead of making local ones.
+    It has no ``__fspath__``, so that what is for files alone refuses it instead of making local ones. With a ``cache``
+    objects are read through it.
     """
 
-    def __init__(self, scheme: str, key: PurePosixPath):
-        self.scheme, self.key = scheme, key  # the key begins with the bucket
+    def __init__(self, scheme: str, key: PurePosixPath, cache: Cache | None = None):
+        self.scheme, self.key, self.cache = scheme, key, cache  # the key begins with the bucket
+
+    def at(self, key: PurePosixPath) -> StorePath:
+        return StorePath(self.scheme, key, self.cache)
 
     def __str__(self) -> str:
         return f"{self.scheme}://{self.key}"
@@ -230,8 +284,7 @@ class StorePath:
         return hash(str(self))
 
     def __truediv__(self, name: str | os.PathLike[str]) -> StorePath:
-        inside = self.key / PurePosixPath(str(name).lstrip("/"))
-        return StorePath(self.scheme, inside)
+        return self.at(self.key / PurePosixPath(str(name).lstrip("/")))
 
     def __getattr__(self, name: str) -> Any:
         if name not in ("name", "stem", "suffix", "suffixes", "parts"):
@@ -243,20 +296,20 @@ class StorePath:
 
     @property
     def parent(self) -> StorePath:
-        return StorePath(self.scheme, self.key.parent) if len(self.key.parts) > 1 else self
+        return self.at(self.key.parent) if len(self.key.parts) > 1 else self
 
     @property
     def parents(self) -> list[StorePath]:
-        return [StorePath(self.scheme, key) for key in self.key.parents if key.parts]
+        return [self.at(key) for key in self.key.parents if key.parts]
 
     def with_name(self, name: str) -> StorePath:
-        return StorePath(self.scheme, self.key.with_name(name))
+        return self.at(self.key.with_name(name))
 
     def with_stem(self, stem: str) -> StorePath:
-        return StorePath(self.scheme, self.key.with_stem(stem))
+        return self.at(self.key.with_stem(stem))
 
     def with_suffix(self, suffix: str) -> StorePath:
-        return StorePath(self.scheme, self.key.with_suffix(suffix))
+        return self.at(self.key.with_suffix(suffix))
 
     def is_relative_to(self, other: object) -> bool:
         return isinstance(other, StorePath) and other.scheme == self.scheme and self.key.is_relative_to(other.key)
@@ -265,7 +318,7 @@ class StorePath:
         return self.key.relative_to(other.key)
 
     def resolve(self) -> StorePath:
-        return StorePath(self.scheme, PurePosixPath(posixpath.normpath(self.key)))
+        return self.at(PurePosixPath(posixpath.normpath(self.key)))
 
     def exists(self) -> bool:
         return self._kind() != ""
@@ -286,7 +339,7 @@ class StorePath:
 
     def glob(self, pattern: str) -> Iterator[StorePath]:
         for name in self.ask("glob", path=f"{self.key}/{pattern}"):
-            yield StorePath(self.scheme, PurePosixPath(name.strip("/")))
+            yield self.at(PurePosixPath(name.strip("/")))
 
     def mkdir(self, parents: bool = False, exist_ok: bool = False) -> None:
         """Create nothing: a folder of a store is its objects. But its bucket must be there."""
@@ -299,7 +352,7 @@ class StorePath:
         return data if mode == "rb" else io.TextIOWrapper(data, encoding or "utf-8", errors)
 
     def read_bytes(self) -> bytes:
-        return self.ask("cat_file")
+        return self.ask("cat_file") if self.cache is None else self.cache.use(self, Path.read_bytes)
 
     def read_text(self, encoding: str | None = None) -> str:
         return self.read_bytes().decode(encoding or "utf-8")

@@ -139,5 +139,5 @@ class Checkpoints:
         store.remove_unfinished()
         step = store.latest()
         if step is None:
-            raise WeightsError(f"{self.folder}: no checkpoint to resume from; start without --resume")
+            raise WeightsError(f"{self.folder}: no checkpoint to resume from")
         return step, store.read(step, "model"), store.read(step, "train")

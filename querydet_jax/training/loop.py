@@ -55,7 +55,7 @@ def train(
     Args:
       config: everything about the run.
       run: folder of the run; must not hold checkpoints unless ``resume``.
-      resume: go on from the newest checkpoint.
+      resume: go on from the newest checkpoint; where there is none yet, start.
       evaluate: called on every host with the model and the validation set every ``train.eval_every`` steps and after
         the last one; what it returns is logged, and ``train.best_metric`` is one of its names, whose values are better
         if larger. It must call its third argument after every batch, equally often on all hosts: that call
@@ -86,8 +86,12 @@ def train(
         contextlib.closing(CompileWatch()) as watch,
         contextlib.ExitStack() as signals,
     ):
-        if checkpoints.latest() is not None and not resume:
+        newest = checkpoints.latest()
+        if newest is not None and not resume:
             raise ConfigError(f"{run}: already holds checkpoints; add --resume to go on, or choose another --run")
+        if newest is None and resume:  # so that a job can be started again by the same command from the first time on
+            _log.warning("%s: holds no checkpoint to resume from: the run starts at step 0", run)
+            resume = False
 
         # Data.
         if resume and not config.classes:

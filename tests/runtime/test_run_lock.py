@@ -67,6 +67,6 @@ def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, caplog)
     def none(file: int) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    monkeypatch.setattr(module, "_lock", none)
+    monkeypatch.setattr(module, "lock", none)
     with run_lock(tmp_path):
         assert "this file system has no locks" in caplog.text

@@ -81,8 +81,6 @@ def last_line(run: Path) -> dict[str, float]:
 def test_what_cannot_be_resumed_is_one_line(config, whole, tmp_path):
     with pytest.raises(ConfigError, match="already holds checkpoints; add --resume"):
         train(config, whole)
-    with pytest.raises(WeightsError, match="no checkpoint to resume from; start without --resume"):
-        train(config, tmp_path / "empty", resume=True)
     with pytest.raises(WeightsError, match="was trained with a moving average .* resume with its train.ema"):
         train(override(config, {"train.ema": 0.0}), whole, resume=True)
     with pytest.raises(WeightsError, match="optimiser state of another configuration"):
@@ -94,6 +92,16 @@ def test_what_cannot_be_resumed_is_one_line(config, whole, tmp_path):
     with run_lock(tmp_path / "locked"), pytest.raises(ConfigError, match="locked: in use by another training"):
         train(config, tmp_path / "locked")
     assert steps(whole) == ["4", "5", "6"]
+
+
+def test_without_a_checkpoint_resume_starts(config, whole, tmp_path, caplog):
+    run = tmp_path / "run"
+    (run / "checkpoints" / "2.orbax-checkpoint-tmp").mkdir(parents=True)  # killed while it wrote the first one
+    shutil.copy(whole / "config.json", run)
+    train(config, run, resume=True)
+    assert f"{run}: holds no checkpoint to resume from: the run starts at step 0" in caplog.text
+    assert "goes on with other settings" not in caplog.text
+    assert_equal_runs(run, whole)
 
 
 def test_a_run_that_is_complete_is_not_called_trained(config, whole, tmp_path, capsys):
