@@ -4,25 +4,57 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import tyro
 
+from querydet_jax.cli.arguments import parse
 from querydet_jax.cli.main import SUMMARIES
 from querydet_jax.config import DataConfig
 from querydet_jax.data.readers.images import Reading
+from querydet_jax.runtime.errors import ConfigError
 
 
 def prepare(words: Sequence[str], program: str) -> None:
     """Write a data set once in the form that training reads fastest."""
     # Being terminated cleans up as Ctrl-C does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if words[:1] == ["shards"]:  # any data set, so with a card and its --data.* flags as those of training
+        _prepare_shards(words[1:], f"{program} shards")
+        return
     tyro.extras.subcommand_cli_from_dict(
         {"visdrone": _prepare_visdrone, "coco": _prepare_coco},
         args=list(words),
         prog=program,
-        description=SUMMARIES["prepare"],
+        description=f"{SUMMARIES['prepare']} A third form, shards, is for any data set: {program} shards --help.",
     )
+
+
+@dataclass(frozen=True)
+class ShardsArguments:
+    out: str = ""
+    """Folder to create, also in a store; it appears when it is complete."""
+    splits: tuple[Literal["train", "val"], ...] = ("train", "val")
+    """Which halves of the data set to write."""
+    overwrite: bool = False
+    """Replace a folder of shards that is there."""
+
+
+def _prepare_shards(words: Sequence[str], program: str) -> None:
+    arguments, config, _ = parse(
+        ShardsArguments,
+        "Write the data set of a configuration as ArrayRecord files of about 100 MB, for --data.source shards: the "
+        "form for buckets, slow and shared disks. Pictures stay as they are stored; of the other fields, those that "
+        "say what the data set is count.",
+        words,
+        program,
+    )
+    if not arguments.out or not arguments.splits:
+        raise ConfigError("--out, --splits: name a folder to create, and train, val or both")
+    from querydet_jax.data.prepare.shards import prepare_shards
+
+    print(prepare_shards(config.data, arguments.out, splits=arguments.splits, overwrite=arguments.overwrite))
 
 
 def _prepare_visdrone(

@@ -31,7 +31,8 @@ class MatchedDataset(Dataset):
         position = {plain(name): k for k, name in enumerate(classes)}
         self._dataset = dataset
         self._number = np.array([position.get(plain(name), -1) for name in dataset.classes], np.int32)
-        self.classes, self.origin, self.exif_note = tuple(classes), dataset.origin, dataset.exif_note
+        self.classes, self.origin = tuple(classes), dataset.origin
+        self.exif, self.exif_note = dataset.exif, dataset.exif_note
         ids: list[int | None] = [None] * len(classes)
         for k, identifier in zip(self._number.tolist(), dataset.category_ids, strict=True):
             if k >= 0:
@@ -59,6 +60,9 @@ class MatchedDataset(Dataset):
 
     def load(self, i: int) -> np.ndarray:
         return self._dataset.load(i)
+
+    def encoded(self, i: int) -> bytes:
+        return self._dataset.encoded(i)
 
     def check_image(self, i: int) -> None:
         self._dataset.check_image(i)

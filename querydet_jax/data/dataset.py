@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import abc
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+
+from querydet_jax.runtime.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class Dataset(abc.ABC):
     # Category id of class k in annotation and result files; None: these files lack the class.
     category_ids: tuple[int | None, ...]
     origin: str = "the data set"  # file or folder that names the classes, for messages
+    exif: Literal["apply", "ignore"] = "apply"  # whether boxes are drawn on pictures turned by their EXIF orientation
     exif_note: str = ""  # how many pictures have an EXIF orientation, and what is done about it; empty if none has
 
     @abc.abstractmethod
@@ -65,6 +68,14 @@ class Dataset(abc.ABC):
         Raises:
           DataError: the image is missing or damaged, or its size is not ``size(i)``.
         """
+
+    def encoded(self, i: int) -> bytes:
+        """Return the file of image i as it is stored.
+
+        Raises:
+          DataError: the file is missing or damaged, or there is none, because images are made by ``load``.
+        """
+        raise DataError(f"{self.origin}: image {self.file_name(i)} is no file of its own, so it cannot be copied")
 
     def check_image(self, i: int) -> None:
         """Raise DataError if image i is missing or its header shows what ``load`` would raise; decode nothing.

@@ -1,6 +1,6 @@
 """Copies on this machine of objects that are read from a store again and again.
 
-A copy is a file ``NAME/SIZE-VERSION`` in the cache's folder: NAME stands for the address, VERSION for all that the store
+A copy is a file ``NAME/SIZE-VERSION`` in a cache's folder: NAME stands for the address, VERSION for all that the store
 says of the object. It appears whole. Its access time is that of its last use, its modification time that of its last
 comparison with the store. ``locks/`` has files that processes lock, and in ``locks/size`` the bytes of all copies.
 """

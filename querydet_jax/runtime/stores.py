@@ -217,6 +217,21 @@ def sizes_below(folder: Path) -> dict[str, int]:
     }
 
 
+def sizes_of(folder: Path, names: Sequence[str]) -> list[int]:
+    """Return the bytes of files in a folder.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+    """
+    if not is_url(folder):
+        return [(folder / name).stat().st_size for name in names]
+    found = sizes_below(folder)
+    for name in names:
+        if name not in found:
+            raise NoSuchObject(errno.ENOENT, "there is no such object or folder", str(folder / name))
+    return [found[name] for name in names]
+
+
 def matching(pattern: str) -> list[Path]:
     """Return what a URL with ``*``, ``?``, ``[...]`` or ``**`` in its last parts matches."""
     folder = as_path(re.split(r"[^/]*[*?\[]", pattern)[0])

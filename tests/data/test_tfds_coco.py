@@ -387,8 +387,8 @@ def to_tfrecord(folder: Path, out: Path) -> None:
     for split in info["splits"]:
         (source,) = folder.glob(f"coco-{split['name']}.array_record*")
         with (out / source.name.replace("array_record", "tfrecord")).open("wb") as file:
-            stored = Records(folder, split["name"])._source().data_source  # serialised
-            for record in stored.__getitems__(range(len(stored))):
+            stored = Records(folder, split["name"]).open()[0]  # serialised
+            for record in map(stored.__getitem__, range(len(stored))):
                 file.write(struct.pack("<QI", len(record), 0) + record + bytes(4))
     info["splits"].append({**info["splits"][0], "name": "test"})
     (out / "dataset_info.json").write_text(json.dumps({**info, "fileFormat": "tfrecord"}))

@@ -185,8 +185,8 @@ def test_several_processes_share_a_cache(tmp_path):
     for name in range(10):
         (tmp_path / "bucket" / f"{name}").write_bytes(f"{name}".encode() * 100)
     words = [sys.executable, "-c", PROCESS, tmp_path, tmp_path / "cache", "500"]
-    processes = [subprocess.Popen([*map(str, words), str(step)]) for step in (1, 3, 7)]
-    assert [process.wait(60) for process in processes] == [0, 0, 0]
+    processes = [subprocess.Popen([*map(str, words), str(step)]) for step in (1, 3)]
+    assert [process.wait(60) for process in processes] == [0, 0]
     assert sum(path.stat().st_size for path in (tmp_path / "cache").glob("*/*-*")) <= 500
 
 

@@ -21,7 +21,6 @@ from array_record.python.array_record_module import ArrayRecordWriter
 
 from querydet_jax.config import DataConfig
 from querydet_jax.data.readers.coco import CocoDataset
-from querydet_jax.data.readers.folders import open_regular
 from querydet_jax.data.readers.images import DEFAULT, Reading, read_header
 from querydet_jax.data.readers.records import quiet
 from querydet_jax.data.readers.tfds_coco import EXIF_KEY, IDS_KEY, SPLITS, TfdsCocoDataset
@@ -151,10 +150,7 @@ class _Coco(tfds.core.ShardBasedBuilder, skip_registration=True):
             metadata=tfds.core.MetadataDict(
                 {
                     IDS_KEY: list(train.category_ids),
-                    EXIF_KEY: {
-                        split: "apply" if dataset.reading.upright else "ignore"
-                        for split, dataset in self._datasets.items()
-                    },
+                    EXIF_KEY: {split: dataset.exif for split, dataset in self._datasets.items()},
                 }
             ),
         )
@@ -189,9 +185,7 @@ def _shards(dataset: CocoDataset, bar: Iterator[int]) -> list[Examples]:
 
 
 def _example(dataset: CocoDataset, i: int) -> dict[str, Any]:
-    path, (h, w) = dataset.image_path(i), dataset.size(i)
-    with open_regular(path) as file:
-        encoded = file.read()
+    path, encoded, (h, w) = dataset.image_path(i), dataset.encoded(i), dataset.size(i)
     upright = dataset.reading.upright
     found = read_header(encoded, str(path), dataset.reading).size(upright=upright)
     if found != (h, w):

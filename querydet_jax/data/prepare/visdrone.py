@@ -59,7 +59,7 @@ def prepare_visdrone(
             for name in ("images", "annotations"):
                 (aside / name).mkdir()
             _write_images(dataset, aside)
-            truth = {"info": {EXIF: "apply" if dataset.reading.upright else "ignore"}, **dataset.coco_ground_truth()}
+            truth = {"info": {EXIF: dataset.exif}, **dataset.coco_ground_truth()}
             write_json(aside / PREPARED, truth)
     except OSError as error:
         raise DataError(

@@ -18,7 +18,7 @@ from querydet_jax.data.classes import plain
 from querydet_jax.data.coco_json import Annotation as Entry
 from querydet_jax.data.coco_json import Instances, box_text, boxes_of, check_ids, positions_of, read_file
 from querydet_jax.data.dataset import Annotation, Dataset
-from querydet_jax.data.readers.folders import SUFFIXES, list_files
+from querydet_jax.data.readers.folders import SUFFIXES, list_files, read_regular
 from querydet_jax.data.readers.images import DEFAULT, Reading, check_header, read_image, try_headers
 from querydet_jax.data.readers.orientation import decide, spread
 from querydet_jax.data.readers.plausible import say_what_is_odd
@@ -135,7 +135,8 @@ class CocoDataset(Dataset):
             stated=[self._sizes[i] for i in looked_at],
             names=[self._names[i] for i in looked_at],
         )
-        self.reading, self.exif_note = dataclasses.replace(reading, decided=rule.upright), rule.note
+        self.reading = dataclasses.replace(reading, decided=rule.upright)
+        self.exif, self.exif_note = rule.name, rule.note
 
     def _index(self, entries: list[Entry], position: dict[int, int], k_of: dict[int, int]) -> None:
         """Collect the boxes of all images in one array, ordered by image, with each image's range."""
@@ -243,8 +244,12 @@ class CocoDataset(Dataset):
         path = self.image_path(i)
         return read_image(path, str(path), self._sizes[i], self.reading)
 
+    def encoded(self, i: int) -> bytes:
+        return read_regular(self.image_path(i))
+
     def check_image(self, i: int) -> None:
-        check_header(self.image_path(i), self._sizes[i], self.reading)
+        path = self.image_path(i)
+        check_header(path, str(path), self._sizes[i], self.reading)
 
     def coco_ground_truth(self) -> dict[str, Any]:
         """Return the ground truth with the file's own boxes, not clipped, and areas (of segmentations, if present).

@@ -173,5 +173,11 @@ def open_regular(path: Path) -> Iterator[IO[bytes]]:
         yield file
 
 
+def read_regular(path: Path) -> bytes:
+    """Return the content of a regular file; raise as ``open_regular``."""
+    with open_regular(path) as file:
+        return file.read()
+
+
 def _irregular(path: Path) -> DataError:
     return DataError(f"{path}: is a folder, pipe, socket or device, not a regular file; remove it or leave it out")

@@ -108,9 +108,12 @@ def read_header(source: Path | bytes, name: str, reading: Reading = DEFAULT) -> 
     return _read(read, source, name)
 
 
-def check_header(path: Path, size: tuple[int, int], reading: Reading) -> None:
-    """Raise what ``read_image`` raises of a picture that is missing, of another size, or has a damaged header."""
-    _upright(read_header(path, str(path), reading), size, str(path), reading)
+def check_header(source: Path | bytes, name: str, size: tuple[int, int], reading: Reading) -> Header:
+    """Return the header; raise what ``read_image`` raises of a picture that is missing, of another size, or has a
+    damaged header."""
+    header = read_header(source, name, reading)
+    _upright(header, size, name, reading)
+    return header
 
 
 def read_headers(paths: Sequence[Path], reading: Reading = DEFAULT) -> list[Header]:

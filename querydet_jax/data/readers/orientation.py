@@ -91,6 +91,11 @@ class Rule:
     upright: bool
     note: str
 
+    @property
+    def name(self) -> Literal["apply", "ignore"]:
+        """The rule as ``data.exif`` has it."""
+        return "apply" if self.upright else "ignore"
+
 
 def spread(total: int) -> list[int]:
     """Return the positions of at most ``_LOOKED_AT`` pictures, spread evenly over a data set of ``total``."""

@@ -13,18 +13,17 @@ from pathlib import Path, PurePath
 from typing import Any, Literal
 
 import numpy as np
-import tensorflow_datasets as tfds
 from tensorflow_datasets.core.constants import DATA_DIR
 
 from querydet_jax.data.dataset import Annotation, Dataset
 from querydet_jax.data.readers.images import DEFAULT, Reading, read_header, read_image
 from querydet_jax.data.readers.orientation import Header, decide
-from querydet_jax.data.readers.records import Records, quiet
+from querydet_jax.data.readers.records import Records, builder_of
 from querydet_jax.data.transforms import MIN_SIDE
-from querydet_jax.runtime.errors import DataError
+from querydet_jax.runtime.errors import DataError, QueryDetError
 from querydet_jax.runtime.files import written_aside
 from querydet_jax.runtime.progress import progress
-from querydet_jax.runtime.stores import local_path
+from querydet_jax.runtime.stores import as_path, check_cache, sizes_of
 
 _log = logging.getLogger("querydet_jax")
 
@@ -67,15 +66,18 @@ class TfdsCocoDataset(Dataset):
       reading: how files become pixels.
 
     Raises:
+      ConfigError: the copy is in a store, and ``root`` is not read through a cache that it fits in.
       DataError: the copy is missing, not in ArrayRecord, not laid out like ``coco/2017``, or damaged.
     """
 
     def __init__(self, root: str | Path, name: str, split: Literal["train", "val"], *, reading: Reading = DEFAULT):
-        self._folder = _version_folder(local_path(root or DATA_DIR), name)
+        self._folder = _version_folder(as_path(root or DATA_DIR), name)
         self._split, self._name, self.reading = SPLITS[split], name, reading
         try:
-            with quiet():
-                builder: Any = tfds.builder_from_directory(self._folder)
+            with builder_of(self._folder) as builder:
+                self._metadata = builder.info.metadata or {}  # read when it is asked for
+        except QueryDetError:
+            raise
         except Exception as error:  # several libraries, each with its own errors for damaged files
             raise self._damaged(error) from None
         self._check_layout(builder)
@@ -86,10 +88,11 @@ class TfdsCocoDataset(Dataset):
         headers = [
             Header((h, w), k) for (h, w), k in zip(index.sizes.tolist(), index.orientations.tolist(), strict=True)
         ]
-        told = ((builder.info.metadata or {}).get(EXIF_KEY) or {}).get(self._split)
+        told = (self._metadata.get(EXIF_KEY) or {}).get(self._split)
         why = "as metadata.json says" if told else "TFDS's tools do not apply it"
         rule = decide(str(self._folder), reading.exif, headers, convention=(told == "apply", why))
-        self.reading, self.exif_note = dataclasses.replace(reading, decided=rule.upright), rule.note
+        self.reading = dataclasses.replace(reading, decided=rule.upright)
+        self.exif, self.exif_note = rule.name, rule.note
         self._ids, self._names = index.ids, index.names
         self._sizes = np.array([header.size(upright=rule.upright) for header in headers], np.int32)
         owner = np.repeat(np.arange(len(index.counts)), index.counts)
@@ -132,7 +135,7 @@ class TfdsCocoDataset(Dataset):
     def _categories(self, builder: Any) -> tuple[tuple[str, ...], tuple[int, ...]]:
         """Return the class names and their ids in annotation and result files."""
         names = tuple(builder.info.features["objects"].feature["label"].names)
-        ids = (builder.info.metadata or {}).get(IDS_KEY)
+        ids = self._metadata.get(IDS_KEY)
         if ids is not None:
             whole = isinstance(ids, (list, tuple)) and all(type(i) is int and abs(i) < 2**63 for i in ids)
             if not whole or len(ids) != len(names) or len(set(ids)) < len(ids):
@@ -151,10 +154,12 @@ class TfdsCocoDataset(Dataset):
     def _open_index(self, builder: Any) -> _Index:
         path = self._folder / f"querydet_index-{self._split}.npz"
         try:
-            files = sorted(Path(f) for f in builder.info.splits[self._split].filepaths)
-            of = [_FORM, *(f"{file.name} {file.stat().st_size}" for file in files)]
-        except OSError as error:
+            files = sorted(Path(f).name for f in builder.info.splits[self._split].filepaths)
+            sizes = sizes_of(self._folder, files)
+        except FileNotFoundError as error:
             raise self._damaged(error) from None
+        check_cache(self._folder, sum(sizes))
+        of = [_FORM, *(f"{name} {size}" for name, size in zip(files, sizes, strict=True))]
         index = _read_index(path, of)
         if index is None:
             index = self._make_index()
@@ -196,7 +201,7 @@ class TfdsCocoDataset(Dataset):
                 crowd=joined("is_crowd", np.bool_),
                 areas=joined("area", np.int64),
             )
-        except DataError:
+        except QueryDetError:
             raise
         except Exception as error:  # as above
             raise self._damaged(error) from None
@@ -232,12 +237,16 @@ class TfdsCocoDataset(Dataset):
         part = slice(self._starts[i], self._starts[i + 1])
         return Annotation(self._boxes[part].astype(np.float32), self._labels[part], self._crowd[part])
 
-    def load(self, i: int) -> np.ndarray:
+    def encoded(self, i: int) -> bytes:
         try:
-            encoded = self._records[i]["image"]
+            return self._records[i]["image"]
+        except QueryDetError as error:  # of the store or the cache
+            raise DataError(str(error)) from None
         except Exception as error:  # as above
             raise self._damaged(error) from None
-        return read_image(encoded, f"{self._folder} {self.file_name(i)}", self.size(i), self.reading)
+
+    def load(self, i: int) -> np.ndarray:
+        return read_image(self.encoded(i), f"{self._folder} {self.file_name(i)}", self.size(i), self.reading)
 
     def _truth_boxes(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         part = slice(self._starts[i], self._starts[i + 1])

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from querydet_jax.data.dataset import Annotation, Dataset
-from querydet_jax.data.readers.folders import SUFFIXES, by_stem, near
+from querydet_jax.data.readers.folders import SUFFIXES, by_stem, near, read_regular
 from querydet_jax.data.readers.images import DEFAULT, Reading, read_headers, read_image
 from querydet_jax.data.readers.orientation import decide
 from querydet_jax.data.transforms import clip
@@ -81,7 +81,8 @@ class VisDroneDataset(Dataset):
         # Read all sizes and boxes now: training needs all boxes before its first step.
         headers = read_headers([self.folder / "images" / name for name in self._names], reading)
         rule = decide(str(self.folder), reading.exif, headers, convention=(False, "VisDrone's tools do not apply it"))
-        self.reading, self.exif_note = dataclasses.replace(reading, decided=rule.upright), rule.note
+        self.reading = dataclasses.replace(reading, decided=rule.upright)
+        self.exif, self.exif_note = rule.name, rule.note
         self._sizes = [header.size(upright=rule.upright) for header in headers]
         if patches and min(map(min, self._sizes)) < 2:
             tiny = next(name for name, size in zip(self._names, self._sizes, strict=True) if min(size) < 2)
@@ -164,6 +165,14 @@ class VisDroneDataset(Dataset):
         A patch has only the rows of objects that ``split_rows`` assigns to it.
         """
         return self._rows[i]
+
+    def encoded(self, i: int) -> bytes:
+        if self.patches:
+            raise DataError(
+                f"{self.folder}: patches are cut while they are loaded; write them first: querydet prepare visdrone "
+                "--patches, then leave out data.patches"
+            )
+        return read_regular(self.image_path(i))
 
     def load(self, i: int) -> np.ndarray:
         return self.cut(self.load_whole(i), i) if self.patches else self.load_whole(i)

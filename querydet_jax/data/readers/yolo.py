@@ -14,7 +14,7 @@ import yaml
 
 from querydet_jax.data.coco_json import CLASS_NAME
 from querydet_jax.data.dataset import Annotation, Dataset
-from querydet_jax.data.readers.folders import SUFFIXES, by_stem, near
+from querydet_jax.data.readers.folders import SUFFIXES, by_stem, near, read_regular
 from querydet_jax.data.readers.images import DEFAULT, Reading, read_headers, read_image
 from querydet_jax.data.readers.orientation import decide
 from querydet_jax.data.readers.plausible import say_what_is_odd
@@ -76,7 +76,8 @@ class YoloDataset(Dataset):
         self._names = list(pictures.values())
         headers = read_headers([self._folder / name for name in self._names], reading)
         rule = decide(str(self._folder), reading.exif, headers, convention=(True, "YOLO tools apply it"))
-        self.reading, self.exif_note = dataclasses.replace(reading, decided=rule.upright), rule.note
+        self.reading = dataclasses.replace(reading, decided=rule.upright)
+        self.exif, self.exif_note = rule.name, rule.note
         self._sizes = [header.size(upright=rule.upright) for header in headers]
         unlabelled = len(pictures.keys() - texts.keys())
         if unlabelled:
@@ -114,6 +115,9 @@ class YoloDataset(Dataset):
 
     def annotation(self, i: int) -> Annotation:
         return self._annotations[i]
+
+    def encoded(self, i: int) -> bytes:
+        return read_regular(self._folder / self._names[i])
 
     def load(self, i: int) -> np.ndarray:
         path = self._folder / self._names[i]

@@ -22,7 +22,7 @@ from querydet_jax.data.readers.records import Records, quiet
 from querydet_jax.data.scenes.layouts import CLASSES, draw_scene
 from querydet_jax.runtime.errors import ConfigError, DataError
 from querydet_jax.runtime.progress import progress
-from querydet_jax.runtime.stores import local_path
+from querydet_jax.runtime.stores import as_path, is_url
 
 _log = logging.getLogger("querydet_jax")
 
@@ -120,7 +120,9 @@ class ScenesDataset(Dataset):
     def __init__(self, root: str | Path, split: str, config: SceneConfig):
         self._split, self._count = split, getattr(config, split)
         self._size = getattr(config, f"{split}_size")
-        self._folder = prepare(local_path(root), config)
+        if is_url(root):
+            raise ConfigError(f"{root}: scenes are drawn on this machine; set data.root to a folder here")
+        self._folder = prepare(as_path(root), config)
         self._records = Records(self._folder, split)
         try:
             self._annotations = [_annotation(record) for record in self._records]
@@ -148,12 +150,14 @@ class ScenesDataset(Dataset):
     def annotation(self, i: int) -> Annotation:
         return self._annotations[i]
 
-    def load(self, i: int) -> np.ndarray:
+    def encoded(self, i: int) -> bytes:
         try:
-            encoded = self._records[i]["image"]
+            return self._records[i]["image"]
         except Exception as error:  # as above
             raise self._unreadable(error) from None
-        return read_image(encoded, f"{self._folder} {self.file_name(i)}", self._size)
+
+    def load(self, i: int) -> np.ndarray:
+        return read_image(self.encoded(i), f"{self._folder} {self.file_name(i)}", self._size)
 
 
 def prepare(root: Path, config: SceneConfig) -> Path:
