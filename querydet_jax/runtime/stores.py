@@ -117,7 +117,7 @@ def local_path(given: str | os.PathLike[str]) -> Path:
 
 def same_parts(path: Path, parts: Sequence[str]) -> Path:
     """Return the path, where ``path`` is, that has these ``parts`` in place of its own."""
-    return path.at(PurePosixPath(*parts)) if isinstance(path, StorePath) else Path(*parts)
+    return cast(Path, path.at(PurePosixPath(*parts))) if isinstance(path, StorePath) else Path(*parts)
 
 
 def through(path: Path, cache: Cache) -> Path:
