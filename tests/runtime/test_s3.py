@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from querydet_jax.runtime import stores
+from querydet_jax.runtime.cache import Cache
 from querydet_jax.runtime.checkpoint_store import CheckpointStore, read_checkpoint
 from querydet_jax.runtime.files import write_json, written_aside
-from querydet_jax.runtime.stores import StoreError, as_path, files_below, local_copy
+from querydet_jax.runtime.stores import StoreError, as_path, files_below, local_copy, through
 
 _WHY = "needs requirements-s3.txt and moto[s3], flask, flask-cors"
 s3fs = pytest.importorskip("s3fs", reason=_WHY)
@@ -125,6 +126,19 @@ def test_a_cut_connection_is_tried_again(server, folder):
     assert server.cuts == 0
     server.cuts = 1
     assert (folder / "a").read_bytes() == data and server.cuts == 0
+
+
+def test_a_cache_asks_once_for_what_does_not_change(server, folder, tmp_path):
+    for data in (os.urandom(300_000), os.urandom(300_000)):
+        with written_aside(folder / "a") as aside:
+            aside.write_bytes(data)
+        server.cuts, server.after = 1, 100_000
+        root = through(folder, Cache.open(tmp_path / "cache", 500_000))
+        assert (root / "a").read_bytes() == data and server.cuts == 0
+        server.cuts, server.after = 10**6, 0  # nothing comes through
+        assert (root / "a").read_bytes() == data
+        server.cuts = 0
+    assert len(list((tmp_path / "cache").glob("*/*-*"))) == 1
 
 
 def test_a_connection_that_is_always_cut_is_one_line_and_leaves_nothing(server, folder, monkeypatch):

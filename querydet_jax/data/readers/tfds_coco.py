@@ -23,7 +23,7 @@ from querydet_jax.data.transforms import MIN_SIDE
 from querydet_jax.runtime.errors import DataError, QueryDetError
 from querydet_jax.runtime.files import written_aside
 from querydet_jax.runtime.progress import progress
-from querydet_jax.runtime.stores import as_path, check_cache, sizes_of
+from querydet_jax.runtime.stores import StoreError, as_path, check_cache, sizes_of
 
 _log = logging.getLogger("querydet_jax")
 
@@ -156,7 +156,9 @@ class TfdsCocoDataset(Dataset):
         try:
             files = sorted(Path(f).name for f in builder.info.splits[self._split].filepaths)
             sizes = sizes_of(self._folder, files)
-        except FileNotFoundError as error:
+        except StoreError:
+            raise
+        except OSError as error:
             raise self._damaged(error) from None
         check_cache(self._folder, sum(sizes))
         of = [_FORM, *(f"{name} {size}" for name, size in zip(files, sizes, strict=True))]
