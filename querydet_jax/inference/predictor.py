@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import glob
 import os
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,8 +17,8 @@ from querydet_jax.config.zoo import is_packaged, zoo_folder, zoo_names
 from querydet_jax.data.plan import both_orientations
 from querydet_jax.data.readers.images import Reading
 from querydet_jax.data.readers.memory import Frames
-from querydet_jax.data.readers.pictures import Pictures
-from querydet_jax.data.readers.video import Video, is_address, is_video
+from querydet_jax.data.readers.pictures import Pictures, matched, open_pictures
+from querydet_jax.data.readers.video import Video, is_video
 from querydet_jax.inference.detector import Detector
 from querydet_jax.inference.export.exported import EXPORT_ERRORS, Exported, names_exported, open_exported
 from querydet_jax.inference.min_scores import BEST, min_scores
@@ -30,7 +29,7 @@ from querydet_jax.inference.tiling import OVERLAP, Tiles, parse_tiles, run_tiled
 from querydet_jax.inference.video import run_on_video
 from querydet_jax.models import DenseDetector
 from querydet_jax.runtime.errors import ConfigError, DataError, QueryDetError, shown
-from querydet_jax.runtime.stores import as_path, is_file, is_folder, is_there, is_url, matching
+from querydet_jax.runtime.stores import as_path, is_file, is_folder, is_there
 from querydet_jax.weights.packaged import ModelCard, read_card
 
 Picture = str | os.PathLike[str] | np.ndarray | Image.Image
@@ -178,7 +177,7 @@ class Predictor:
         Raises:
           DataError: there is no picture that can be read.
         """
-        return Pictures(_expanded([os.fspath(name) for name in names]), self.classes, Reading.of(self.data))
+        return open_pictures(names, self.classes, Reading.of(self.data))
 
     def open_video(self, name: str | os.PathLike[str]) -> Video:
         """Open a video file, an address (``rtsp://CAMERA``) or a camera (``/dev/video0``) for ``run_video``.
@@ -272,7 +271,7 @@ def parted(names: Sequence[str | os.PathLike[str]]) -> tuple[list[str], list[str
     Raises:
       DataError: a pattern matches nothing.
     """
-    found = _expanded([os.fspath(name) for name in names])
+    found = matched(names)
     return [name for name in found if is_video(name)], [name for name in found if not is_video(name)]
 
 
@@ -340,17 +339,3 @@ def _items(source: Any) -> list[Any]:
         if not isinstance(item, str | os.PathLike | Image.Image) and not hasattr(item, "__array__"):
             raise DataError(f"pictures[{i}]: {shown(item)} is none; give a path, an array or a Pillow picture")
     return [np.asarray(x) if not isinstance(x, str | os.PathLike | Image.Image) else x for x in items]
-
-
-def _expanded(paths: Sequence[str]) -> list[str]:
-    """Replace patterns by what they match, sorted; what exists under its name is no pattern."""
-    found = []
-    for path in paths:
-        if set("*?[").isdisjoint(path) or os.path.lexists(path) or is_address(path):
-            found.append(path)
-            continue
-        matched = sorted(map(str, matching(path)) if is_url(path) else glob.glob(path, recursive=True))
-        if not matched:
-            raise DataError(f"{path}: the pattern matches no picture and no folder")
-        found += matched
-    return found

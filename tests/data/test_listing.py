@@ -15,7 +15,7 @@ from PIL import Image
 from querydet_jax.config import DataConfig
 from querydet_jax.data import Dataset, open_dataset
 from querydet_jax.data.readers.folders import SUFFIXES, list_files
-from querydet_jax.data.readers.pictures import Pictures
+from querydet_jax.data.readers.pictures import open_pictures
 from querydet_jax.runtime.errors import DataError
 
 COMPOSED, DECOMPOSED = (unicodedata.normalize(form, "caf\u00e9") for form in ("NFC", "NFD"))
@@ -53,7 +53,7 @@ def as_visdrone(root: Path, image: str, text: str = "") -> Dataset:
 
 def as_pictures(root: Path, image: str, text: str = "") -> Dataset:
     picture(root / image)
-    return Pictures([root], ("car",))
+    return open_pictures([root], ("car",))
 
 
 READERS = [as_yolo, as_visdrone, as_pictures]
@@ -224,7 +224,7 @@ def test_pictures_that_cannot_be_read_are_kept_apart(tmp_path, content):
     picture(tmp_path / "b.png")
     (tmp_path / "a.png").write_bytes(content)
     os.mkfifo(tmp_path / "c.png")
-    pictures = Pictures([tmp_path], ("car",))
+    pictures = open_pictures([tmp_path], ("car",))
     assert [Path(pictures.file_name(i)).name for i in range(len(pictures))] == ["b.png"]
     assert np.shape(pictures.load(0)) == (10, 20, 3)
     first, second = pictures.broken

@@ -19,7 +19,7 @@ from querydet_jax.data.prepare.visdrone import prepare_visdrone
 from querydet_jax.data.readers.coco import CocoDataset
 from querydet_jax.data.readers.images import Reading, read_header, read_image
 from querydet_jax.data.readers.orientation import TAG
-from querydet_jax.data.readers.pictures import Pictures
+from querydet_jax.data.readers.pictures import open_pictures
 from querydet_jax.evaluation import standalone
 from querydet_jax.evaluation.visdrone import VisDroneImage
 from querydet_jax.runtime.errors import DataError
@@ -127,7 +127,7 @@ def test_formats_without_sizes_have_a_convention(tmp_path, source, exif, caplog)
     applied = exif == "apply" or (exif == "auto" and source != "visdrone")
     with caplog.at_level(logging.INFO, logger="querydet_jax"):
         if source == "pictures":
-            dataset: Dataset = Pictures([images], ("car",), Reading.of(DataConfig(exif=exif)))
+            dataset: Dataset = open_pictures([images], ("car",), Reading.of(DataConfig(exif=exif)))
         else:
             place = {"train_images": "."} if source == "visdrone" else {}
             dataset = open_dataset(DataConfig(source=source, root=str(tmp_path), exif=exif, **place), "train")

@@ -21,7 +21,7 @@ from querydet_jax.data import open_dataset
 from querydet_jax.data.readers import deep
 from querydet_jax.data.readers.folders import FORMATS
 from querydet_jax.data.readers.images import Reading, read_header, read_image
-from querydet_jax.data.readers.pictures import Pictures
+from querydet_jax.data.readers.pictures import open_pictures
 from querydet_jax.inference.export.artifact import Artifact
 from querydet_jax.inference.predictor import of_exported
 from querydet_jax.runtime.errors import ConfigError, DataError
@@ -188,7 +188,7 @@ def test_training_and_prediction_scale_alike(tmp_path, bit_depth):
     }
     artifact = cast("Artifact", SimpleNamespace(manifest=manifest, canvases=((32, 32),), batch_sizes=(1,), classes=()))
     for data in (config.data, of_exported(artifact).data):
-        pictures = Pictures([tmp_path / "images/train"], ("car",), Reading.of(data))
+        pictures = open_pictures([tmp_path / "images/train"], ("car",), Reading.of(data))
         np.testing.assert_array_equal(pictures.load(0), trained)
 
 
@@ -260,7 +260,7 @@ def test_other_formats_are_refused_whatever_their_name(tmp_path, content, monkey
         with pytest.raises(DataError, match=r"a.jpg: not readable as an image \(.*\); restore the file, or leave it"):
             read(path, str(path))
     with pytest.raises(DataError, match="a.jpg: not readable"):
-        Pictures([tmp_path], ("car",))
+        open_pictures([tmp_path], ("car",))
 
 
 @pytest.mark.parametrize(
@@ -300,7 +300,7 @@ def test_pipes_sockets_and_devices_are_refused_at_once(folder, tmp_path, make, m
     with pytest.raises(DataError, match=r"7.png: is a folder, pipe, socket or device, not a regular file; remove"):
         dataset.load(0)
     with pytest.raises(DataError, match=r"7.png: (is a folder, pipe|no such picture|no pictures)"):
-        Pictures(["images/7.png"], ("car",))
+        open_pictures(["images/7.png"], ("car",))
     assert folder.open().load(1).shape == (50, 30, 3)  # opening passes over what it cannot read
 
 

@@ -35,7 +35,7 @@ from small_detector import (
 
 from querydet_jax import Detections, Detector, build_model
 from querydet_jax.config import BackboneConfig, DataConfig, QueryConfig
-from querydet_jax.data.readers.pictures import Pictures
+from querydet_jax.data.readers.pictures import open_pictures
 from querydet_jax.inference.results import run_on_images
 from querydet_jax.runtime.errors import ConfigError
 
@@ -385,7 +385,9 @@ def test_pictures_of_one_pixel_are_read_resized_and_detected_on(tmp_path):
     for name, size in sizes.items():
         Image.new("RGB", size, (200, 90, 30)).save(tmp_path / f"{name}.png")
     data = DataConfig(test_short=64, test_max=64, test_canvases=((64, 96),))
-    results = list(run_on_images(detector(query="dense"), Pictures([tmp_path], ("a", "b", "c")), data, batch_size=4))
+    results = list(
+        run_on_images(detector(query="dense"), open_pictures([tmp_path], ("a", "b", "c")), data, batch_size=4)
+    )
     assert {result.image.shape[1::-1] for result in results} == set(sizes.values())
     for result in results:
         h, w, _ = result.image.shape
