@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from tqdm import tqdm
@@ -24,12 +24,13 @@ from querydet_jax.inference.predictor import Predictor, of_exported, of_model, p
 from querydet_jax.inference.runs import open_model
 from querydet_jax.inference.tiling import OVERLAP, Tiles, parse_tiles
 from querydet_jax.runtime import machine
+from querydet_jax.runtime.checkpoint_store import newest_step
 from querydet_jax.runtime.errors import ConfigError, DataError
 from querydet_jax.runtime.files import beside, identity, write_json
 from querydet_jax.runtime.names import one_line, result_stems
 from querydet_jax.runtime.progress import progress
 from querydet_jax.runtime.pyav import import_av
-from querydet_jax.runtime.stores import as_path, is_url, local_path
+from querydet_jax.runtime.stores import as_path, is_url
 from querydet_jax.viz.draw import save_image
 from querydet_jax.weights.packaged import packaged_path
 
@@ -68,7 +69,9 @@ class PredictArguments:
     """With --tiles: least share of a window that the next one shows, too; objects up to that size are seen whole."""
     engine: Literal["local", "ray"] = "local"
     """local: this process. ray: workers of Ray, here or on the cluster that RAY_ADDRESS names, for very many pictures;
-    writes part-00000.jsonl and so on to --out, a line per picture, and a second start goes on where the first ended."""
+    writes part-00000.jsonl and so on to --out, a row per picture, and a second start goes on where the first ended."""
+    results: Literal["jsonl", "parquet"] = "jsonl"
+    """With --engine ray: lines of JSON, or Parquet (part-00000.parquet) with the same columns."""
     workers: int = 0
     """With --engine ray: number of workers (0: one per GPU or TPU chip, or one)."""
     save_json: str = ""
@@ -92,18 +95,25 @@ def predict(words: Sequence[str], program: str) -> None:
         machine.prepare()
         if arguments.weights:
             raise ConfigError(f"--weights {arguments.weights}: an exported file holds its own; export again with these")
-        make = partial(_exported, as_path(source))
+        path = as_path(source).resolve()
+        make, asked = partial(_exported, path), {"source": str(path)}
     else:
         arguments, config, path = parse(
             PredictArguments, _DESCRIPTION, words, program, source="CARD_OR_RUN_OR_EXPORTED_FILE"
         )
         machine.prepare()
-        make = partial(_trained, config, path if is_url(path) else path.resolve(), arguments.weights)
+        path, weights = path.resolve(), arguments.weights  # workers start in other folders
+        if weights and not packaged_path(weights):
+            weights = str(as_path(weights).resolve())
+        make = partial(_trained, config, path, weights)
+        step = newest_step(as_path(weights or path))
+        asked = {"source": str(path), "weights": weights, "step": step, "config": dataclasses.asdict(config)}
     if arguments.engine == "ray":
-        _predict_many(make, arguments, [*words])
+        _predict_many(make, arguments, asked)
     else:
-        if arguments.workers:
-            raise ConfigError(f"--workers {arguments.workers}: is for --engine ray; leave it out")
+        for flag, differs in {"--workers": arguments.workers, "--results": arguments.results != "jsonl"}.items():
+            if differs:
+                raise ConfigError(f"{flag}: is for --engine ray; leave it out")
         _predict(make(), arguments)
 
 
@@ -116,14 +126,14 @@ def _trained(config: Config, path: Path, weights: str) -> Predictor:
     return of_model(model, config, packaged_path(weights) or as_path(weights or path))
 
 
-def _predict_many(make: Callable[[], Predictor], arguments: PredictArguments, words: list[str]) -> None:
+def _predict_many(make: Callable[[], Predictor], arguments: PredictArguments, asked: dict[str, Any]) -> None:
     for flag, differs in {
         "--draw none": arguments.draw != "none",
         "no --save-json": bool(arguments.save_json),
         "no --stride": arguments.stride != 1,
     }.items():
         if differs:
-            raise ConfigError(f"--engine ray: writes lines of JSON alone; give {flag}")
+            raise ConfigError(f"--engine ray: writes results alone; give {flag}")
     if arguments.workers < 0:
         raise ConfigError(f"--workers {arguments.workers}: give a number from 0 on")
     if not arguments.images or "" in arguments.images:
@@ -132,18 +142,17 @@ def _predict_many(make: Callable[[], Predictor], arguments: PredictArguments, wo
     videos, names = parted(arguments.images)
     if videos:
         raise ConfigError(f"--engine ray: is for pictures, and {videos[0]} is a video; leave it out")
-    given = dataclasses.asdict(arguments) | {"images": (), "out": "", "workers": 0}
-    settings = [words[0], *(f"{name} {value}" for name, value in given.items())]
     number, broken = predict_many(
         make,
         names,
-        local_path(arguments.out),
-        facts={"asked": settings},
+        as_path(arguments.out),
+        facts=asked | {"tiles": arguments.tiles, "overlap": arguments.overlap},
         min_score=arguments.min_score,
         tiles=tiles,
+        results=arguments.results,
         workers=arguments.workers,
     )
-    print(f"wrote {arguments.out}/part-*.jsonl: {number - len(broken)} pictures", flush=True)
+    print(f"wrote {arguments.out}/part-*.{arguments.results}: {number - len(broken)} pictures", flush=True)
     if broken:
         raise DataError(f"{len(broken)} of {number} pictures could not be used, the first: {broken[0]}")
 

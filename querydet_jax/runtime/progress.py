@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 from tqdm import tqdm
 
@@ -25,4 +25,12 @@ def progress(
         leave=terminal,
         mininterval=0.2 if terminal else 15.0,
         ncols=None if terminal else 80,
+    )
+
+
+def counted(total: int, description: str, unit: str) -> tqdm[NoReturn]:
+    """Return a bar, as ``progress`` shows one, that ``update(n)`` moves on; a file or pipe gets its end, too."""
+    terminal = sys.stderr.isatty()
+    return tqdm(
+        total=total, desc=description, unit=unit, mininterval=0.2 if terminal else 15.0, ncols=None if terminal else 80
     )

@@ -189,6 +189,23 @@ def download(path: Path, to: Path, chosen: Callable[[str], bool] = bool) -> None
         _fetch(path, to)
 
 
+def local_copies(files: Sequence[Path], folder: Path) -> list[Path]:
+    """Return where files are on this machine: where they are, or, of those in a store, copied to ``folder`` under their
+    numbers, several at once. Of an object that is not there, there is no copy.
+
+    Raises:
+      StoreError: the store does not answer, or refuses.
+    """
+    places = [folder / f"{n:05}{file.suffix}" if is_url(file) else file for n, file in enumerate(files)]
+
+    def fetch(n: int) -> None:
+        with contextlib.suppress(NoSuchObject):
+            _fetch(files[n], places[n])
+
+    _each(fetch, [n for n, file in enumerate(files) if is_url(file)])
+    return places
+
+
 def upload(local: Path, to: Path) -> None:
     """Copy a file, or a folder's files, from this machine to a store. Each appears there whole or not at all.
 

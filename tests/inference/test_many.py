@@ -13,12 +13,15 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 from PIL import Image
+from pyarrow import parquet
 
 import querydet_jax as qd
 from querydet_jax.config import DataConfig
 from querydet_jax.inference import many
 from querydet_jax.inference.many import predict_many, write_part
+from querydet_jax.runtime import stores
 from querydet_jax.runtime.errors import ConfigError, DataError, QueryDetError
+from querydet_jax.runtime.stores import StoreError, as_path, download, files_below, upload
 
 
 class Found(NamedTuple):
@@ -63,43 +66,141 @@ def assert_equal_to_serial(lines, files):
     expected, broken = serial(files)
     assert [line["path"] for line in lines] == files  # none lost, none twice, in order
     assert {
-        line["path"]: (line["boxes"], line["scores"], line["classes"]) for line in lines if "error" not in line
+        line["path"]: (line["boxes"], line["scores"], line["classes"]) for line in lines if not line.get("error")
     } == expected
-    assert [line["error"] for line in lines if "error" in line] == broken and len(broken) == 1
+    assert [line["error"] for line in lines if line.get("error")] == broken and len(broken) == 1
+
+
+SCORES = np.full(3, 0.2, np.float32)
 
 
 def test_a_part_is_what_predict_gives(tmp_path):
     files = pictures(tmp_path / "in", 9)
-    write_part(make(), np.full(3, 0.2, np.float32), files, tmp_path / "part-00000.jsonl")
+    assert len(write_part(make(), SCORES, files, tmp_path / "part-00000.jsonl")) == 1
     assert_equal_to_serial(lines_of(tmp_path), files)
-    write_part(make(), np.full(3, 0.2, np.float32), files[4:5], tmp_path / "alone.jsonl")  # none can be read
-    assert "00004.png: not readable" in json.loads((tmp_path / "alone.jsonl").read_text())["error"]
+    write_part(make(), SCORES, files, tmp_path / "part.parquet")
+    table = parquet.read_table(tmp_path / "part.parquet")
+    assert_equal_to_serial(table.to_pylist(), files)
+    assert [f"{field.name}: {field.type}" for field in table.schema] == [
+        "path: string",
+        "height: int32",
+        "width: int32",
+        "boxes: list<element: list<element: float>>",
+        "scores: list<element: float>",
+        "classes: list<element: string>",
+        "class_ids: list<element: int32>",
+        "error: string",
+    ]
 
 
-def test_a_second_start_computes_what_is_missing(tmp_path, monkeypatch):
-    computed = []
+def test_each_of_a_part_without_any_good_picture_says_why(tmp_path):
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).write_bytes(b"damaged")
+    files = [str(tmp_path / name) for name in ("a.png", "gone.png", "b.png")]
+    said = write_part(make(), SCORES, files, tmp_path / "part.jsonl")
+    assert [line["error"] for line in map(json.loads, (tmp_path / "part.jsonl").open())] == said
+    reasons = ("not readable", "no such image file", "not readable")
+    for file, message, reason in zip(files, said, reasons, strict=True):
+        assert message.startswith(f"{file}: {reason}")
+
+
+def in_this_process(computed, fails_after=10**6):
+    """What ``_run`` returns, without Ray; ends early after so many parts."""
 
     def run(parts, workers, arguments):
-        for part in parts[: 2 if not computed else None]:  # the first start ends early
+        worker = many._Worker(*arguments)
+        rows = []
+        for part in parts[:fails_after]:
             computed.append(part["path"])
-            write_part(make(), np.full(3, 0.2, np.float32), part["files"], many.Path(part["path"]))
-        if len(computed) == 2:
+            rows.append(worker(part))
+            assert not rows[-1]["fault"], rows[-1]
+        if len(rows) < len(parts):
             raise QueryDetError("ended")
+        return {row["path"]: row["broken"] for row in rows}
 
-    monkeypatch.setattr(many, "_run", run)
+    return run
+
+
+@pytest.fixture
+def with_ray(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+
+
+def test_a_second_start_computes_what_is_missing(tmp_path, monkeypatch, with_ray):
+    computed = []
+    monkeypatch.setattr(many, "_run", in_this_process(computed, 2))
     files = pictures(tmp_path / "in", 10)
     out = tmp_path / "out"
+    options = {"facts": {"source": "colours"}, "min_score": "0.2", "part": 3}
     with pytest.raises(QueryDetError, match="ended"):
-        predict_many(make, [str(tmp_path / "in")], out, facts={}, min_score="0.2", part=3)
-    number, broken = predict_many(make, [str(tmp_path / "in")], out, facts={}, min_score="0.2", part=3)
-    assert (number, len(broken)) == (10, 1)
+        predict_many(make, [str(tmp_path / "in")], out, **options)
+    monkeypatch.setattr(many, "_run", in_this_process(computed))
+    for _ in range(2):  # the last has nothing to do
+        number, broken = predict_many(make, [str(tmp_path / "in" / "*.png")], out, **options)
+        assert (number, len(broken)) == (10, 1)
     assert len(computed) == len(set(computed)) == 4
     assert_equal_to_serial(lines_of(out), files)
-    with pytest.raises(ConfigError, match="other pictures or settings"):
-        predict_many(make, files[:3], out, facts={}, min_score="0.2", part=3)
-    with pytest.raises(DataError, match="nowhere: no such picture"):
-        predict_many(make, [str(tmp_path / "nowhere")], tmp_path / "new", facts={})
+    for names, changes in (
+        (files[:3], {}),
+        (files, {"results": "parquet"}),
+        (files, {"facts": {"source": "colours", "config": {"query": "dense"}}}),
+    ):
+        with pytest.raises(ConfigError, match="other pictures or settings"):
+            predict_many(make, names, out, **options | changes)
+
+
+def test_names_are_found_as_everywhere(tmp_path, monkeypatch, with_ray):
+    """Relative to the folder of the command; workers have others."""
+    monkeypatch.setattr(many, "_run", in_this_process([]))
+    (tmp_path / "empty").mkdir()
+    files = pictures(tmp_path / "in", 4)
+    monkeypatch.chdir(tmp_path)
+    predict_many(make, ["in/*3.png", "in", "in/../in"], many.Path("out"), facts={}, min_score="0.2")
+    assert_equal_to_serial(lines_of(tmp_path / "out"), [files[3], *files[:3]])
+    for name in ("nowhere", "empty", "in/*.jpg"):
+        with pytest.raises(DataError) as error:
+            predict_many(make, ["in", name], tmp_path / "new", facts={})
+        with pytest.raises(DataError) as of_predict:
+            make().predict(["in", name])
+        assert str(error.value) == str(of_predict.value) and not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("results", ["jsonl", "parquet"])
+def test_from_a_store_to_a_store(tmp_path, monkeypatch, memory_store, with_ray, results):
+    files = pictures(tmp_path / "in", 10)
+    upload(tmp_path / "in", as_path("s3://bucket/in"))
+    computed, out = [], as_path("s3://bucket/out")
+    options = {"facts": {}, "min_score": "0.2", "part": 4, "results": results}
+    monkeypatch.setattr(many, "_run", in_this_process(computed, 1))
+    with pytest.raises(QueryDetError, match="ended"):
+        predict_many(make, ["s3://bucket/in"], out, **options)
+    monkeypatch.setattr(many, "_run", in_this_process(computed))
+    number, (broken,) = predict_many(make, ["s3://bucket/in/*.png"], out, **options)
+    assert number == 10 and broken.startswith("s3://bucket/in/00005.png: not readable")
+    names = [f"part-0000{n}.{results}" for n in range(3)]
+    assert computed == [f"s3://bucket/out/{name}" for name in names]
+    assert files_below(out) == [*names, "pictures.json"]
+    download(out, tmp_path / "out")
+    if results == "jsonl":
+        rows = lines_of(tmp_path / "out")
+    else:
+        rows = [row for name in names for row in parquet.read_table(tmp_path / "out" / name).to_pylist()]
+    for row in rows:
+        row["path"] = str(tmp_path / "in" / row["path"].removeprefix("s3://bucket/in/"))
+        row["error"] = row.get("error") and row["error"].replace("s3://bucket/in", str(tmp_path / "in"))
+    assert_equal_to_serial(rows, files)
+    with pytest.raises(ConfigError, match="s3://bucket/out: holds results of other pictures"):
+        predict_many(make, ["s3://bucket/in/00001.png"], out, **options)
+
+
+def test_a_store_that_does_not_answer_makes_no_picture_a_broken_one(tmp_path, monkeypatch, memory_store):
+    def silent(*arguments, **options):
+        raise StoreError(5, "the store does not answer (silence)", "s3://bucket/a.png")
+
+    monkeypatch.setattr(stores.StorePath, "ask", silent)
+    with pytest.raises(StoreError, match="a.png: the store does not answer"):
+        write_part(make(), SCORES, ["s3://bucket/a.png"], tmp_path / "part.jsonl")
+    assert not (tmp_path / "part.jsonl").exists()
 
 
 def test_without_ray_it_says_what_to_install(tmp_path, monkeypatch):

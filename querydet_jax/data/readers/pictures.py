@@ -61,10 +61,12 @@ def find_pictures(names: Sequence[str | os.PathLike[str]]) -> list[Path]:
     if not files:
         raise DataError("no pictures given; name a picture or a folder")
     folder_of = functools.cache(lambda folder: str(folder) if is_url(folder) else os.path.realpath(folder))
-    once = list({(folder_of(path.parent), path.name): path for path in reversed(files)}.values())[::-1]
+    once: dict[tuple[str, str], Path] = {}
+    for path in files:
+        once.setdefault((folder_of(path.parent), path.name), path)
     if len(once) < len(files):
         _log.info("left out %d pictures that are named again", len(files) - len(once))
-    return once
+    return list(once.values())
 
 
 def matched(names: Sequence[str | os.PathLike[str]]) -> list[str]:
