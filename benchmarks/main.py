@@ -17,6 +17,7 @@ from benchmarks.speed.capacities import Capacities, capacities
 from benchmarks.speed.end_to_end import EndToEnd, end_to_end
 from benchmarks.speed.gpu_report import GpuReport, gpu_report
 from benchmarks.speed.loader import Loader, loader
+from benchmarks.speed.many import Many, many
 from benchmarks.speed.precision import Precision, precision
 from benchmarks.speed.runtimes import Onnx, onnx
 from benchmarks.speed.static_vs_dynamic import StaticVsDynamic, static_vs_dynamic
@@ -31,6 +32,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "figure4": (Figure4, figure4),
     "gpu-report": (GpuReport, gpu_report),
     "loader": (Loader, loader),
+    "many": (Many, many),
     "paper": (Paper, list_paper),
     "onnx": (Onnx, onnx),
     "precision": (Precision, precision),

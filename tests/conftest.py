@@ -7,6 +7,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 # Before jax starts.
 os.environ["XLA_FLAGS"] = (os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2").strip()
@@ -59,3 +60,12 @@ def memory_store(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     stores._check_bucket.cache_clear()
     yield
     stores._check_bucket.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def s3_server() -> Iterator[Any]:
+    """``s3://bucket`` on a real S3 server, the ``CuttingProxy`` before it; skips where one cannot be made."""
+    from s3_server import serve
+
+    with serve() as proxy:
+        yield proxy

@@ -24,7 +24,7 @@ from querydet_jax.inference.predictor import Predictor
 from querydet_jax.inference.tiling import Tiles
 from querydet_jax.runtime import machine
 from querydet_jax.runtime.errors import ConfigError, QueryDetError
-from querydet_jax.runtime.files import check_writable, write_json, writing, written_aside
+from querydet_jax.runtime.files import check_writable, reason, write_json, writing, written_aside
 from querydet_jax.runtime.progress import counted
 from querydet_jax.runtime.reading import read_json
 from querydet_jax.runtime.stores import as_path, is_url, local_copies
@@ -105,8 +105,15 @@ def _run(parts: list[dict[str, Any]], workers: int, arguments: tuple[Any, ...]) 
     import ray.data  # pyright: ignore[reportMissingImports]
 
     if not ray.is_initialized():
-        ray.init(logging_level=logging.ERROR, log_to_driver=False)  # RAY_ADDRESS names a cluster
+        try:
+            ray.init(logging_level=logging.ERROR, log_to_driver=False)
+        except ConnectionError as error:
+            raise QueryDetError(
+                f"RAY_ADDRESS {os.environ.get('RAY_ADDRESS')}: no cluster of Ray answers ({reason(error)}); check the "
+                "address, and RAY_AUTH_TOKEN if the cluster asks for one"
+            ) from None
     ray.data.DataContext.get_current().enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     there = ray.cluster_resources()
     gpus, chips = int(there.get("GPU", 0)), int(there.get("TPU", 0))
     needs: dict[str, Any] = {"num_gpus": 1} if gpus else {"resources": {"TPU": 1}} if chips else {}

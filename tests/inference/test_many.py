@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
+import secrets
 import signal
-import threading
+import socket
+import subprocess
+import sys
 import time
+from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 from pyarrow import parquet
@@ -52,8 +59,12 @@ def pictures(folder, number):
     return sorted(map(str, folder.iterdir()))
 
 
-def lines_of(folder):
-    return [json.loads(line) for path in sorted(folder.glob("part-*.jsonl")) for line in path.open()]
+def lines_of(folder, parse=json.loads):
+    return [parse(line) for path in sorted(folder.glob("part-*.jsonl")) for line in path.open()]
+
+
+def rows_of(path):
+    return parquet.read_table(path).to_pylist()
 
 
 def serial(files):
@@ -79,9 +90,8 @@ def test_a_part_is_what_predict_gives(tmp_path):
     assert len(write_part(make(), SCORES, files, tmp_path / "part-00000.jsonl")) == 1
     assert_equal_to_serial(lines_of(tmp_path), files)
     write_part(make(), SCORES, files, tmp_path / "part.parquet")
-    table = parquet.read_table(tmp_path / "part.parquet")
-    assert_equal_to_serial(table.to_pylist(), files)
-    assert [f"{field.name}: {field.type}" for field in table.schema] == [
+    assert_equal_to_serial(rows_of(tmp_path / "part.parquet"), files)
+    assert [f"{field.name}: {field.type}" for field in parquet.read_table(tmp_path / "part.parquet").schema] == [
         "path: string",
         "height: int32",
         "width: int32",
@@ -155,7 +165,7 @@ def test_names_are_found_as_everywhere(tmp_path, monkeypatch, with_ray):
     (tmp_path / "empty").mkdir()
     files = pictures(tmp_path / "in", 4)
     monkeypatch.chdir(tmp_path)
-    predict_many(make, ["in/*3.png", "in", "in/../in"], many.Path("out"), facts={}, min_score="0.2")
+    predict_many(make, ["in/*3.png", "in", "in/../in"], Path("out"), facts={}, min_score="0.2")
     assert_equal_to_serial(lines_of(tmp_path / "out"), [files[3], *files[:3]])
     for name in ("nowhere", "empty", "in/*.jpg"):
         with pytest.raises(DataError) as error:
@@ -184,7 +194,7 @@ def test_from_a_store_to_a_store(tmp_path, monkeypatch, memory_store, with_ray, 
     if results == "jsonl":
         rows = lines_of(tmp_path / "out")
     else:
-        rows = [row for name in names for row in parquet.read_table(tmp_path / "out" / name).to_pylist()]
+        rows = [row for name in names for row in rows_of(tmp_path / "out" / name)]
     for row in rows:
         row["path"] = str(tmp_path / "in" / row["path"].removeprefix("s3://bucket/in/"))
         row["error"] = row.get("error") and row["error"].replace("s3://bucket/in", str(tmp_path / "in"))
@@ -209,32 +219,125 @@ def test_without_ray_it_says_what_to_install(tmp_path, monkeypatch):
         predict_many(make, [], tmp_path, facts={})
 
 
-@pytest.mark.slow
-def test_a_killed_worker_loses_and_doubles_nothing(tmp_path, monkeypatch):
-    ray = pytest.importorskip("ray", reason="needs requirements-ray.txt")
-    files, out = pictures(tmp_path / "in", 2000), tmp_path / "out"
-    killed = []
-    here = many.Path(__file__)
-    monkeypatch.setenv("PYTHONPATH", f"{here.parent}:{here.parents[2]}")  # for Ray's workers
+def test_a_cluster_that_does_not_answer_is_one_line(tmp_path, monkeypatch, with_ray):
+    def refused(**options):
+        raise ConnectionError("Failed to connect to Ray cluster at 10.0.0.9:6379\nTraceback")
+
+    ray, data = ModuleType("ray"), ModuleType("ray.data")
+    ray.is_initialized, ray.init, ray.data = lambda: False, refused, data
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    monkeypatch.setitem(sys.modules, "ray.data", data)
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.9:6379")
+    pictures(tmp_path / "in", 3)
+    with pytest.raises(QueryDetError, match=r"RAY_ADDRESS 10.0.0.9:6379: no cluster of Ray answers \(.*9\); check"):
+        predict_many(make, [str(tmp_path / "in")], tmp_path / "out", facts={})
+
+
+# With Ray: what kills is another process than what predicts ---------------------------------------
+
+
+def drive(folder, images="", out="", **options):
+    """Predict on ``folder/in``, or on ``images``; each worker leaves the number of its process in ``folder``."""
+    folder = Path(folder)
+    images, out = images or str(folder / "in"), as_path(out or str(folder / "out"))
 
     def make_and_note():
-        (tmp_path / f"worker-{os.getpid()}").touch()
+        (folder / f"worker-{os.getpid()}").touch()
         return make(0.005)
 
-    def kill():
-        while len(list(out.glob("part-*.jsonl"))) < 6:
-            time.sleep(0.05)
-        killed.append(int(min(tmp_path.glob("worker-*")).name[7:]))
-        os.kill(killed[0], signal.SIGKILL)
+    predict_many(make_and_note, [images], out, facts={}, min_score="0.2", workers=2, part=32, **options)
 
-    thread = threading.Thread(target=kill)
-    thread.start()
-    ray.init(num_cpus=2)
+
+@contextlib.contextmanager
+def process(folder, name, *words, **environment):
+    """Run Python with ``words`` in a folder, its output in ``name.log``; kill it and what it started at the end."""
+    here = Path(__file__)
+    paths = {"PYTHONPATH": f"{here.parent}:{here.parents[1]}:{here.parents[2]}"}  # Ray's workers find this module
+    with (folder / f"{name}.log").open("w") as log:
+        started = subprocess.Popen(
+            [sys.executable, *words], cwd=folder, stdout=log, stderr=log, env={**os.environ, **paths, **environment}
+        )
     try:
-        number, broken = predict_many(make_and_note, [str(tmp_path / "in")], out, facts={}, min_score="0.2", workers=2)
+        yield started
     finally:
-        ray.shutdown()
-        thread.join(5)
-    assert (number, len(broken)) == (2000, 1) and killed
-    assert len(list(tmp_path.glob("worker-*"))) >= 2
-    assert_equal_to_serial(lines_of(out), files)
+        kill_all(started)
+        started.wait()
+
+
+def kill_all(started):
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for one in (psutil.Process(started.pid), *psutil.Process(started.pid).children(recursive=True)):
+            one.kill()
+
+
+def until(true, seconds=200):
+    ends = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < ends
+        time.sleep(0.05)
+
+
+def parts_of(folder):
+    return sorted((folder / "out").glob("part-*"))
+
+
+@pytest.mark.slow
+def test_a_killed_worker_loses_and_doubles_nothing(tmp_path):
+    pytest.importorskip("ray", reason="needs requirements-ray.txt")
+    files = pictures(tmp_path / "in", 2000)
+    code = f"import ray, test_many; ray.init(num_cpus=2); test_many.drive({str(tmp_path)!r})"
+    with process(tmp_path, "driver", "-c", code) as driver:
+        until(lambda: len(parts_of(tmp_path)) >= 6 or driver.poll() is not None)
+        os.kill(int(min(tmp_path.glob("worker-*")).name[7:]), signal.SIGKILL)
+        assert len(parts_of(tmp_path)) < 50
+        assert driver.wait(200) == 0, (tmp_path / "driver.log").read_text()
+    assert len(list(tmp_path.glob("worker-*"))) >= 3
+    assert_equal_to_serial(lines_of(tmp_path / "out"), files)
+    assert "| 2000/2000 [" in (tmp_path / "driver.log").read_text()  # the bar's end
+
+
+@pytest.mark.slow
+def test_a_killed_machine_loses_and_doubles_nothing(tmp_path):
+    """Two nodes of Ray on loopback, each with one worker and processes of its own; all of the second are killed."""
+    pytest.importorskip("ray", reason="needs requirements-ray.txt")
+    files = pictures(tmp_path / "in", 1500)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    words = "-m ray.scripts.scripts start --block --disable-usage-stats --num-cpus 1 --object-store-memory 100000000"
+    cluster = {"RAY_ADDRESS": f"127.0.0.1:{port}", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    code = f"""
+import ray, test_many
+ray.init(log_to_driver=False)
+test_many.until(lambda: sum(node["Alive"] for node in ray.nodes()) == 2)
+test_many.drive({str(tmp_path)!r}, results="parquet")
+"""
+    with contextlib.ExitStack() as started:
+        for name, options in (
+            ("head", ["--head", "--port", port, "--include-dashboard", "false"]),
+            ("other", ["--address", cluster["RAY_ADDRESS"]]),
+        ):
+            node = started.enter_context(process(tmp_path, name, *words.split(), *options, **cluster))
+            until(lambda name=name: "This command will now block" in (tmp_path / f"{name}.log").read_text())
+        driver = started.enter_context(process(tmp_path, "driver", "-c", code, **cluster))
+        until(lambda: len(parts_of(tmp_path)) >= 6 or driver.poll() is not None)
+        kill_all(node)
+        assert len(parts_of(tmp_path)) < 40
+        assert driver.wait(200) == 0, (tmp_path / "driver.log").read_text()
+    assert len(list(tmp_path.glob("worker-*"))) >= 3
+    assert_equal_to_serial([row for path in parts_of(tmp_path) for row in rows_of(path)], files)
+
+
+@pytest.mark.slow
+def test_workers_read_from_a_bucket_and_write_to_it(tmp_path, s3_server):
+    pytest.importorskip("ray", reason="needs requirements-ray.txt")
+    files = pictures(tmp_path / "in", 200)
+    upload(tmp_path / "in", as_path("s3://bucket/in"))
+    code = "import ray, test_many; ray.init(num_cpus=2); "
+    code += f"test_many.drive({str(tmp_path)!r}, 's3://bucket/in', 's3://bucket/out')"
+    with process(tmp_path, "driver", "-c", code) as driver:
+        assert driver.wait(200) == 0, (tmp_path / "driver.log").read_text()
+    download(as_path("s3://bucket/out"), tmp_path / "out")
+    rows = [
+        json.loads(line.replace("s3://bucket/in", str(tmp_path / "in"))) for line in lines_of(tmp_path / "out", str)
+    ]
+    assert_equal_to_serial(rows, files)
