@@ -40,12 +40,12 @@ class Cache:
     Attributes:
       folder: where they are.
       limit: most bytes of all copies; before it is exceeded, those not used for longest go. 0: none go.
-      since: a time. A copy that was compared with the store after it is used without asking the store.
+      since: a time, ns. A copy that was compared with the store after it is used without asking the store.
     """
 
     folder: Path
     limit: int
-    since: float
+    since: int
 
     @classmethod
     def open(cls, folder: str | Path, limit: int) -> Cache:
@@ -55,7 +55,7 @@ class Cache:
           QueryDetError: the folder cannot be written.
         """
         check_writable(folder)
-        return cls(Path(folder).absolute(), limit, time.time())
+        return cls(Path(folder).absolute(), limit, time.time_ns())
 
     def use(self, path: StorePath, do: Callable[[Path], Value]) -> Value:
         """Return ``do(copy)``, where ``copy`` is a file with the object's content.
@@ -80,7 +80,7 @@ class Cache:
             with writing(self.folder), self._locked(place.name[:2]):
                 found = self._compared(place) or self._fetch(path, place)
         with contextlib.suppress(OSError):
-            os.utime(found, (time.time(), found.stat().st_mtime))
+            os.utime(found, ns=(time.time_ns(), found.stat().st_mtime_ns))
         return found
 
     def _compared(self, place: Path) -> Path | None:
@@ -88,7 +88,7 @@ class Cache:
         with contextlib.suppress(FileNotFoundError), os.scandir(place) as entries:
             for entry in entries:
                 about = entry.stat()
-                if about.st_mtime >= self.since and entry.name.startswith(f"{about.st_size}-"):
+                if about.st_mtime_ns >= self.since and entry.name.startswith(f"{about.st_size}-"):
                     return Path(entry.path)
         return None
 
@@ -107,8 +107,8 @@ class Cache:
                     raise
                 if aside.stat().st_size != size:
                     raise StoreError(errno.EIO, "changed, or was cut, while it was read", str(path))
-        now = time.time()
-        os.utime(copy, (now, now))
+        now = time.time_ns()
+        os.utime(copy, ns=(now, now))
         for other in place.iterdir():
             if other.name != copy.name:  # an earlier version, or what a killed process has left
                 _remove(other)
