@@ -15,6 +15,7 @@ from querydet_jax.cli.arguments import parse, results_folder
 from querydet_jax.cli.main import SUMMARIES
 from querydet_jax.config import Config
 from querydet_jax.data import Dataset, open_split
+from querydet_jax.data.plan import both_orientations
 from querydet_jax.data.sources import images_folder
 from querydet_jax.evaluation.errors import attribute
 from querydet_jax.evaluation.judges import Judge, check_judge
@@ -25,11 +26,13 @@ from querydet_jax.evaluation.runner import (
     comparison_table,
     detectors_to_compare,
     evaluate_detectors,
+    evaluate_tiled,
     first_images,
 )
 from querydet_jax.evaluation.worst import PAGE, check_apart, find_worst, write_worst
 from querydet_jax.inference.results import run_on_images
 from querydet_jax.inference.runs import open_model
+from querydet_jax.inference.tiling import OVERLAP, Tiles, parse_tiles, run_tiled
 from querydet_jax.runtime import machine
 from querydet_jax.runtime.checkpoint_store import newest_step
 from querydet_jax.runtime.errors import ConfigError
@@ -55,8 +58,13 @@ class EvalArguments:
     """Use only the first N images (0: all)."""
     pictures: int = 6
     """Images to draw."""
+    tiles: str = "off"
+    """As `querydet predict --tiles`: auto cuts large images that would be shrunk into windows at their own scale; a
+    number cuts every image into that many windows along its longer side; off sees every image whole."""
+    overlap: float = OVERLAP
+    """With --tiles: least share of a window that the next one shows, too."""
     query_recall: bool = True
-    """Also count which objects the queries reach, at several thresholds (a second, untimed pass)."""
+    """Also count which objects the queries reach, at several thresholds (a second, untimed pass; not with --tiles)."""
     missed: bool = False
     """Also tell where objects under 32 px are lost, at score 0.3: query, heads or NMS (one host; a further pass)."""
     worst: int = 0
@@ -73,6 +81,9 @@ def evaluate(words: Sequence[str], program: str) -> None:
     for name in ("images", "pictures", "worst"):
         if getattr(arguments, name) < 0:
             raise ConfigError(f"--{name} {getattr(arguments, name)}: give 0 or more")
+    tiles = parse_tiles(arguments.tiles, arguments.overlap, ("--tiles", "--overlap"))
+    if tiles and arguments.missed:
+        raise ConfigError("--missed: is of whole images; leave out --tiles")
     check_judge(arguments.judge)
     join(arguments.hosts)
     machine.prepare()
@@ -85,17 +96,25 @@ def evaluate(words: Sequence[str], program: str) -> None:
         check_writable(out)
         if arguments.worst:
             check_apart(out, images_folder(config.data, "val"))
-    detectors = detectors_to_compare(model, config, arguments.methods)
+    data, batch_size = config.data, config.inference.batch_size
+    if tiles:  # predict's canvases, and so its windows
+        data = dataclasses.replace(data, test_canvases=both_orientations(data.test_canvases))
+    detectors = detectors_to_compare(model, dataclasses.replace(config, data=data), arguments.methods)
     indices = first_images(dataset, arguments.images)
-    runs = evaluate_detectors(
-        detectors,
-        dataset,
-        config.data,
-        batch_size=config.inference.batch_size,
-        indices=indices,
-        query_recall=arguments.query_recall,
-        judge=arguments.judge,
-    )
+    if tiles:
+        runs = evaluate_tiled(
+            detectors, dataset, data, tiles, batch_size=batch_size, indices=indices, judge=arguments.judge
+        )
+    else:
+        runs = evaluate_detectors(
+            detectors,
+            dataset,
+            data,
+            batch_size=batch_size,
+            indices=indices,
+            query_recall=arguments.query_recall,
+            judge=arguments.judge,
+        )
     if not is_first():
         return
     for name, result in runs.items():
@@ -108,13 +127,11 @@ def evaluate(words: Sequence[str], program: str) -> None:
     lost = {}
     if arguments.missed:
         for name, detector in detectors.items():
-            batch_size = config.inference.batch_size
-            lost[name] = count_missed(
-                detector, dataset, config.data, score=_MISSED_AT, batch_size=batch_size, indices=indices
-            )
+            lost[name] = count_missed(detector, dataset, data, score=_MISSED_AT, batch_size=batch_size, indices=indices)
             print(f"\nwhere objects are lost ({name}), percent, at score {_MISSED_AT}\n{lost[name].table()}")
-    print(f"\n{comparison_table(runs)}\n\n{machine.one_line()}")
-    write_json(out / "report.json", _report(config, weights, step, runs, lost, indices), indent=2)
+    cut = f"\nin windows: --tiles {arguments.tiles} --overlap {tiles.overlap:g}" if tiles else ""
+    print(f"\n{comparison_table(runs)}{cut}\n\n{machine.one_line()}")
+    write_json(out / "report.json", _report(config, weights, step, runs, lost, indices, tiles), indent=2)
     written = write_scores(out, {name: result.scores for name, result in runs.items()})
     if arguments.worst:
         count = _draw_worst(out, dataset, list(runs.values())[-1].scores.results, arguments.worst, indices)
@@ -125,7 +142,14 @@ def evaluate(words: Sequence[str], program: str) -> None:
         folder = images_folder(config.data, "val")
         inputs = {identity(folder / dataset.file_name(i)) for i in range(len(dataset))} - {None} if folder else set()
         stems = dict(zip(drawn, result_stems([dataset.file_name(i) for i in drawn]), strict=True))
-        for result in run_on_images(list(detectors.values())[-1], dataset, config.data, drawn):
+        last, nms_iou = list(detectors.values())[-1], config.inference.nms_iou
+        if tiles:
+            seen = run_tiled(
+                last, dataset, data, tiles, min_scores=0.0, nms_iou=nms_iou, batch_size=batch_size, indices=drawn
+            )
+        else:
+            seen = run_on_images(last, dataset, data, drawn)
+        for result in seen:
             truth = dataset.annotation(result.index).boxes
             pictures = cascade_pictures(result, names, config.inference.threshold, truth=truth)
             save_image(
@@ -153,7 +177,10 @@ def _report(
     runs: dict[str, Evaluation],
     lost: dict[str, MissedObjects],
     indices: list[int] | None,
+    tiles: Tiles | None,
 ) -> dict[str, Any]:
+    batch_size = config.inference.batch_size
+    timed = f"images, {batch_size} windows at a time" if tiles else f"batches of {batch_size}"
     first = next(iter(runs.values())).ms_median
     return {
         "config": dataclasses.asdict(config),
@@ -161,10 +188,11 @@ def _report(
         "step": step,
         "machine": machine.describe(),
         "images": "all" if indices is None else len(indices),
+        **({"tiles": tiles.number or "auto", "overlap": tiles.overlap} if tiles else {}),
         "methods": {name: run.to_dict() for name, run in runs.items()},
         **({"missed": {name: counts.to_dict() for name, counts in lost.items()}} if lost else {}),
         "speed_up": {name: first / run.ms_median for name, run in runs.items() if not np.isnan(run.ms_median)},
-        "timing": f"median over batches of {config.inference.batch_size}, detectors in turn, {jax.default_backend()}",
+        "timing": f"median over {timed}, detectors in turn, {jax.default_backend()}",
     }
 
 

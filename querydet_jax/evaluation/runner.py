@@ -20,7 +20,9 @@ from querydet_jax.evaluation.metrics import DEFAULT_BINS, nan_to_none
 from querydet_jax.evaluation.query import QueryRecall
 from querydet_jax.evaluation.scoring import Scores, score
 from querydet_jax.inference.detector import Detector
+from querydet_jax.inference.pipeline import Detections
 from querydet_jax.inference.results import in_original
+from querydet_jax.inference.tiling import Tiles, run_tiled
 from querydet_jax.models import DenseDetector
 from querydet_jax.ops.anchors import level_shape
 from querydet_jax.runtime.errors import DataError
@@ -35,8 +37,8 @@ class Evaluation:
 
     Attributes:
       scores: its detections and their metrics.
-      ms: milliseconds per image, one entry per batch, from uint8 pixels on the device to detections.
-        Compilation is not included.
+      ms: milliseconds per image, one entry per batch (per image, if it is cut into windows), from uint8 pixels on the
+        device to detections. Compilation is not included.
       active: {level: active share of its cells, one entry per batch}; sparse levels only.
       dense_rungs: {level: number of batches that overflowed to the dense rung}.
       recall: {level: query recall by object size and threshold}, if requested.
@@ -149,25 +151,89 @@ def evaluate_detectors(
                 run.ms.append((time.perf_counter() - begun) * 1e3 / len(batch["valid"]))
                 result = jax.device_get(result)
                 found[name] += _detections(result, batch)
-                for level, stats in result.stats.items():
-                    cells = images.shape[0] * _cells(images.shape, level)
-                    run.active.setdefault(level, []).append(float(stats.active) / cells)
-                    run.dense_rungs[level] = run.dense_rungs.get(level, 0) + int(stats.overflowed)
+                _count_cells(run, result, images.shape)
                 if query_recall and detector.config.query != "dense":
                     _count_recall(run, detector, images, sizes, batch, dataset, position)
             seen.add(images.shape)
             between()
     finally:
         batches.close()
-    (runs, found), *others = gather((runs, found))
-    for of_other, found_there in others:
-        for name in detectors:
-            runs[name].add(of_other[name])
-            found[name] += found_there[name]
-    for name, run in runs.items():
-        most = detectors[name].config.max_detections
-        run.scores = score(dataset, found[name], indices=indices, size_bins=size_bins, max_detections=most, judge=judge)
-    return runs
+    return _scored(detectors, runs, found, dataset, indices, size_bins, judge)
+
+
+def evaluate_tiled(
+    detectors: dict[str, Detector],
+    dataset: Dataset,
+    data: DataConfig,
+    tiles: Tiles,
+    *,
+    batch_size: int = 1,
+    indices: Sequence[int] | None = None,
+    show_progress: bool = True,
+    judge: Judge = "pycocotools",
+) -> dict[str, Evaluation]:
+    """Evaluate detectors side by side on pictures that are cut into windows; see ``run_tiled``.
+
+    Every picture goes through all detectors in turn. Times are of all its windows. Several hosts share the pictures;
+    each returns the results over all.
+
+    Args:
+      detectors: {name: detector}.
+      data: resize rule and canvases.
+      batch_size: windows per call.
+      indices: positions of the images to use; None selects all.
+      judge: see ``evaluate``.
+
+    Raises:
+      ConfigError: see ``check_judge``.
+      DataError: an image cannot be read, or is not cut and fits no canvas.
+    """
+    check_judge(judge)
+    chosen = list(range(len(dataset)) if indices is None else indices)[jax.process_index() :: jax.process_count()]
+    found: dict[str, list[ImageDetections]] = {name: [] for name in detectors}
+    runs = {name: Evaluation() for name in detectors}
+    timed = {name: _Timed(detector, runs[name]) for name, detector in detectors.items()}
+    results = zip(
+        *(
+            run_tiled(
+                detector, dataset, data, tiles,
+                min_scores=0.0, nms_iou=detectors[name].config.nms_iou, batch_size=batch_size, indices=chosen,
+            )
+            for name, detector in timed.items()
+        ),
+        strict=True,
+    )  # fmt: skip
+    for of_each in progress(results, "evaluating", "image", total=len(chosen), show=show_progress and is_first()):
+        for name, result in zip(detectors, of_each, strict=True):
+            image_id = dataset.image_id(result.index)
+            found[name].append(ImageDetections(image_id, result.boxes, result.scores, result.classes))
+            runs[name].ms.append(timed[name].taken())
+    return _scored(detectors, runs, found, dataset, indices, DEFAULT_BINS, judge)
+
+
+class _Timed:
+    """A detector that counts milliseconds and active cells; the first call of a shape, which compiles, is repeated."""
+
+    def __init__(self, detector: Detector, run: Evaluation):
+        self._detector, self._run, self._ms = detector, run, 0.0
+        self._seen: set[tuple[int, ...]] = set()
+
+    def __call__(self, images: np.ndarray, sizes: np.ndarray) -> Detections:
+        there = jax.device_put((images, sizes))
+        if images.shape not in self._seen:
+            jax.block_until_ready(self._detector(*there))
+            self._seen.add(images.shape)
+        begun = time.perf_counter()
+        result = jax.block_until_ready(self._detector(*there))
+        self._ms += (time.perf_counter() - begun) * 1e3
+        result = jax.device_get(result)
+        _count_cells(self._run, result, images.shape)
+        return result
+
+    def taken(self) -> float:
+        """Return the milliseconds since the last time."""
+        ms, self._ms = self._ms, 0.0
+        return ms
 
 
 def detectors_to_compare(model: DenseDetector, config: Config, methods: Sequence[str] = ()) -> dict[str, Detector]:
@@ -220,6 +286,34 @@ def comparison_table(runs: dict[str, Evaluation]) -> str:
             ]
         )
     return text_table(header, rows)
+
+
+def _scored(
+    detectors: dict[str, Detector],
+    runs: dict[str, Evaluation],
+    found: dict[str, list[ImageDetections]],
+    dataset: Dataset,
+    indices: Sequence[int] | None,
+    size_bins: Sequence[tuple[float, float]],
+    judge: Judge,
+) -> dict[str, Evaluation]:
+    """Put the results of all hosts together and score them."""
+    (runs, found), *others = gather((runs, found))
+    for of_other, found_there in others:
+        for name in detectors:
+            runs[name].add(of_other[name])
+            found[name] += found_there[name]
+    for name, run in runs.items():
+        most = detectors[name].config.max_detections
+        run.scores = score(dataset, found[name], indices=indices, size_bins=size_bins, max_detections=most, judge=judge)
+    return runs
+
+
+def _count_cells(run: Evaluation, result: Detections, shape: tuple[int, ...]) -> None:
+    for level, stats in result.stats.items():
+        cells = shape[0] * _cells(shape, level)
+        run.active.setdefault(level, []).append(float(stats.active) / cells)
+        run.dense_rungs[level] = run.dense_rungs.get(level, 0) + int(stats.overflowed)
 
 
 def _detections(result: Any, batch: dict[str, np.ndarray]) -> list[ImageDetections]:

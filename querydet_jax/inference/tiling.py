@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import product
@@ -129,6 +129,7 @@ def run_tiled(
     min_scores: np.ndarray | float,
     nms_iou: float,
     batch_size: int = 1,
+    indices: Sequence[int] | None = None,
     on_broken: Callable[[str], None] | None = None,
 ) -> Iterator[Prediction]:
     """Run a detector over pictures in windows and yield a result per picture, in their order.
@@ -139,12 +140,13 @@ def run_tiled(
       min_scores: the score from which a detection counts, of all classes or per class ``[K]``.
       nms_iou: of two detections of a class in different windows whose IoU is larger, the better one stays.
       batch_size: windows per call.
+      indices: positions of the pictures; None: all.
       on_broken: called with a message for each picture that fits no canvas or cannot be read; None raises.
 
     Raises:
       DataError: a picture is broken, without ``on_broken``.
     """
-    for i in range(len(dataset)):
+    for i in range(len(dataset)) if indices is None else indices:
         try:
             grid = plan_windows(tiles, dataset, i, data)
             image = dataset.load(i)

@@ -88,6 +88,50 @@ def test_train_then_eval(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert not list((run / "run").glob("*visdrone*"))
 
 
+@pytest.mark.slow
+def test_eval_in_windows_is_predict_and_score(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    (tmp_path / "val").mkdir()
+    names = ("car", "boat", "tank")
+    truth = {"images": [], "annotations": [], "categories": [{"id": k + 1, "name": n} for k, n in enumerate(names)]}
+    for n, (height, width) in enumerate(((200, 300), (300, 160)), start=1):
+        coarse = Image.fromarray(rng.integers(0, 256, (height // 10, width // 10, 3), dtype=np.uint8))
+        coarse.resize((width, height)).save(tmp_path / "val" / f"{n}.png")
+        truth["images"].append({"id": n, "file_name": f"{n}.png", "height": height, "width": width})
+        for k in range(3):
+            box = {"image_id": n, "category_id": k + 1, "bbox": [40 * k, 30, 20, 16], "area": 320, "iscrowd": 0}
+            truth["annotations"].append({"id": 10 * n + k, **box})
+    (tmp_path / "val.json").write_text(json.dumps(truth))
+    tiled = ["--tiles", 2, "--overlap", 0.25, "--inference.query", "csq", "--inference.score-threshold", 0.0]
+    coco = [
+        "--data.source",
+        "coco",
+        "--data.root",
+        ".",
+        "--data.val-annotations",
+        "val.json",
+        "--data.val-images",
+        "val",
+    ]
+    call("eval", run / "run", *coco, *tiled, "--methods", "csq", "--out", "evaluated", "--pictures", 1)
+    assert "in windows: --tiles 2 --overlap 0.25" in capsys.readouterr().out
+    report = json.loads((tmp_path / "evaluated" / "report.json").read_text())
+    assert (report["tiles"], report["overlap"]) == (2, 0.25) and "images, " in report["timing"]
+    assert len(list((tmp_path / "evaluated" / "pictures").iterdir())) == 1
+    call(
+        "predict", run / "run", "--images", "val", *tiled,
+        "--min-score", 0, "--draw", "none", "--save-json", "found.json",
+    )  # fmt: skip
+    call("score", "coco", "found.json", "val.json", "--out", "scored")
+    scored = json.loads((tmp_path / "scored" / "report.json").read_text())["metrics"]
+    assert json.loads((tmp_path / "found.json").read_text())
+    for name in ("AP", "AP50", "APs", "AR1", "AR10", "AR100"):
+        assert report["methods"]["csq"]["metrics"][name] == pytest.approx(scored[name], abs=1e-9)
+
+
 @pytest.mark.parametrize(
     ("configured", "asked", "expected"),
     [
@@ -157,6 +201,9 @@ def test_predict_on_a_folder_of_either_orientation(
         ("eval", ["{run}", "--images", "-1"], "--images -1: give 0 or more"),
         ("eval", ["{run}", "--pictures", "-2"], "--pictures -2: give 0 or more"),
         ("eval", ["{run}", "--worst", "-1"], "--worst -1: give 0 or more"),
+        ("eval", ["{run}", "--tiles", "1"], "--tiles '1': give auto, off, or the number of windows"),
+        ("eval", ["{run}", "--overlap", "0.3"], "--overlap 0.3: is for windows; set --tiles"),
+        ("eval", ["{run}", "--tiles", "auto", "--missed"], "--missed: is of whole images; leave out --tiles"),
         ("eval", ["{here}"], "no config.json"),
         ("predict", ["{run}"], "--images"),
         ("predict", ["{run}", "--images", "nowhere.jpg"], "nowhere.jpg: no such picture"),

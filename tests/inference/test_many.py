@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from types import ModuleType
@@ -285,7 +286,7 @@ def parts_of(folder):
 def test_a_killed_worker_loses_and_doubles_nothing(tmp_path):
     pytest.importorskip("ray", reason="needs requirements-ray.txt")
     files = pictures(tmp_path / "in", 2000)
-    code = f"import ray, test_many; ray.init(num_cpus=2); test_many.drive({str(tmp_path)!r})"
+    code = f"import ray, test_many; ray.init('local', num_cpus=2); test_many.drive({str(tmp_path)!r})"
     with process(tmp_path, "driver", "-c", code) as driver:
         until(lambda: len(parts_of(tmp_path)) >= 6 or driver.poll() is not None)
         os.kill(int(min(tmp_path.glob("worker-*")).name[7:]), signal.SIGKILL)
@@ -312,8 +313,10 @@ test_many.until(lambda: sum(node["Alive"] for node in ray.nodes()) == 2)
 test_many.drive({str(tmp_path)!r}, results="parquet")
 """
     with contextlib.ExitStack() as started:
+        # Its sockets want a short name; Ray's own folder would make other tests find this cluster.
+        temporary = started.enter_context(tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True))
         for name, options in (
-            ("head", ["--head", "--port", port, "--include-dashboard", "false"]),
+            ("head", ["--head", "--port", port, "--include-dashboard", "false", "--temp-dir", temporary]),
             ("other", ["--address", cluster["RAY_ADDRESS"]]),
         ):
             node = started.enter_context(process(tmp_path, name, *words.split(), *options, **cluster))
@@ -332,7 +335,7 @@ def test_workers_read_from_a_bucket_and_write_to_it(tmp_path, s3_server):
     pytest.importorskip("ray", reason="needs requirements-ray.txt")
     files = pictures(tmp_path / "in", 200)
     upload(tmp_path / "in", as_path("s3://bucket/in"))
-    code = "import ray, test_many; ray.init(num_cpus=2); "
+    code = "import ray, test_many; ray.init('local', num_cpus=2); "
     code += f"test_many.drive({str(tmp_path)!r}, 's3://bucket/in', 's3://bucket/out')"
     with process(tmp_path, "driver", "-c", code) as driver:
         assert driver.wait(200) == 0, (tmp_path / "driver.log").read_text()
