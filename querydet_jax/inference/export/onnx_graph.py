@@ -82,15 +82,15 @@ class Builder:
     def __init__(self) -> None:
         self.constants: dict[str, np.ndarray] = {}
         self.main = Graph()
-        self._fixed = Graph()  # what depends on constants alone, before everything else
-        self._open = [self._fixed, self.main]
+        self.fixed = Graph()  # what depends on constants alone, before everything else
+        self._open = [self.fixed, self.main]
         self._by_content: dict[Any, str] = {}
         self._made: dict[str, tuple[str, list[Value | None]]] = {}
         self._number = 0
 
     def input(self, shape: Shape, dtype: DTypeLike, name: str | None = None) -> Value:
         """Add an input to the innermost open graph."""
-        value = Value(name or self._name(), shape, shape, np.dtype(dtype), False)
+        value = Value(name or self.new_name(), shape, shape, np.dtype(dtype), False)
         self._open[-1].inputs.append(value)
         self._open[-1].own.add(value.name)
         return value
@@ -102,7 +102,7 @@ class Builder:
         """
         graph = self._open[-1]
         for i, value in enumerate(map(self.full, values)):
-            out = dataclasses.replace(value, name=names[i] if names else self._name(), fixed=False, turned=None)
+            out = dataclasses.replace(value, name=names[i] if names else self.new_name(), fixed=False, turned=None)
             graph.nodes.append(Node("Identity", [value.name], [out.name], {}))
             graph.outputs.append(out)
 
@@ -124,11 +124,15 @@ class Builder:
             array = np.full((1,) * array.ndim, array.flat[0], array.dtype)
         return self._constant(array, shape)
 
+    def exact_constant(self, array: np.ndarray) -> Value:
+        """Return a constant that is stored with all its entries."""
+        return self._constant(array, array.shape)
+
     def _constant(self, array: np.ndarray, shape: Shape) -> Value:
         data = np.ascontiguousarray(array).reshape(array.shape)
         key = (data.dtype.str, data.shape, hashlib.sha256(data.tobytes()).digest())
         if key not in self._by_content:
-            self._by_content[key] = self._name()
+            self._by_content[key] = self.new_name()
             self.constants[self._by_content[key]] = data
         return Value(self._by_content[key], shape, data.shape, data.dtype, True)
 
@@ -172,10 +176,10 @@ class Builder:
             if key in graph.known and not has_graph:
                 return graph.known[key]
         values = [
-            Value(self._name(), shape, inner, np.dtype(dtype), fixed)
+            Value(self.new_name(), shape, inner, np.dtype(dtype), fixed)
             for (shape, dtype), inner in zip(results, stored or [shape for shape, _ in results], strict=True)
         ]
-        graph = self._fixed if fixed else self._open[-1] if has_graph else self._place(names)
+        graph = self.fixed if fixed else self._open[-1] if has_graph else self._place(names)
         graph.nodes.append(Node(op, names, [value.name for value in values], attributes))
         graph.own.update(value.name for value in values)
         graph.known[key] = values
@@ -284,13 +288,21 @@ class Builder:
                 return None
         return sources, order
 
-    def _name(self) -> str:
+    def new_name(self) -> str:
+        """Return a name that no tensor has."""
         self._number += 1
         return f"t{self._number}"
 
+    def drop_unused(self) -> None:
+        """Keep only the nodes that the outputs depend on."""
+        fixed = {name for node in self.fixed.nodes for name in node.outputs}
+        kept, _ = _used(self.fixed.nodes + self.main.nodes, {value.name for value in self.main.outputs})
+        self.fixed.nodes = [node for node in kept if fixed.issuperset(node.outputs)]
+        self.main.nodes = [node for node in kept if not fixed.issuperset(node.outputs)]
+
     def model(self, metadata: dict[str, str], producer: str) -> Any:
         """Return the model, an ``onnx.ModelProto``. Needs the package onnx."""
-        nodes, needed = _used(self._fixed.nodes + self.main.nodes, {value.name for value in self.main.outputs})
+        nodes, needed = _used(self.fixed.nodes + self.main.nodes, {value.name for value in self.main.outputs})
         import onnx  # pyright: ignore[reportMissingImports]  # an extra
 
         graph = onnx.helper.make_graph(

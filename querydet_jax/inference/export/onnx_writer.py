@@ -22,6 +22,7 @@ from querydet_jax.config import Config
 from querydet_jax.inference.detector import Detector
 from querydet_jax.inference.export.onnx_detector import FORMAT, METADATA, VERSION
 from querydet_jax.inference.export.onnx_graph import Builder, Shape, Value
+from querydet_jax.inference.export.onnx_int8 import quantize
 from querydet_jax.inference.export.onnx_operators import translate_closed
 from querydet_jax.inference.export.writer import (
     Canvas,
@@ -45,6 +46,7 @@ def write_onnx(
     canvases: Sequence[Canvas],
     batch_sizes: Sequence[int],
     min_scores: np.ndarray | None = None,
+    int8: Any = None,
 ) -> dict[str, Any]:
     """Translate a detector for every canvas and batch size, and write it with its weights, which are stored once.
 
@@ -56,6 +58,7 @@ def write_onnx(
       batch_sizes: images per call.
       min_scores: for the metadata, the score from which a detection of each class counts, ``[K]``; the graph does not
         use it.
+      int8: ranges of the layers that shall run in int8, from ``measure_ranges``; None: all in float32.
 
     Returns:
       The manifest.
@@ -78,6 +81,8 @@ def write_onnx(
     }
     builder = Builder()
     _add_programs(builder, detector, [(batch, *canvas) for canvas in canvases for batch in batch_sizes])
+    if int8 is not None:
+        quantize(builder, int8.ranges)
     model = builder.model({METADATA: json.dumps(manifest, allow_nan=False)}, "querydet_jax")
     with file_to_write(as_path(path), "detector.onnx") as aside:
         aside.write_bytes(model.SerializeToString(deterministic=True))
@@ -158,11 +163,10 @@ def add_program(
     """
     function: Callable[..., Any]
     function, state = detector.function() if threshold is None else detector.traced_function()
-    parameters, tree = jax.tree.flatten(state)
     names: list[str] = []
 
-    def flat(parameters: list[Array], *inputs: Array) -> list[Array]:
-        returned = function(tree.unflatten(parameters), *inputs)
+    def flat(*arguments: Any) -> list[Array]:
+        returned = function(*arguments)
         found, maps = (returned, None) if threshold is None else returned
         results = {name: getattr(found, name) for name in _FIELDS}
         for level, counts in sorted(found.stats.items()):
@@ -172,9 +176,21 @@ def add_program(
         names[:] = results
         return list(results.values())
 
-    # Convolutions of ONNX read [B, C, H, W].
-    images = builder.in_layout(images, (0, 3, 1, 2))
     inputs = [images, sizes] if threshold is None else [images, sizes, threshold]
+    results = add_function(builder, flat, state, inputs)
+    return dict(zip(names, results, strict=True))
+
+
+def add_function(builder: Builder, function: Callable[..., Any], state: Any, inputs: Sequence[Value]) -> list[Value]:
+    """Add ``function(state, images [B, H, W, 3], ...)``; return the arrays of its result, flattened."""
+    parameters, tree = jax.tree.flatten(state)
+
+    def flat(parameters: list[Array], *inputs: Array) -> list[Array]:
+        return jax.tree.leaves(function(tree.unflatten(parameters), *inputs))
+
+    images, *others = inputs
+    # Convolutions of ONNX read [B, C, H, W].
+    inputs = [builder.in_layout(images, (0, 3, 1, 2)), *others]
     traced = jax.make_jaxpr(flat)(parameters, *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in inputs))
     weights = [builder.constant(np.asarray(x)) for x in parameters]
-    return dict(zip(names, translate_closed(builder, traced, [*weights, *inputs]), strict=True))
+    return translate_closed(builder, traced, [*weights, *inputs])
