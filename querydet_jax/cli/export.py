@@ -9,20 +9,28 @@ from pathlib import Path
 from typing import Any, Literal
 
 from querydet_jax.cli.arguments import parse, results_folder
+from querydet_jax.config import Config, override
 from querydet_jax.config.zoo import is_packaged
+from querydet_jax.data import open_split
 from querydet_jax.data.plan import both_orientations
+from querydet_jax.data.readers.images import Reading
+from querydet_jax.data.readers.pictures import Pictures
 from querydet_jax.inference.detector import Detector
+from querydet_jax.inference.export.onnx_calibration import calibrate
+from querydet_jax.inference.export.onnx_int8 import Calibration
 from querydet_jax.inference.export.onnx_writer import write_onnx
 from querydet_jax.inference.export.web import write_page
-from querydet_jax.inference.export.writer import PLATFORMS, any_batch_size, write_artifact
+from querydet_jax.inference.export.writer import PLATFORMS, Canvas, any_batch_size, write_artifact
 from querydet_jax.inference.min_scores import BEST, min_scores
 from querydet_jax.inference.runs import open_model
+from querydet_jax.models.base import DenseDetector
 from querydet_jax.runtime import machine
 from querydet_jax.runtime.errors import ConfigError
 from querydet_jax.runtime.stores import as_path, size_of
 from querydet_jax.viz.text import score_text
 from querydet_jax.weights.packaged import read_card
 
+TRAIN = "train"  # names the pictures of the data set that trains
 _NAMES = {"artifact": "detector.zip", "onnx": "detector.onnx", "web": "web"}
 
 
@@ -46,6 +54,13 @@ class ExportArguments:
     """The score from which detections count, for whoever runs the file; the programs give all. A number; best, each
     class's with the largest F1 in the run's last evaluation; or best,CLASS=0.4,CLASS=0.2 (default: none; for web, where
     the page starts: best for packaged weights, otherwise 0.3)."""
+    precision: Literal["float32", "int8"] = "float32"
+    """Of an ONNX file's convolutions. int8 computes faster on CPUs, and needs pictures for calibration."""
+    calibration: tuple[str, ...] = ()
+    """With int8: pictures, or folders of them, like those that the detector will see; or train, the data set's training
+    pictures (--data.root)."""
+    calibration_images: int = 200
+    """With int8: look at so many of these pictures, spread evenly."""
     examples: tuple[str, ...] = ()
     """For web: pictures, or folders of them, that the page offers; an ATTRIBUTION.md beside them comes along (default:
     none; in a checkout, those of packaged weights in examples/NAME)."""
@@ -73,6 +88,7 @@ def export(words: Sequence[str], program: str) -> None:
     batch_sizes = (1,) if to == "web" else arguments.batch_sizes
     if not batch_sizes and (to == "onnx" or not any_batch_size(config.inference, config.model.detector)):
         batch_sizes = (config.inference.batch_size,)
+    int8 = _calibration(arguments, model, config, canvases, str(source)) if arguments.precision == "int8" else None
     weights = as_path(arguments.weights or source)
     card = read_card(weights) if is_packaged(weights) else None
     best = weights if card is None else card.min_scores
@@ -91,7 +107,7 @@ def export(words: Sequence[str], program: str) -> None:
         count *= 1 if config.inference.query == "dense" else 2
         use = f"python -m http.server --directory {out} 8000, and open http://localhost:8000"
     elif to == "onnx":
-        write_onnx(out, Detector(model, config.inference), config, batch_sizes=batch_sizes, **common)
+        write_onnx(out, Detector(model, config.inference), config, batch_sizes=batch_sizes, int8=int8, **common)
     else:
         detector = Detector(model, config.inference)
         write_artifact(out, detector, config, batch_sizes=batch_sizes, platforms=arguments.platforms, **common)
@@ -99,11 +115,12 @@ def export(words: Sequence[str], program: str) -> None:
     shapes = ", ".join(f"{height}x{width}" for height, width in canvases)
     numbers = ", ".join(map(str, batch_sizes)) if batch_sizes else "any"
     counts = "" if scores is None else f", scores from {score_text(scores)}"
+    measured = "" if int8 is None else f", int8 by {int8.images} pictures of {int8.source}"
     runtime = {"onnx": "ONNX Runtime", "web": "browsers"}.get(to, ", ".join(arguments.platforms))
     print(
         f"{out}: {size / 1e6:.1f} MB, {count} program{'s' * (count > 1)} in "
         f"{time.perf_counter() - begun:.1f} s; {config.inference.query}, canvases {shapes}, batch size {numbers}, for "
-        f"{runtime}{counts}\nuse it with: {use}"
+        f"{runtime}{counts}{measured}\nuse it with: {use}"
     )
 
 
@@ -117,9 +134,31 @@ def _check(arguments: ExportArguments) -> None:
         raise ConfigError(f"--out {arguments.out}: an artifact is a zip archive; add --format onnx for an ONNX file")
     if to == "web" and arguments.batch_sizes:
         raise ConfigError("--batch-sizes: a page looks at one picture at a time; leave it out")
+    if arguments.precision == "int8":
+        if to != "onnx":
+            raise ConfigError(f"--precision int8: is for ONNX files, not for {to}; add --format onnx, or leave it out")
+        if not arguments.calibration:
+            raise ConfigError("--precision int8: needs --calibration: pictures, or a folder of them, or train")
+        if arguments.calibration_images < 1:
+            raise ConfigError(f"--calibration-images {arguments.calibration_images}: give 1 or more")
+    elif arguments.calibration:
+        raise ConfigError("--calibration: is for int8; add --precision int8, or leave it out")
     for name in ("examples", "runtime"):
         if to != "web" and getattr(arguments, name):
             raise ConfigError(f"--{name}: is for pages; add --format web, or leave it out")
+
+
+def _calibration(
+    arguments: ExportArguments, model: DenseDetector, config: Config, canvases: Sequence[Canvas], source: str
+) -> Calibration:
+    names = arguments.calibration
+    if names == (TRAIN,):
+        dataset = open_split(config, TRAIN, source)
+    else:
+        dataset = Pictures(names, config.class_names, Reading.of(config.data))
+    data = override(config.data, {"test_canvases": tuple(canvases)})
+    images = arguments.calibration_images
+    return calibrate(model, dataset, data, images=images, source=", ".join(names))
 
 
 def _examples(source: Path) -> tuple[Path, ...]:

@@ -1,33 +1,22 @@
-"""Convolutions in int8 for ONNX: uint8 inputs, int8 weights, ranges measured on pictures.
+"""Convolutions of an ONNX graph in int8: uint8 inputs, int8 weights, bytes between them.
 
-``measured_ranges`` runs the detector's float32 graph on pictures and keeps what enters and leaves each layer.
 ``quantize`` rewrites a graph under construction: a layer reads and writes uint8 tensors between ``QuantizeLinear`` and
 ``DequantizeLinear``, which runtimes fuse with it, and what merely moves entries (gathers, masks, padding) moves bytes.
-A layer goes by its weights, so one range serves it in every graph and rung: computed densely, on sites or on tiles.
-
-The first layer, which reads pixels, and layers that no other layer reads (scores, boxes, queries) stay in float32, as
-do decoding and NMS. Shape letters: B batch, H W image, O output channels.
+A layer goes by its weights, so the ranges that ``onnx_calibration`` has measured once serve it in every graph and rung:
+computed densely, on sites or on tiles. Shape letters: O output channels.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib
-import importlib.util
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
-import jax
 import numpy as np
-from flax import nnx
 
-from querydet_jax.inference.export.onnx_graph import Builder, Graph, Node, Value
-from querydet_jax.inference.pipeline import split_for_inference
-from querydet_jax.models.base import DenseDetector
-from querydet_jax.runtime.errors import ConfigError, DataError
+from querydet_jax.inference.export.onnx_graph import Builder, Graph, Node
 
-_FROM_PIXELS = 4  # channels up to which a layer's input counts as pixels
 # Operators that move entries, and the inputs whose entries they move.
 _MOVES: dict[str, slice] = {
     **dict.fromkeys(("Expand", "Gather", "Identity", "Reshape", "Resize", "Slice", "Tile", "Transpose"), slice(1)),
@@ -54,14 +43,29 @@ class Range(NamedTuple):
 
 
 class LayerRanges(NamedTuple):
-    """What enters a layer, and what leaves it after bias and activation."""
+    """Of what enters a layer, and of what leaves it after bias and activation."""
 
     enters: Range
     leaves: Range
 
 
+@dataclasses.dataclass(frozen=True)
+class Calibration:
+    """What a file in int8 is made with.
+
+    Attributes:
+      ranges: by ``Layer.key``.
+      images: number of pictures on which they were measured.
+      source: where the pictures came from.
+    """
+
+    ranges: Mapping[str, LayerRanges]
+    images: int
+    source: str
+
+
 @dataclasses.dataclass
-class _Layer:
+class Layer:
     """A convolution or matrix product with constant weights, and what follows it until ``output``.
 
     Attributes:
@@ -86,7 +90,7 @@ class _Layer:
         return 0 if self.node.op == "Conv" else 1
 
 
-class _Network:
+class Network:
     """Where each tensor of a graph comes from, and who reads it. Names are unique across inner graphs."""
 
     def __init__(self, builder: Builder) -> None:
@@ -119,18 +123,23 @@ class _Network:
         shape = self.constant(node.inputs[1])
         return None if shape is None else source.reshape(shape)
 
-    def layers(self) -> list[_Layer]:
+    def layers(self) -> list[Layer]:
         found = (self._layer(node) for graph in _with_inner(self.builder.main) for node in graph.nodes)
         return [layer for layer in found if layer is not None]
 
-    def _layer(self, node: Node) -> _Layer | None:
+    def _layer(self, node: Node) -> Layer | None:
         kernel = self.constant(node.inputs[1]) if node.op in ("Conv", "MatMul") else None
         if kernel is None or kernel.dtype != np.float32 or kernel.ndim != (4 if node.op == "Conv" else 2):
             return None
         rows = kernel if node.op == "MatMul" else kernel.transpose(2, 3, 1, 0).reshape(-1, len(kernel))
         key = hashlib.sha256(np.ascontiguousarray(rows).tobytes()).hexdigest()
         channels = rows.shape[-1]
-        factor, bias, absorbed, (output,) = np.ones(channels, np.float32), np.zeros(channels, np.float32), [], node.outputs
+        factor, bias, absorbed, (output,) = (
+            np.ones(channels, np.float32),
+            np.zeros(channels, np.float32),
+            [],
+            node.outputs,
+        )
         while (following := self._only_reader(output)) is not None and following.op in ("Add", "Mul"):
             (other,) = [name for name in following.inputs if name != output] or [output]
             array = self.constant(other)
@@ -146,7 +155,7 @@ class _Network:
         if activation is not None:
             (output,) = activation.outputs
         kernel = kernel * (factor.reshape(-1, 1, 1, 1) if node.op == "Conv" else factor)
-        return _Layer(node, key, kernel, bias, activation, absorbed, output)
+        return Layer(node, key, kernel, bias, activation, absorbed, output)
 
     def _only_reader(self, name: str) -> Node | None:
         readers = self.readers.get(name, [])
@@ -166,7 +175,9 @@ class _Network:
         """Return whether the result holds entries of the inputs, and zeros, alone."""
         if node.op not in _MOVES or (node.op == "Resize" and node.attributes.get("mode", "nearest") != "nearest"):
             return False
-        constants = [self.builder.constants[name] for name in node.inputs[_MOVES[node.op]] if name in self.builder.constants]
+        constants = [
+            self.builder.constants[name] for name in node.inputs[_MOVES[node.op]] if name in self.builder.constants
+        ]
         return not any(array.any() for array in constants)
 
 
@@ -178,136 +189,16 @@ def _with_inner(graph: Graph) -> Iterator[Graph]:
                 yield from _with_inner(value)
 
 
-# Ranges --------------------------------------------------------------------------------------------------------------
-
-Translate = Callable[[Builder, Callable[..., Any], Any, list[Value]], list[Value]]
-"""``onnx_writer.add_function``."""
-
-
-def measured_ranges(
-    model: DenseDetector, batches: Iterable[Mapping[str, np.ndarray]], translate: Translate
-) -> dict[str, LayerRanges]:
-    """Return each layer's ranges, by ``_Layer.key``: the means over pictures of their least and largest values.
-
-    Layers that share a tensor share its range.
-
-    Args:
-      batches: one picture each: uint8 ``images [1, H, W, 3]``, int32 ``sizes [1, 2]``.
-
-    Raises:
-      ConfigError: there is no picture.
-      DataError: onnxruntime is missing.
-    """
-    graph, state = split_for_inference(model)
-
-    def forward(state: Any, images: jax.Array, sizes: jax.Array) -> Any:
-        return nnx.merge(graph, state)(images, sizes)
-
-    ranges: list[np.ndarray] = []
-    programs: dict[tuple[int, ...], tuple[list[_Layer], _Network, Any]] = {}
-    for batch in batches:
-        images, sizes = batch["images"], batch["sizes"]
-        if images.shape not in programs:
-            programs[images.shape] = _measuring_program(forward, state, images.shape, translate)
-        *_, session = programs[images.shape]
-        ranges.append(np.array(session.run(None, {"images": images, "sizes": sizes}), np.float64).reshape(-1, 2))
-    if not ranges:
-        raise ConfigError("calibration: there is no picture; name pictures, or a folder of them")
-    layers, network, _ = next(iter(programs.values()))
-    return _shared(network, layers, np.mean(ranges, axis=0).reshape(-1, 2, 2))
-
-
-def _measuring_program(
-    forward: Callable[..., Any], state: Any, shape: tuple[int, ...], translate: Translate
-) -> tuple[list[_Layer], _Network, Any]:
-    builder = Builder()
-    images = builder.input(shape, np.uint8, "images")
-    sizes = builder.input((shape[0], 2), np.int32, "sizes")
-    builder.outputs(translate(builder, forward, state, [images, sizes]))
-    network = _Network(builder)
-    layers = network.layers()
-    read = {source: layer for layer in layers for source in network.sources(layer.node.inputs[0])}
-    layers = [layer for layer in layers if _is_quantized(network, layer, read)]
-    builder.main.outputs, outputs = [], []
-    for layer in layers:
-        for name in (layer.node.inputs[0], layer.output):
-            for op in ("ReduceMin", "ReduceMax"):
-                value = Value(f"{op}.{len(outputs)}", (), (), np.dtype(np.float32), False)
-                builder.main.nodes.append(Node(op, [name], [value.name], {"keepdims": 0}))
-                outputs.append(value)
-    builder.outputs(outputs)
-    return layers, network, _session(builder.model({}, "querydet_jax").SerializeToString())
-
-
-def _is_quantized(network: _Network, layer: _Layer, read: Mapping[str, _Layer]) -> bool:
-    """Return whether a layer reads no pixels, and another layer depends on it."""
-    channels = layer.kernel.shape[1] if layer.node.op == "Conv" else layer.kernel.shape[0]
-    if channels <= _FROM_PIXELS and layer.node.attributes.get("group", 1) == 1:
-        return False
-    seen, following = set(), [layer.output]
-    while following:
-        name = following.pop()
-        if name in read:
-            return True
-        if name not in seen:
-            seen.add(name)
-            following += [out for node in network.readers.get(name, []) for out in node.outputs]
-    return False
-
-
-def _shared(network: _Network, layers: list[_Layer], ranges: np.ndarray) -> dict[str, LayerRanges]:
-    """Join the ranges of tensors that are the same one.
-
-    Args:
-      ranges: ``[layers, 2, 2]``: of input and output, least and largest.
-    """
-    group: dict[str, str] = {}
-
-    def root(name: str) -> str:
-        while name in group:
-            name = group[name]
-        return name
-
-    def join(a: str, b: str) -> None:
-        if root(a) != root(b):
-            group[root(a)] = root(b)
-
-    for layer in layers:
-        join(f"in {layer.key}", f"in {layer.key}")
-        join(f"out {layer.key}", layer.output)  # a layer that is called several times has one range
-        for source in network.sources(layer.node.inputs[0]):
-            join(f"in {layer.key}", source)
-    bounds: dict[str, Range] = {}
-    for layer, pair in zip(layers, ranges.tolist(), strict=True):
-        for end, (low, high) in zip(("in", "out"), pair, strict=True):
-            name = root(f"{end} {layer.key}")
-            before = bounds.get(name, Range(0.0, 0.0))
-            bounds[name] = Range(min(before.low, low), max(before.high, high))
-    return {
-        layer.key: LayerRanges(*(bounds[root(f"{end} {layer.key}")] for end in ("in", "out"))) for layer in layers
-    }
-
-
-def _session(model: bytes) -> Any:
-    if importlib.util.find_spec("onnxruntime") is None:
-        raise DataError("measuring ranges needs the package onnxruntime; pip install -r requirements-onnx.txt")
-    runtime: Any = importlib.import_module("onnxruntime")
-    return runtime.InferenceSession(model, providers=["CPUExecutionProvider"])
-
-
-# Rewriting -----------------------------------------------------------------------------------------------------------
-
-
 def quantize(builder: Builder, ranges: Mapping[str, LayerRanges]) -> int:
     """Rewrite the graphs of ``builder``, in place, so that layers with ranges run in int8; return their number."""
-    network = _Network(builder)
+    network = Network(builder)
     layers = [layer for layer in network.layers() if layer.key in ranges]
     _Rewriting(network, layers, ranges).run()
     return len(layers)
 
 
 class _Rewriting:
-    def __init__(self, network: _Network, layers: list[_Layer], ranges: Mapping[str, LayerRanges]) -> None:
+    def __init__(self, network: Network, layers: list[Layer], ranges: Mapping[str, LayerRanges]) -> None:
         self._network, self._builder, self._ranges = network, network.builder, ranges
         self._layers = {id(layer.node): layer for layer in layers}
         self._absorbed = {id(node) for layer in layers for node in layer.absorbed}
@@ -449,7 +340,7 @@ class _Rewriting:
             add(node)
         graph.nodes[:] = nodes
 
-    def _quantized(self, layer: _Layer, x: str, values: Range) -> list[Node]:
+    def _quantized(self, layer: Layer, x: str, values: Range) -> list[Node]:
         """Return the layer's nodes up to its activation, which follows as it is."""
         b, new = self._builder, self._builder.new_name
         axes = tuple(i for i in range(layer.kernel.ndim) if i != layer.axis)

@@ -22,7 +22,7 @@ from querydet_jax.config import Config
 from querydet_jax.inference.detector import Detector
 from querydet_jax.inference.export.onnx_detector import FORMAT, METADATA, VERSION
 from querydet_jax.inference.export.onnx_graph import Builder, Shape, Value
-from querydet_jax.inference.export.onnx_int8 import quantize
+from querydet_jax.inference.export.onnx_int8 import Calibration, quantize
 from querydet_jax.inference.export.onnx_operators import translate_closed
 from querydet_jax.inference.export.writer import (
     Canvas,
@@ -46,7 +46,7 @@ def write_onnx(
     canvases: Sequence[Canvas],
     batch_sizes: Sequence[int],
     min_scores: np.ndarray | None = None,
-    int8: Any = None,
+    int8: Calibration | None = None,
 ) -> dict[str, Any]:
     """Translate a detector for every canvas and batch size, and write it with its weights, which are stored once.
 
@@ -58,7 +58,7 @@ def write_onnx(
       batch_sizes: images per call.
       min_scores: for the metadata, the score from which a detection of each class counts, ``[K]``; the graph does not
         use it.
-      int8: ranges of the layers that shall run in int8, from ``measure_ranges``; None: all in float32.
+      int8: what ``onnx_calibration.calibrate`` returns, for layers in int8; None: all in float32.
 
     Returns:
       The manifest.
@@ -78,6 +78,8 @@ def write_onnx(
         "format_version": VERSION,
         "made_with": {name: metadata.version(name) for name in ("jax", "onnx")},
         **description(detector, config, canvases, batch_sizes, min_scores),
+        "precision": "float32" if int8 is None else "int8",
+        **({} if int8 is None else {"calibration": {"images": int8.images, "source": int8.source}}),
     }
     builder = Builder()
     _add_programs(builder, detector, [(batch, *canvas) for canvas in canvases for batch in batch_sizes])
