@@ -1,4 +1,4 @@
-"""The exported ONNX file in other runtimes beside JAX: agreement first, then times."""
+"""The exported ONNX file in other runtimes beside JAX, in float32 and int8: agreement first, then times."""
 
 from __future__ import annotations
 
@@ -20,11 +20,14 @@ from benchmarks.options import RunOrRandomImage
 from benchmarks.report import Column, Report, Row, ms, share, times
 from benchmarks.subjects import open_run
 from benchmarks.timing import interleaved, percentiles
-from querydet_jax.config import Config, override
-from querydet_jax.data import eval_batches
+from querydet_jax.config import Config, DataConfig, override
+from querydet_jax.data import eval_batches, open_split
+from querydet_jax.data.readers.memory import Frames
 from querydet_jax.evaluation.runner import first_images
 from querydet_jax.inference.detector import Detector
+from querydet_jax.inference.export.onnx_calibration import calibrate
 from querydet_jax.inference.export.onnx_detector import OnnxDetections, OnnxDetector
+from querydet_jax.inference.export.onnx_int8 import Calibration
 from querydet_jax.inference.export.onnx_writer import write_onnx
 from querydet_jax.runtime.errors import ConfigError
 
@@ -33,6 +36,8 @@ Images = tuple[np.ndarray, np.ndarray]
 Call = Callable[[np.ndarray, np.ndarray], Any]
 
 JAX, ONNX_RUNTIME, OPENVINO, OPENVINO_BF16 = "JAX", "ONNX Runtime", "OpenVINO", "OpenVINO bfloat16"
+ONNX_RUNTIME_INT8, OPENVINO_INT8 = "ONNX Runtime int8", "OpenVINO int8"
+_FLOAT32 = {ONNX_RUNTIME_INT8: ONNX_RUNTIME, OPENVINO_INT8: OPENVINO}
 _COMPARED = 8  # images on which detections are compared with JAX's
 _NEAR = 0.5  # px
 _VARIANTS: Variants = {"dense": {"query": "dense"}, "csq": {"query": "csq"}}
@@ -44,24 +49,38 @@ class Onnx(RunOrRandomImage):
 
     threads: tuple[int, ...] = (1, 2)
     """Threads of ONNX Runtime and OpenVINO. JAX takes all cores."""
+    int8: bool = True
+    """Also measure files in int8."""
+    calibration_images: int = 32
+    """With --run and --int8: number of training images to calibrate with."""
 
 
 def onnx(arguments: Onnx) -> None:
     for package in ("onnx", "onnxruntime"):
         if importlib.util.find_spec(package) is None:
             raise ConfigError(f"benchmark onnx: needs the package {package}; pip install -r requirements-onnx.txt")
-    detectors, config, images = _of_run(arguments) if arguments.run else _of_random_weights(arguments)
+    if arguments.calibration_images < 1:
+        raise ConfigError(f"--calibration-images {arguments.calibration_images}: give 1 or more")
+    detectors, config, images, calibration = _of_run(arguments) if arguments.run else _of_random_weights(arguments)
+    int8 = calibration() if arguments.int8 else None
     with_openvino = importlib.util.find_spec("openvino") is not None
     calls: dict[tuple[str, str, str], Call] = {}
     for method, detector in detectors.items():
         calls[JAX, method, "all"] = lambda pixels, sizes, d=detector: jax.block_until_ready(d(pixels, sizes))
-        file = Path(arguments.out) / f"{method}.onnx"
-        write_onnx(file, detector, config, canvases=[images[0][0].shape[1:3]], batch_sizes=[1])
+        file, in_int8 = (Path(arguments.out) / f"{method}{suffix}.onnx" for suffix in ("", "_int8"))
+        shape: dict[str, Any] = dict(canvases=[images[0][0].shape[1:3]], batch_sizes=[1])
+        write_onnx(file, detector, config, **shape)
+        if int8 is not None:
+            write_onnx(in_int8, detector, config, int8=int8, **shape)
         for threads in arguments.threads:
             calls[ONNX_RUNTIME, method, str(threads)] = OnnxDetector(file, threads=threads)
             if with_openvino:
                 calls[OPENVINO, method, str(threads)] = _openvino(file, threads, "f32")
                 calls[OPENVINO_BF16, method, str(threads)] = _openvino(file, threads, "bf16")
+            if int8 is not None:
+                calls[ONNX_RUNTIME_INT8, method, str(threads)] = OnnxDetector(in_int8, threads=threads)
+                if with_openvino:
+                    calls[OPENVINO_INT8, method, str(threads)] = _openvino(in_int8, threads, "f32")
     agreement = {key: _agreement(calls[JAX, key[1], "all"], call, images[:_COMPARED]) for key, call in calls.items()}
     turns = {" ".join(key): _in_turn(call, images) for key, call in calls.items()}
     measured = interleaved(turns, len(images) if arguments.run else arguments.rounds)
@@ -80,6 +99,9 @@ def onnx(arguments: Onnx) -> None:
                 **agreement[key],
             }
         )
+        if runtime in _FLOAT32:
+            in_float32 = measured[" ".join((_FLOAT32[runtime], method, threads))]
+            rows[-1]["over_float32"] = float(np.median(in_float32) / np.median(times_of))
     versions = [f"{name} {importlib.metadata.version(name)}" for name in ("onnx", "onnxruntime")]
     if with_openvino:
         versions.append(f"openvino {importlib.metadata.version('openvino')}")
@@ -93,17 +115,20 @@ def onnx(arguments: Onnx) -> None:
             Column("ms_p50", "ms p50", ms),
             Column("ms_p90", "ms p90", ms),
             Column("speed_up", "speed-up", times),
+            Column("over_float32", "over float32", times),
             Column("found", "found", share),
             Column("scores", "scores", "{:.1e}".format),
             Column("boxes", "boxes px", "{:.1e}".format),
         ],
         rows,
         notes=[
-            "speed-up: over dense in the same runtime with as many threads",
+            "speed-up: over dense in the same runtime with as many threads; over float32: of int8, with the same method "
+            "and as many threads",
             f"found: JAX's detections on the first {_COMPARED} images that the runtime has too, of the same class, "
             f"each side within {_NEAR} px (random weights tie, so the last ones differ); scores, boxes: their largest "
             "differences",
             ", ".join(versions),
+            *([f"int8: calibrated on {int8.images} pictures of {int8.source}"] if int8 else []),
         ],
         not_run=[] if with_openvino else ["OpenVINO: needs the package openvino"],
         draw=lambda figure: charts.bars(
@@ -117,20 +142,36 @@ def onnx(arguments: Onnx) -> None:
     ).publish(arguments.out, arguments)
 
 
-def _of_run(arguments: Onnx) -> tuple[dict[str, Detector], Config, list[Images]]:
-    """Return dense and CSQ detectors of a run, and its validation images that have the first one's canvas."""
+Subject = tuple[dict[str, Detector], Config, list[Images], Callable[[], Calibration]]
+"""Dense and CSQ detectors, their configuration, images, and what calibrates files in int8."""
+
+
+def _of_run(arguments: Onnx) -> Subject:
+    """Return the detectors of a run, and its validation images that have the first one's canvas."""
     config, model, dataset = open_run(arguments.run)
     batches = eval_batches(dataset, config.data, batch_size=1, indices=first_images(dataset, arguments.images))
     images = [(batch["images"], batch["sizes"]) for batch in batches]
     images = [pair for pair in images if pair[0].shape == images[0][0].shape]
     detectors = {name: Detector(model, override(config.inference, changes)) for name, changes in _VARIANTS.items()}
-    return detectors, config, images
+
+    def calibration() -> Calibration:
+        training = open_split(config, "train", arguments.run)
+        return calibrate(model, training, config.data, images=arguments.calibration_images, source="train")
+
+    return detectors, config, images, calibration
 
 
-def _of_random_weights(arguments: Onnx) -> tuple[dict[str, Detector], Config, list[Images]]:
+def _of_random_weights(arguments: Onnx) -> Subject:
     model, detectors, image = random_detectors(arguments, _VARIANTS)
     images = [(np.asarray(image), np.asarray([image.shape[1:3]], np.int32))]
-    return detectors, Config(name="random", model=model.config), images
+    config = Config(name="random", model=model.config)
+
+    def calibration() -> Calibration:
+        canvas = images[0][0].shape[1:3]
+        data = DataConfig(test_short=min(canvas), test_max=max(canvas), test_canvases=(canvas,))
+        return calibrate(model, Frames([images[0][0]], config.class_names), data, images=1, source="the image itself")
+
+    return detectors, config, images, calibration
 
 
 def _openvino(file: Path, threads: int, precision: str) -> Call:

@@ -279,6 +279,7 @@ def test_runtimes_agree_before_they_are_timed(monkeypatch, tmp_path, run_folder)
     for method in ("dense", "csq"):
         row = rows["ONNX Runtime", method]
         assert row["found"] == 1 and row["scores"] <= 1e-5 and row["boxes"] <= 1e-3, row
+        assert rows["ONNX Runtime int8", method]["over_float32"] > 0
 
 
 def test_the_loader_is_timed_by_parts_and_cores_follow(monkeypatch, tmp_path):
