@@ -122,8 +122,8 @@ def onnx(arguments: Onnx) -> None:
         ],
         rows,
         notes=[
-            "speed-up: over dense in the same runtime with as many threads; over float32: of int8, with the same method "
-            "and as many threads",
+            "speed-up: over dense in the same runtime with as many threads; over float32: of int8, with the same "
+            "method and as many threads",
             f"found: JAX's detections on the first {_COMPARED} images that the runtime has too, of the same class, "
             f"each side within {_NEAR} px (random weights tie, so the last ones differ); scores, boxes: their largest "
             "differences",
