@@ -134,12 +134,8 @@ class Network:
         rows = kernel if node.op == "MatMul" else kernel.transpose(2, 3, 1, 0).reshape(-1, len(kernel))
         key = hashlib.sha256(np.ascontiguousarray(rows).tobytes()).hexdigest()
         channels = rows.shape[-1]
-        factor, bias, absorbed, (output,) = (
-            np.ones(channels, np.float32),
-            np.zeros(channels, np.float32),
-            [],
-            node.outputs,
-        )
+        factor, bias = np.ones(channels, np.float32), np.zeros(channels, np.float32)
+        absorbed, output = [], node.outputs[0]
         while (following := self._only_reader(output)) is not None and following.op in ("Add", "Mul"):
             (other,) = [name for name in following.inputs if name != output] or [output]
             array = self.constant(other)
