@@ -14,7 +14,7 @@ from querydet_jax.config.zoo import is_packaged
 from querydet_jax.data import open_split
 from querydet_jax.data.plan import both_orientations
 from querydet_jax.data.readers.images import Reading
-from querydet_jax.data.readers.pictures import Pictures
+from querydet_jax.data.readers.pictures import open_pictures
 from querydet_jax.inference.detector import Detector
 from querydet_jax.inference.export.onnx_calibration import calibrate
 from querydet_jax.inference.export.onnx_int8 import Calibration
@@ -155,7 +155,7 @@ def _calibration(
     if names == (TRAIN,):
         dataset = open_split(config, TRAIN, source)
     else:
-        dataset = Pictures(names, config.class_names, Reading.of(config.data))
+        dataset = open_pictures(names, config.class_names, Reading.of(config.data))
     data = override(config.data, {"test_canvases": tuple(canvases)})
     images = arguments.calibration_images
     return calibrate(model, dataset, data, images=images, source=", ".join(names))

@@ -17,7 +17,7 @@ from test_onnx import MODELS, needs_onnx, run_export
 import querydet_jax as qd
 from querydet_jax import Detector
 from querydet_jax.config import save_config
-from querydet_jax.data.readers.pictures import Pictures
+from querydet_jax.data.readers.pictures import open_pictures
 from querydet_jax.inference.export.onnx_calibration import calibrate
 from querydet_jax.inference.export.onnx_detector import OnnxDetections, OnnxDetector
 from querydet_jax.inference.export.onnx_int8 import Calibration, Range
@@ -39,7 +39,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def int8(folder: Path) -> Calibration:
-    pictures = Pictures([folder], CONFIG.class_names)
+    pictures = open_pictures([folder], CONFIG.class_names)
     return calibrate(model(), pictures, CONFIG.data, images=10, source="drawn")
 
 
@@ -133,7 +133,7 @@ def test_on_sites_it_is_what_it_is_densely(kernel, dense, int8, tmp_path):
 @pytest.mark.parametrize(("name", "least"), [("fcos", 0.6), ("faster_rcnn", 0.25)])  # it ranks proposals at random
 def test_other_detectors(name, least, folder, tmp_path):
     """Several programs in one file; of Faster R-CNN, the second stage stays in float32."""
-    pictures = Pictures([folder], CONFIG.class_names)
+    pictures = open_pictures([folder], CONFIG.class_names)
     int8 = calibrate(MODELS[name](), pictures, CONFIG.data, images=3, source="drawn")
     files = []
     for calibration in (None, int8):
@@ -178,10 +178,10 @@ def test_options_that_do_not_fit_are_refused(tmp_path):
 
 @needs_onnx
 def test_what_cannot_be_calibrated_is_refused(folder, tmp_path):
-    pictures = Pictures([folder], CONFIG.class_names)
+    pictures = open_pictures([folder], CONFIG.class_names)
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="empty: no pictures directly in this folder"):
-        Pictures([tmp_path / "empty"], CONFIG.class_names)
+        open_pictures([tmp_path / "empty"], CONFIG.class_names)
     half = qd.build_model(dataclasses.replace(CONFIG.model, dtype="bfloat16"))
     with pytest.raises(ConfigError, match="model.dtype bfloat16: int8 is made from float32; add --model.dtype float32"):
         calibrate(half, pictures, CONFIG.data, images=1, source="x")
