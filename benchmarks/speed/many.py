@@ -104,7 +104,7 @@ def _by_workers(make: Any, files: Sequence[str], workers: int, part: int) -> tup
         ended = [path.stat().st_mtime for path in parts]
     order = np.argsort(ended)
     done = np.cumsum([len(lines[n]) for n in order])
-    row = _row(f"ray, {workers} worker{'s' * (workers > 1)}", begun, np.asarray(ended)[order], done, workers)
+    row = _row(f"ray, {workers} worker{'s' * (workers > 1)}", begun, sorted(ended), done, workers)
     return row, [[line["boxes"], line["scores"], line["classes"]] for inside in lines for line in inside]
 
 

@@ -77,7 +77,7 @@ def matched(names: Sequence[str | os.PathLike[str]]) -> list[str]:
       DataError: a pattern matches nothing.
     """
     found: list[str] = []
-    for name in map(os.fspath, names):
+    for name in [os.fspath(name) for name in names]:
         if set("*?[").isdisjoint(name) or is_address(name) or _exists(name):
             found.append(name)
             continue
