@@ -137,24 +137,17 @@ def evaluate_detectors(
     position = {dataset.image_id(i): i for i in range(len(dataset))}
     found: dict[str, list[ImageDetections]] = {name: [] for name in detectors}
     runs = {name: Evaluation() for name in detectors}
-    seen: set[tuple[int, ...]] = set()
+    timed = {name: _Timed(detector, runs[name]) for name, detector in detectors.items()}
     try:
         for batch in progress(batches, "evaluating", "batch", total=len(batches), show=show_progress and is_first()):
             images, sizes = jax.device_put((batch["images"], batch["sizes"]))
             for name, detector in detectors.items():
-                if images.shape not in seen:
-                    jax.block_until_ready(detector(images, sizes))
-                begun = time.perf_counter()
-                result = jax.block_until_ready(detector(images, sizes))
-                run = runs[name]
+                result = timed[name](images, sizes)
                 # Divide by all rows: images repeated to fill up the batch cost time, too.
-                run.ms.append((time.perf_counter() - begun) * 1e3 / len(batch["valid"]))
-                result = jax.device_get(result)
+                runs[name].ms.append(timed[name].taken() / len(batch["valid"]))
                 found[name] += _detections(result, batch)
-                _count_cells(run, result, images.shape)
                 if query_recall and detector.config.query != "dense":
-                    _count_recall(run, detector, images, sizes, batch, dataset, position)
-            seen.add(images.shape)
+                    _count_recall(runs[name], detector, images, sizes, batch, dataset, position)
             between()
     finally:
         batches.close()
@@ -218,7 +211,7 @@ class _Timed:
         self._detector, self._run, self._ms = detector, run, 0.0
         self._seen: set[tuple[int, ...]] = set()
 
-    def __call__(self, images: np.ndarray, sizes: np.ndarray) -> Detections:
+    def __call__(self, images: jax.Array | np.ndarray, sizes: jax.Array | np.ndarray) -> Detections:
         there = jax.device_put((images, sizes))
         if images.shape not in self._seen:
             jax.block_until_ready(self._detector(*there))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from tqdm import tqdm
 
@@ -15,22 +15,14 @@ def progress(
     items: Iterable[Item], description: str, unit: str, *, total: int | None = None, show: bool = True
 ) -> Iterable[Item]:
     """Yield ``items`` behind a progress bar on standard error; in a file or pipe print a line every 15 seconds."""
-    terminal = sys.stderr.isatty()
-    return tqdm(
-        items,
-        desc=description,
-        unit=unit,
-        total=total,
-        disable=not show,
-        leave=terminal,
-        mininterval=0.2 if terminal else 15.0,
-        ncols=None if terminal else 80,
-    )
+    return tqdm(items, desc=description, unit=unit, total=total, disable=not show, leave=sys.stderr.isatty(), **_pace())
 
 
 def counted(total: int, description: str, unit: str) -> tqdm[NoReturn]:
     """Return a bar, as ``progress`` shows one, that ``update(n)`` moves on; a file or pipe gets its end, too."""
+    return tqdm(total=total, desc=description, unit=unit, **_pace())
+
+
+def _pace() -> dict[str, Any]:
     terminal = sys.stderr.isatty()
-    return tqdm(
-        total=total, desc=description, unit=unit, mininterval=0.2 if terminal else 15.0, ncols=None if terminal else 80
-    )
+    return {"mininterval": 0.2 if terminal else 15.0, "ncols": None if terminal else 80}
